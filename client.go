@@ -1,0 +1,934 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"mime"
+	"net"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// The client's fixed bounds; the package doc lists what happens at each.
+const (
+	connectTimeout   = 10 * time.Second       // for a connection, and again for a TLS handshake
+	readyTimeout     = 20 * time.Second       // from the request to ready
+	reconnectMax     = 30 * time.Second       // longest pause between two tries to subscribe
+	silenceDefault   = 30 * time.Second       // when the source announces no usable heartbeat interval
+	linger           = 2 * time.Second        // reading on from a stream after its successor is ready
+	lineLimit        = 64 << 20               // bytes of a line, and of an event, on the stream
+	keepBuffer       = 1 << 20                // bytes of parse buffer kept after a large event
+	retryInitial     = 250 * time.Millisecond // first pause before forwarding again
+	retryMax         = 10 * time.Second       // longest pause, unless the target asks for more
+	redirectLimit    = 5                      // 307 and 308 in a row
+	answerLimit      = 1 << 20                // bytes of a target's body that are reported
+	answerHeaders    = 64 << 10               // bytes of a target's header
+	reportTimeout    = 5 * time.Second        // for one try to report
+	memoryEvents     = 16384                  // event ids remembered
+	memoryBytes      = 16 << 20               // bytes of answers remembered
+	memoryAge        = 15 * time.Minute       // for which they are remembered
+	reuseTimeout     = 4 * time.Second        // idle target connections: Node closes them after 5 s (nodejs.org, server.keepAliveTimeout)
+	heartbeatMinimum = 100 * time.Millisecond // announced intervals outside of
+	heartbeatMaximum = 5 * time.Minute        // these are not believed
+)
+
+// ClientOptions configure a Client.
+type ClientOptions struct {
+	Source            *url.URL // .../subscribe/{channel}/
+	Token             string
+	ReconnectInterval time.Duration
+	HandlerTimeout    time.Duration // to finish forwards at the end
+
+	Target      *url.URL
+	Timeout     time.Duration  // of one attempt
+	RetryWindow time.Duration  // from the first attempt; 0: no retries
+	Concurrency int            // forwards at once; 1 keeps the order
+	Insecure    bool           // do not verify the target's certificate
+	Roots       *x509.CertPool // nil: the system's
+}
+
+// Client holds one stream to the source and forwards what arrives on it.
+type Client struct {
+	opts   ClientOptions
+	log    *slog.Logger
+	name   string // for X-Relay-Client: ties reports to streams
+	base   string // path of the target, without trailing slash
+	source *http.Transport
+	target *http.Transport
+
+	slots    chan struct{}   // one per forward under way
+	forwards sync.WaitGroup  // owned by Run
+	work     context.Context // of forwards; set by Run, ends after the handler timeout
+	memory   memory
+	current  atomic.Pointer[subscription] // the stream that counts; nil: none is ready
+	pings    chan chan struct{}           // proof of life of the follow loop
+
+	Events, Duplicates, Invalid, Forwarded, Failed, Retries, Reconnects, Reports atomic.Int64
+}
+
+// NewClient wires a client. Both transports speak HTTP/1.1 alone: a dead
+// HTTP/2 connection would be shared by the stream and the tries to replace
+// it, and HTTP/2 splits cookie fields.
+func NewClient(opts ClientOptions, log *slog.Logger) *Client {
+	var http1 http.Protocols
+	http1.SetHTTP1(true)
+	transport := func(insecure bool) *http.Transport {
+		return &http.Transport{
+			Proxy:                  http.ProxyFromEnvironment,
+			DialContext:            (&net.Dialer{Timeout: connectTimeout, KeepAlive: 15 * time.Second}).DialContext,
+			TLSHandshakeTimeout:    connectTimeout,
+			TLSClientConfig:        &tls.Config{RootCAs: opts.Roots, InsecureSkipVerify: insecure, MinVersion: tls.VersionTLS12},
+			Protocols:              &http1,
+			DisableCompression:     true, // bodies pass as they are, and Accept-Encoding is the provider's
+			MaxResponseHeaderBytes: answerHeaders,
+			MaxIdleConnsPerHost:    opts.Concurrency,
+		}
+	}
+	c := &Client{
+		opts: opts, log: log,
+		name:   rand.Text(),
+		base:   strings.TrimRight(opts.Target.EscapedPath(), "/"),
+		source: transport(false),
+		target: transport(opts.Insecure),
+		slots:  make(chan struct{}, opts.Concurrency),
+		pings:  make(chan chan struct{}),
+	}
+	c.source.IdleConnTimeout = time.Minute
+	c.target.IdleConnTimeout = reuseTimeout
+	return c
+}
+
+// Run subscribes and forwards until ctx ends; then it takes no more events,
+// finishes those it has within the handler timeout, and returns nil.
+func (c *Client) Run(ctx context.Context) error {
+	work, abandon := context.WithCancel(context.WithoutCancel(ctx))
+	defer abandon()
+	c.work = work
+	c.follow(ctx)
+	late := time.AfterFunc(c.opts.HandlerTimeout, abandon)
+	defer late.Stop()
+	c.forwards.Wait()
+	c.source.CloseIdleConnections()
+	c.target.CloseIdleConnections()
+	return nil
+}
+
+// Check is nil while the stream is ready and its last byte fresh.
+func (c *Client) Check(context.Context) error {
+	s := c.current.Load()
+	if s == nil {
+		return errors.New("no stream")
+	}
+	if quiet := time.Since(time.Unix(0, s.heard.Load())); quiet > s.silence() {
+		return fmt.Errorf("nothing read from the stream for %s", quiet.Round(time.Second))
+	}
+	return nil
+}
+
+// Alive is nil while the follow loop turns.
+func (c *Client) Alive(ctx context.Context) error {
+	pong := make(chan struct{})
+	select {
+	case c.pings <- pong:
+		return nil
+	case <-ctx.Done():
+		return errors.New("follow loop is stuck")
+	}
+}
+
+// Streams. One subscription is current; while it is asked to move, or is
+// gone, next is on its way to replace it: make before break.
+
+// subscription is one stream. Its goroutine closes the channels.
+type subscription struct {
+	cancel context.CancelFunc
+	ready  chan struct{} // closed at ready
+	drain  chan struct{} // closed at drain
+	done   chan struct{} // closed at the end, after err is set
+	err    error
+
+	heard    atomic.Int64 // Unix nanoseconds of the last read that began or ended
+	interval atomic.Int64 // nanoseconds between heartbeats, as announced; 0 before ready
+}
+
+// silence is how long the stream may be silent: two heartbeats, and a second
+// for the network.
+func (s *subscription) silence() time.Duration {
+	if d := time.Duration(s.interval.Load()); d > 0 {
+		return 2*d + time.Second
+	}
+	return silenceDefault
+}
+
+// The channels of a subscription that may not exist.
+func (s *subscription) readied() <-chan struct{} {
+	if s == nil {
+		return nil
+	}
+	return s.ready
+}
+
+func (s *subscription) drained() <-chan struct{} {
+	if s == nil {
+		return nil
+	}
+	return s.drain
+}
+
+func (s *subscription) ended() <-chan struct{} {
+	if s == nil {
+		return nil
+	}
+	return s.done
+}
+
+// follow keeps one stream alive until ctx ends, and never gives up before.
+func (c *Client) follow(ctx context.Context) {
+	ctx, cancel := context.WithCancel(ctx)
+	var streams sync.WaitGroup
+	defer streams.Wait()
+	defer cancel()
+	defer c.current.Store(nil)
+
+	backoff := Backoff{Initial: c.opts.ReconnectInterval, Max: max(reconnectMax, c.opts.ReconnectInterval), Factor: 2, Jitter: true}
+	retry := time.NewTimer(0)
+	defer retry.Stop()
+	waiting := true // retry is set
+	again := func(d time.Duration) {
+		waiting = true
+		retry.Reset(d)
+	}
+	var current, next *subscription
+	var moving bool // current was asked to move
+	for {
+		drained := current.drained()
+		if moving {
+			drained = nil
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case pong := <-c.pings:
+			close(pong)
+		case <-retry.C:
+			waiting = false
+			next = c.subscribe(ctx, &streams)
+		case <-next.readied():
+			backoff.Reset()
+			if current != nil {
+				time.AfterFunc(linger, current.cancel) // what was sent before the move still arrives
+			}
+			current, next, moving = next, nil, false
+			c.current.Store(current)
+			c.log.Info("stream ready")
+		case <-next.ended():
+			c.logEnd("subscribe", next.err)
+			next = nil
+			again(backoff.Next())
+		case <-drained:
+			c.log.Info("stream asked to move")
+			moving = true
+			if next == nil && !waiting {
+				again(0)
+			}
+		case <-current.ended():
+			c.logEnd("stream", current.err)
+			c.Reconnects.Add(1)
+			current, moving = nil, false
+			c.current.Store(nil)
+			if next == nil && !waiting {
+				again(backoff.Next())
+			}
+		}
+	}
+}
+
+// logEnd tells why a stream ended; a wrong token needs a human.
+func (c *Client) logEnd(operation string, err error) {
+	level := slog.LevelWarn
+	if e, ok := errors.AsType[*statusError](err); ok && (e.status == http.StatusUnauthorized || e.status == http.StatusForbidden) {
+		level = slog.LevelError
+	}
+	c.log.Log(context.Background(), level, operation+" ended", "err", err)
+}
+
+// statusError is an answer of the source that is no stream.
+type statusError struct{ status int }
+
+func (e *statusError) Error() string {
+	return fmt.Sprintf("source answered %d %s", e.status, http.StatusText(e.status))
+}
+
+var (
+	errSilent   = errors.New("stream went silent")
+	errNoStream = errors.New("source answered 200 but no text/event-stream")
+	errEnded    = errors.New("source ended the stream")
+)
+
+// subscribe starts a stream in a goroutine of streams, which ends with ctx or
+// with the stream.
+func (c *Client) subscribe(ctx context.Context, streams *sync.WaitGroup) *subscription {
+	ctx, cancel := context.WithCancelCause(ctx)
+	s := &subscription{
+		cancel: func() { cancel(context.Canceled) },
+		ready:  make(chan struct{}), drain: make(chan struct{}), done: make(chan struct{}),
+	}
+	streams.Go(func() {
+		defer close(s.done)
+		defer s.cancel()
+		watchdog := time.AfterFunc(readyTimeout, func() { cancel(errSilent) })
+		defer watchdog.Stop()
+		s.err = c.read(ctx, s, watchdog)
+		if cause := context.Cause(ctx); cause == errSilent {
+			s.err = cause
+		}
+	})
+	return s
+}
+
+// read opens the stream and takes its events to the end.
+func (c *Client) read(ctx context.Context, s *subscription, watchdog *time.Timer) error {
+	req := c.sourceRequest(ctx, http.MethodGet, c.opts.Source, nil)
+	req.Header.Set("Accept", "text/event-stream")
+	req.Header.Set("Cache-Control", "no-cache")
+	req.Header.Set("X-Relay-Features", "respond, drain")
+	resp, err := c.source.RoundTrip(req)
+	if err != nil {
+		return bare(err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return &statusError{resp.StatusCode} // redirects too: the token goes to no other host
+	}
+	if kind, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type")); kind != "text/event-stream" {
+		return errNoStream
+	}
+	p := newParser(&watchedReader{resp.Body, s, watchdog})
+	for {
+		m, err := p.next()
+		if err == io.EOF {
+			return errEnded
+		}
+		if err != nil {
+			return bare(err)
+		}
+		switch m.name {
+		case "ready":
+			if s.interval.Load() == 0 {
+				s.interval.Store(int64(announced(m.data)))
+				close(s.ready)
+			}
+		case "drain":
+			select {
+			case <-s.drain:
+			default:
+				close(s.drain)
+			}
+		case "message":
+			if err := c.take(ctx, m.data); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// announced is the heartbeat interval in the data of a ready event.
+func announced(data []byte) time.Duration {
+	var ready struct{ HeartbeatInterval float64 }
+	if json.Unmarshal(data, &ready) == nil {
+		d := ready.HeartbeatInterval * float64(time.Millisecond)
+		if d >= float64(heartbeatMinimum) && d <= float64(heartbeatMaximum) {
+			return time.Duration(d)
+		}
+	}
+	return (silenceDefault - time.Second) / 2
+}
+
+// watchedReader runs the watchdog while a read waits, and only then: a client
+// that stops reading because it is full must not cut its own stream.
+type watchedReader struct {
+	r        io.Reader
+	s        *subscription
+	watchdog *time.Timer
+}
+
+func (w *watchedReader) Read(p []byte) (int, error) {
+	if w.s.interval.Load() > 0 { // before ready, its timeout runs through
+		w.watchdog.Reset(w.s.silence())
+		defer w.watchdog.Stop()
+	}
+	w.s.heard.Store(time.Now().UnixNano())
+	n, err := w.r.Read(p)
+	w.s.heard.Store(time.Now().UnixNano())
+	return n, err
+}
+
+// sourceRequest is a request to the source with everything that opens it.
+func (c *Client) sourceRequest(ctx context.Context, method string, u *url.URL, body io.Reader) *http.Request {
+	req, _ := http.NewRequestWithContext(ctx, method, u.String(), body) // u and method were checked at start
+	req.Header.Set("User-Agent", "webhook-relay/"+version)
+	req.Header.Set("X-Relay-Client", c.name)
+	if c.opts.Token != "" {
+		req.Header.Set("X-Auth-Token", c.opts.Token)
+	}
+	setUserinfo(req)
+	return req
+}
+
+// setUserinfo turns credentials of the URL into a header, as http.Client does.
+func setUserinfo(req *http.Request) {
+	if u := req.URL.User; u != nil && req.Header["Authorization"] == nil {
+		password, _ := u.Password()
+		req.Header.Set("Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(u.Username()+":"+password)))
+	}
+}
+
+// bare takes the URL out of an error: it may hold credentials or a token.
+func bare(err error) error {
+	if e, ok := errors.AsType[*url.Error](err); ok {
+		return e.Err
+	}
+	return err
+}
+
+// Forwarding.
+
+// take accepts one event: it waits for a free slot, which keeps the order and
+// bounds memory, and forwards in a goroutine that Run waits for. Its only
+// error is the end of ctx.
+func (c *Client) take(ctx context.Context, data []byte) error {
+	c.Events.Add(1)
+	received := time.Now()
+	w, err := decodeWebhook(data)
+	if err != nil {
+		c.Invalid.Add(1)
+		c.log.Warn("event refused", "err", err)
+		return nil
+	}
+	known := w.ID != ""
+	if !known {
+		w.ID = rand.Text() // a legacy server's ids count per stream
+	}
+	var answer *Answer
+	if known {
+		var first bool
+		if first, answer = c.memory.begin(w.ID); !first {
+			c.Duplicates.Add(1)
+			c.log.Debug("event is a duplicate", "event", w.ID)
+			if answer == nil || !w.Respond {
+				return nil // the first one forwards, and reports
+			}
+		}
+	}
+	select {
+	case c.slots <- struct{}{}:
+	case <-ctx.Done():
+		if answer == nil {
+			c.memory.forget(w.ID)
+		}
+		return ctx.Err()
+	}
+	c.forwards.Go(func() {
+		defer func() { <-c.slots }()
+		if answer == nil {
+			a := c.forward(c.work, w, received)
+			answer = &a
+			if known {
+				c.memory.finish(w.ID, answer)
+			}
+		}
+		if w.Respond {
+			c.report(c.work, w.ID, answer, !w.Brief, received.Add(w.Timeout))
+		}
+	})
+	return nil
+}
+
+// forward sends w to the target until it answers with something final, or the
+// time is over: the retry window, or what the event has left for its sender.
+func (c *Client) forward(ctx context.Context, w *Webhook, received time.Time) Answer {
+	end := received.Add(c.opts.RetryWindow)
+	if w.Respond {
+		// The report must arrive before the sender's time is over.
+		end = received.Add(w.Timeout - min(w.Timeout/10, 500*time.Millisecond))
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithDeadline(ctx, end)
+		defer cancel()
+	}
+	log := c.log.With("event", w.ID)
+	backoff := Backoff{Initial: retryInitial, Max: retryMax, Factor: 2, Jitter: true}
+	var last Answer
+	for attempt := 1; ; attempt++ {
+		a, pause, err := c.attempt(ctx, w)
+		if err == nil && a.Err == "" && !passing(a.Status) {
+			c.Forwarded.Add(1)
+			level := slog.LevelDebug
+			if a.Status >= 400 {
+				level = slog.LevelWarn
+			}
+			log.Log(ctx, level, "webhook forwarded", "status", a.Status, "attempt", attempt)
+			return a
+		}
+		if last.Status == 0 || a.Status != 0 { // what the target said beats its silence
+			last = a
+		}
+		wait := max(backoff.Next(), pause)
+		if time.Until(end) <= wait || ctx.Err() != nil {
+			c.Failed.Add(1)
+			log.Error("webhook given up", "status", a.Status, "attempt", attempt, "err", err)
+			return last
+		}
+		c.Retries.Add(1)
+		log.Warn("webhook will be forwarded again", "status", a.Status, "attempt", attempt, "wait", wait, "err", err)
+		timer := time.NewTimer(wait)
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+		}
+	}
+}
+
+// passing tells whether a status is worth another try.
+func passing(status int) bool {
+	switch status {
+	case http.StatusTooManyRequests, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
+		return true
+	}
+	return false
+}
+
+// attempt sends w once, over 307 and 308 within the base if need be. The
+// error explains an Answer with Err; pause is the target's Retry-After.
+func (c *Client) attempt(ctx context.Context, w *Webhook) (a Answer, pause time.Duration, err error) {
+	ctx, cancel := context.WithTimeout(ctx, c.opts.Timeout)
+	defer cancel()
+	target := c.base + w.Path + w.Query
+	for range redirectLimit {
+		resp, err := c.target.RoundTrip(c.targetRequest(ctx, w, target))
+		if err != nil {
+			return c.silence(ctx, err)
+		}
+		next, redirected := c.redirect(resp, target)
+		if redirected {
+			io.Copy(io.Discard, io.LimitReader(resp.Body, 4<<10))
+			resp.Body.Close()
+			target = next
+			continue
+		}
+		return c.answer(ctx, w, resp)
+	}
+	return Answer{Err: answerUnreachable}, 0, fmt.Errorf("target redirects more than %d times", redirectLimit)
+}
+
+// silence is the answer for a target that gave none.
+func (c *Client) silence(ctx context.Context, err error) (Answer, time.Duration, error) {
+	if ctx.Err() != nil {
+		return Answer{Err: answerTimeout}, 0, bare(err)
+	}
+	return Answer{Err: answerUnreachable}, 0, bare(err)
+}
+
+// answer reads what the target said: for a sender that waits the body too,
+// and otherwise only enough of it to use the connection again.
+func (c *Client) answer(ctx context.Context, w *Webhook, resp *http.Response) (Answer, time.Duration, error) {
+	defer resp.Body.Close()
+	a := Answer{Status: resp.StatusCode}
+	pause := retryAfterOf(resp.Header.Get("Retry-After"))
+	if a.Status < 200 || a.Status > 599 { // 101 is none that could be passed on
+		return Answer{Err: answerUnreachable}, pause, fmt.Errorf("target answered %d", resp.StatusCode)
+	}
+	if !w.Respond || w.Brief {
+		io.Copy(io.Discard, io.LimitReader(resp.Body, 64<<10))
+		return a, pause, nil
+	}
+	a.Headers = endToEnd(resp.Header)
+	body, err := io.ReadAll(io.LimitReader(resp.Body, answerLimit+1))
+	switch {
+	case err != nil:
+		return c.silence(ctx, err)
+	case len(body) > answerLimit: // half a body would be worse than none
+		c.log.Warn("answer of the target is too large, its body is left out", "event", w.ID, "status", a.Status)
+	default:
+		a.Body = body
+	}
+	return a, pause, nil
+}
+
+// retryAfterOf reads a Retry-After of RFC 9110 section 10.2.3: seconds or a date.
+func retryAfterOf(v string) time.Duration {
+	if seconds, err := strconv.ParseUint(v, 10, 31); err == nil {
+		return time.Duration(seconds) * time.Second
+	}
+	if at, err := http.ParseTime(v); err == nil {
+		return max(0, time.Until(at))
+	}
+	return 0
+}
+
+// targetRequest is a fresh request for w. URL.Opaque carries the request
+// target byte for byte where URL.Path would be cleaned; behind a proxy it must
+// hold the authority too (RFC 9112 section 3.2.2).
+func (c *Client) targetRequest(ctx context.Context, w *Webhook, target string) *http.Request {
+	t := c.opts.Target
+	req := (&http.Request{
+		Method:        w.Method,
+		URL:           &url.URL{Scheme: t.Scheme, Host: t.Host, User: t.User, Opaque: target},
+		Header:        make(http.Header, len(w.Headers)+4),
+		ContentLength: int64(len(w.Body)),
+		GetBody:       func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(w.Body)), nil },
+	}).WithContext(ctx)
+	if len(w.Body) > 0 {
+		req.Body, _ = req.GetBody()
+	} else {
+		req.Body, req.GetBody = http.NoBody, nil
+	}
+	if t.Scheme == "http" && c.target.Proxy != nil {
+		if proxy, _ := c.target.Proxy(req); proxy != nil {
+			req.URL.Opaque = "//" + t.Host + target
+		}
+	}
+	req.Header["User-Agent"] = nil // net/http must not send its own
+	for _, h := range w.Headers {
+		req.Header[h.Name] = h.Values
+	}
+	if host := req.Header["Host"]; host != nil {
+		delete(req.Header, "Host")
+		if req.Header["X-Forwarded-Host"] == nil {
+			req.Header["X-Forwarded-Host"] = host
+		}
+	}
+	req.Header["X-Relay-Event-Id"] = []string{w.ID}
+	setUserinfo(req)
+	return req
+}
+
+// redirect is the next request target when resp is a 307 or 308 that stays on
+// the target's scheme, host and port and within its base path. Any other
+// redirect is an answer like every other.
+func (c *Client) redirect(resp *http.Response, from string) (target string, ok bool) {
+	if resp.StatusCode != http.StatusTemporaryRedirect && resp.StatusCode != http.StatusPermanentRedirect {
+		return "", false
+	}
+	location := resp.Header.Get("Location")
+	if strings.HasPrefix(location, "?") || location == "" {
+		return "", false
+	}
+	to, err := url.Parse(location)
+	if err != nil || to.Opaque != "" {
+		return "", false
+	}
+	base, err := url.ParseRequestURI(from)
+	if err != nil {
+		return "", false
+	}
+	base.Scheme, base.Host = c.opts.Target.Scheme, c.opts.Target.Host
+	to = base.ResolveReference(to)
+	if !strings.EqualFold(to.Scheme, c.opts.Target.Scheme) || !strings.EqualFold(hostPort(to), hostPort(c.opts.Target)) {
+		return "", false
+	}
+	if !within(c.base, to.EscapedPath()) {
+		return "", false
+	}
+	return to.RequestURI(), true
+}
+
+// within tells whether path is base or below it, and stays there.
+func within(base, path string) bool {
+	rest, ok := strings.CutPrefix(path, base)
+	return ok && checkPath(cmp.Or(rest, "/")) == nil
+}
+
+func hostPort(u *url.URL) string {
+	port := u.Port()
+	if port == "" {
+		port = map[string]string{"http": "80", "https": "443"}[u.Scheme]
+	}
+	return net.JoinHostPort(u.Hostname(), port)
+}
+
+// report tells the source what the target answered, again until end.
+func (c *Client) report(ctx context.Context, id string, a *Answer, full bool, end time.Time) {
+	ctx, cancel := context.WithDeadline(ctx, end)
+	defer cancel()
+	u := *c.opts.Source
+	u.Path, u.RawPath = strings.TrimRight(u.Path, "/")+"/responses/"+id, ""
+	body := a.encode(full)
+	backoff := Backoff{Initial: retryInitial, Max: retryMax, Factor: 2, Jitter: true}
+	for {
+		err := c.reportOnce(ctx, &u, body)
+		if err == nil {
+			c.Reports.Add(1)
+			return
+		}
+		status, ok := errors.AsType[*statusError](err)
+		timer := time.NewTimer(backoff.Next())
+		if ok && status.status < 500 && status.status != http.StatusTooManyRequests {
+			timer.Stop()
+			c.log.Warn("report refused", "event", id, "err", err)
+			return
+		}
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			c.log.Warn("report given up", "event", id, "err", err)
+			return
+		}
+	}
+}
+
+func (c *Client) reportOnce(ctx context.Context, u *url.URL, body []byte) error {
+	ctx, cancel := context.WithTimeout(ctx, reportTimeout)
+	defer cancel()
+	req := c.sourceRequest(ctx, http.MethodPost, u, bytes.NewReader(body))
+	req.Header.Set("Content-Type", "application/json")
+	resp, err := c.source.RoundTrip(req)
+	if err != nil {
+		return bare(err)
+	}
+	defer resp.Body.Close()
+	io.Copy(io.Discard, io.LimitReader(resp.Body, 4<<10))
+	if resp.StatusCode/100 != 2 {
+		return &statusError{resp.StatusCode}
+	}
+	return nil
+}
+
+// memory remembers the ids of recent events and the answers to them, so that
+// an event that arrives twice is forwarded once. It is bounded by count, by
+// bytes and by age; the zero value is ready.
+type memory struct {
+	mu      sync.Mutex
+	entries map[string]*memoryEntry
+	order   []*memoryEntry // by age, oldest first; holds forgotten ones too
+	bytes   int
+}
+
+// memoryEntry is guarded by memory.mu.
+type memoryEntry struct {
+	id     string
+	since  time.Time
+	answer *Answer // nil while the forward is under way
+	size   int
+}
+
+// begin tells whether id is new, and if not what is known of its answer.
+func (m *memory) begin(id string) (first bool, answer *Answer) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if e := m.entries[id]; e != nil {
+		return false, e.answer
+	}
+	if m.entries == nil {
+		m.entries = map[string]*memoryEntry{}
+	}
+	e := &memoryEntry{id: id, since: time.Now(), size: len(id)}
+	m.entries[id] = e
+	m.order = append(m.order, e)
+	m.bytes += e.size
+	m.trim()
+	return true, nil
+}
+
+// finish keeps the answer to id.
+func (m *memory) finish(id string, a *Answer) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if e := m.entries[id]; e != nil && e.answer == nil {
+		e.answer = a
+		n := len(a.Body) + headerBytes(a.Headers)
+		e.size += n
+		m.bytes += n
+		m.trim()
+	}
+}
+
+// forget drops id, which was not forwarded.
+func (m *memory) forget(id string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if e := m.entries[id]; e != nil {
+		m.drop(e)
+	}
+}
+
+// trim needs mu.
+func (m *memory) trim() {
+	for len(m.order) > 0 {
+		e := m.order[0]
+		if len(m.order) <= memoryEvents && m.bytes <= memoryBytes && time.Since(e.since) <= memoryAge && m.entries[e.id] == e {
+			return
+		}
+		m.order = m.order[1:]
+		m.drop(e)
+	}
+}
+
+// drop needs mu.
+func (m *memory) drop(e *memoryEntry) {
+	if m.entries[e.id] == e {
+		delete(m.entries, e.id)
+		m.bytes -= e.size
+	}
+}
+
+// The event stream, read.
+
+// message is one event of the stream. data is valid until the next call.
+type message struct {
+	name string // "message" when the stream gave none
+	id   string // the last one the stream gave, as ids are sticky
+	data []byte
+}
+
+// parser reads an event stream by the HTML standard, section 9.2.6
+// (https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation).
+// An event that the stream's end cuts off is never dispatched. id is read and
+// kept as the standard says, retry is ignored.
+type parser struct {
+	r      io.Reader
+	buf    []byte // buf[start:] is read and not yet a line
+	start  int
+	lf     bool // the last line ended in CR: an LF that follows is part of its end
+	first  bool // a byte order mark may come
+	err    error
+	data   []byte
+	hasAny bool // data holds a line, even an empty one
+	name   string
+	lastID string
+}
+
+var errTooLong = fmt.Errorf("line or event longer than %d bytes", lineLimit)
+
+func newParser(r io.Reader) *parser { return &parser{r: r, first: true} }
+
+// next returns the next event, or io.EOF at the end of the stream.
+func (p *parser) next() (message, error) {
+	if cap(p.data) > keepBuffer {
+		p.data = nil
+	}
+	p.data, p.hasAny, p.name = p.data[:0], false, ""
+	for {
+		line, err := p.line()
+		if err != nil {
+			return message{}, err
+		}
+		if len(line) == 0 {
+			if p.hasAny {
+				return message{cmp.Or(p.name, "message"), p.lastID, p.data}, nil
+			}
+			p.name = ""
+			continue
+		}
+		if err := p.field(line); err != nil {
+			return message{}, err
+		}
+	}
+}
+
+// field takes one line that is not empty.
+func (p *parser) field(line []byte) error {
+	name, value, _ := bytes.Cut(line, []byte(":"))
+	value = bytes.TrimPrefix(value, []byte(" "))
+	switch string(name) {
+	case "event":
+		p.name = string(value[:min(len(value), 64)]) // longer names are none of ours
+	case "data":
+		if len(p.data)+len(value) >= lineLimit {
+			return errTooLong
+		}
+		if p.hasAny {
+			p.data = append(p.data, '\n')
+		}
+		p.data = append(p.data, value...)
+		p.hasAny = true
+	case "id":
+		if bytes.IndexByte(value, 0) < 0 {
+			p.lastID = string(value[:min(len(value), 256)])
+		}
+	}
+	return nil
+}
+
+// line returns the next whole line without its end, which is CR, LF or CRLF.
+func (p *parser) line() ([]byte, error) {
+	searched := p.start
+	for {
+		if p.lf && p.start < len(p.buf) {
+			if p.buf[p.start] == '\n' {
+				p.start++
+			}
+			p.lf = false
+			searched = max(searched, p.start)
+		}
+		if !p.lf && searched < len(p.buf) {
+			if i := lineEnd(p.buf[searched:]); i >= 0 {
+				end := searched + i
+				line := p.buf[p.start:end]
+				p.lf = p.buf[end] == '\r'
+				p.start = end + 1
+				if p.first {
+					p.first = false
+					line = bytes.TrimPrefix(line, []byte("\uFEFF"))
+				}
+				return line, nil
+			}
+			searched = len(p.buf)
+		}
+		if p.err != nil {
+			return nil, p.err
+		}
+		if len(p.buf)-p.start > lineLimit {
+			return nil, errTooLong
+		}
+		searched -= p.start
+		p.fill()
+		searched += p.start
+	}
+}
+
+func lineEnd(b []byte) int {
+	lf := bytes.IndexByte(b, '\n')
+	if lf >= 0 {
+		b = b[:lf]
+	}
+	if cr := bytes.IndexByte(b, '\r'); cr >= 0 {
+		return cr
+	}
+	return lf
+}
+
+// fill reads once more behind what is there, moving or growing the buffer.
+func (p *parser) fill() {
+	rest := len(p.buf) - p.start
+	switch {
+	case rest == 0 && cap(p.buf) > keepBuffer:
+		p.buf, p.start = nil, 0
+	case p.start > 0 && (rest == 0 || len(p.buf) == cap(p.buf)):
+		p.buf, p.start = append(p.buf[:0], p.buf[p.start:]...), 0
+	}
+	if len(p.buf) == cap(p.buf) {
+		grown := make([]byte, len(p.buf), max(16<<10, 2*cap(p.buf)))
+		copy(grown, p.buf)
+		p.buf = grown
+	}
+	n, err := p.r.Read(p.buf[len(p.buf):cap(p.buf)])
+	p.buf = p.buf[:len(p.buf)+n]
+	p.err = err
+}

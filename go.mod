@@ -1,0 +1,5 @@
+module webhook-relay
+
+go 1.26
+
+require github.com/gomodule/redigo v1.9.3

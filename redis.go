@@ -1,0 +1,590 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+)
+
+const (
+	publishTimeout = 800 * time.Millisecond // to hear from Redis before a webhook gets 503
+	pingInterval   = time.Second            // on the receiving connection
+	pingTimeout    = 2500 * time.Millisecond
+	settleTimeout  = 1500 * time.Millisecond // for the other replicas to come back after an outage
+	pipeCount      = 4                       // publishing connections
+	pipeQueue      = 512                     // requests that wait on one of them
+	pipeBatch      = 64                      // requests between two flushes; below pipeQueue, or the reader would wait for what was never sent
+)
+
+// RedisOptions configure a RedisBus.
+type RedisOptions struct {
+	URL         string
+	Prefix      string // of all channel names
+	Backoff     Backoff
+	MaxAttempts int            // in a row; below 0: unlimited
+	Roots       *x509.CertPool // for rediss; nil: the system's
+}
+
+// RedisBus makes replicas one relay. It uses pub/sub alone: one Redis channel
+// per relay channel, subscribed while this replica has subscribers for it,
+// and two for what replicas tell each other. "@" is in no channel's name, so
+// nothing from outside reaches those two.
+//
+// Everything lives in sessions: a receiving connection and a few publishing
+// ones that come up together and end together at the first error. While there
+// is no session nothing is queued.
+type RedisBus struct {
+	opts    RedisOptions
+	replica string
+	hub     *Hub
+	log     *slog.Logger
+
+	Sessions, Received atomic.Int64
+
+	session atomic.Pointer[session] // nil while down
+	known   atomic.Int64            // replicas seen last, this one included
+
+	mu    sync.Mutex
+	dirty map[string]struct{} // guarded by mu: channels to look at, bounded by the hub's
+	poke  chan struct{}       // holds one token while dirty has entries
+}
+
+var errBusDown = errors.New("redis is not connected")
+
+// NewRedisBus wires a bus that hands what it receives to hub.
+func NewRedisBus(opts RedisOptions, replica string, hub *Hub, log *slog.Logger) *RedisBus {
+	b := &RedisBus{opts: opts, replica: replica, hub: hub, log: log, dirty: map[string]struct{}{}, poke: make(chan struct{}, 1)}
+	hub.Watch = b.watch
+	return b
+}
+
+// watch is the hub's: it runs under the hub's lock and only takes a note.
+func (b *RedisBus) watch(channel string) {
+	b.mu.Lock()
+	b.dirty[channel] = struct{}{}
+	b.mu.Unlock()
+	wake(b.poke)
+}
+
+func (b *RedisBus) takeDirty() map[string]struct{} {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	dirty := b.dirty
+	b.dirty = map[string]struct{}{}
+	return dirty
+}
+
+// Names of Redis channels.
+
+func (b *RedisBus) eventName(channel string) string   { return b.opts.Prefix + channel }
+func (b *RedisBus) replicaName(replica string) string { return b.opts.Prefix + "@" + replica }
+func (b *RedisBus) allName() string                   { return b.opts.Prefix + "@all" }
+
+// Check implements Bus.
+func (b *RedisBus) Check(context.Context) error {
+	if b.session.Load() == nil {
+		return errBusDown
+	}
+	return nil
+}
+
+// Publish implements Bus. It fails at once while Redis is down, and after
+// publishTimeout when Redis does not answer, which ends the session.
+func (b *RedisBus) Publish(ctx context.Context, e *Event) (int, error) {
+	s := b.session.Load()
+	if s == nil {
+		return 0, errBusDown
+	}
+	return s.ask(ctx, s.next(), "PUBLISH", b.eventName(e.Channel), e.wire)
+}
+
+// Signal implements Bus. All signals take one connection, so that they keep
+// their order; only one with From waits for Redis to answer.
+func (b *RedisBus) Signal(ctx context.Context, sig Signal) (int, error) {
+	if sig.To == b.replica {
+		b.hub.OnSignal(sig)
+		return 1, nil
+	}
+	s := b.session.Load()
+	if s == nil {
+		return 0, errBusDown
+	}
+	name := b.allName()
+	if sig.To != "" {
+		name = b.replicaName(sig.To)
+	}
+	if sig.From == "" {
+		return 0, s.pipes[0].put(&request{cmd: "PUBLISH", args: []any{name, sig.encode()}})
+	}
+	return s.ask(ctx, s.pipes[0], "PUBLISH", name, sig.encode())
+}
+
+// Run implements Bus: one session after the other. The first try after a
+// session comes at once, the next ones after growing pauses.
+func (b *RedisBus) Run(ctx context.Context) error {
+	backoff := b.opts.Backoff
+	for tries, told := 0, false; ; {
+		worked, err := b.serve(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if worked || !told {
+			b.log.Error("redis is down", "err", err)
+			told = true
+		} else {
+			b.log.Debug("redis is still down", "err", err)
+		}
+		pause := time.Duration(0)
+		if worked {
+			backoff.Reset()
+			tries = 0
+		} else {
+			if tries++; b.opts.MaxAttempts >= 0 && tries > b.opts.MaxAttempts {
+				return fmt.Errorf("connect to redis %d times: %w", tries, err)
+			}
+			pause = backoff.Next()
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// session is one life of the connections. Its goroutines end with ctx, and
+// serve waits for them.
+type session struct {
+	bus    *RedisBus
+	ctx    context.Context
+	fail   context.CancelCauseFunc
+	sub    redis.PubSubConn // written under mu, read by receive
+	pipes  []*pipe
+	turn   atomic.Uint32
+	wanted chan struct{} // closed when every first subscription is confirmed
+
+	mu    sync.Mutex           // taken before the hub's
+	names map[string]*interest // guarded by mu: by Redis channel
+	acks  int                  // guarded by mu: confirmations on their way
+	first bool                 // guarded by mu: wanted is not closed yet
+	own   map[string]struct{}  // names that are not the hub's
+}
+
+// interest is what Redis was told about one channel.
+type interest struct {
+	subscribed bool
+	acks       int // confirmations on their way
+}
+
+// serve runs one session to its end and tells whether it came up.
+func (b *RedisBus) serve(ctx context.Context) (worked bool, err error) {
+	ctx, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	s := &session{
+		bus: b, ctx: ctx, fail: fail, wanted: make(chan struct{}), first: true,
+		names: map[string]*interest{}, own: map[string]struct{}{b.allName(): {}, b.replicaName(b.replica): {}},
+	}
+	conn, err := b.dial(ctx)
+	if err != nil {
+		return false, err
+	}
+	defer conn.Close()
+	s.sub = redis.PubSubConn{Conn: conn}
+	for range pipeCount {
+		conn, err := b.dial(ctx)
+		if err != nil {
+			return false, err
+		}
+		defer conn.Close()
+		s.pipes = append(s.pipes, &pipe{conn: conn, queue: make(chan *request, pipeQueue), flight: make(chan *request, pipeQueue)})
+	}
+
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	end := context.AfterFunc(ctx, func() { // ends blocked reads and writes
+		s.sub.Close()
+		for _, p := range s.pipes {
+			p.conn.Close()
+		}
+	})
+	defer end()
+	defer fail(nil)
+	run := func(f func() error) {
+		wg.Go(func() {
+			if err := f(); err != nil {
+				fail(err)
+			}
+		})
+	}
+	run(s.receive)
+	for _, p := range s.pipes {
+		run(func() error { return p.write(ctx) })
+		run(func() error { return p.read(ctx) })
+	}
+	if err := s.start(); err != nil {
+		fail(err)
+	}
+	run(s.steer)
+	select {
+	case <-s.wanted:
+	case <-ctx.Done():
+		return false, context.Cause(ctx)
+	}
+	s.settle()
+	if ctx.Err() != nil {
+		return false, context.Cause(ctx)
+	}
+	b.session.Store(s)
+	b.Sessions.Add(1)
+	b.log.Info("redis is connected", "replicas", b.known.Load())
+	b.hub.OnSignal(Signal{Kind: signalAgain})
+	run(s.count)
+
+	<-ctx.Done()
+	b.session.Store(nil)
+	b.hub.Suspend()
+	return true, context.Cause(ctx)
+}
+
+// dial connects; each step is bounded by publishTimeout.
+func (b *RedisBus) dial(ctx context.Context) (redis.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, 2*publishTimeout)
+	defer cancel()
+	conn, err := redis.DialURLContext(ctx, b.opts.URL,
+		redis.DialConnectTimeout(publishTimeout),
+		redis.DialTLSHandshakeTimeout(publishTimeout),
+		redis.DialReadTimeout(publishTimeout),
+		redis.DialWriteTimeout(publishTimeout),
+		redis.DialTLSConfig(&tls.Config{RootCAs: b.opts.Roots, MinVersion: tls.VersionTLS12}),
+	)
+	if err != nil {
+		return nil, fmt.Errorf("connect to redis: %w", err)
+	}
+	return conn, nil
+}
+
+// start subscribes to the replicas' own channels and to all that the hub wants.
+func (s *session) start() error {
+	s.bus.takeDirty()
+	for name := range s.own {
+		if err := s.want(name, true); err != nil {
+			return err
+		}
+	}
+	for _, channel := range s.bus.hub.Channels() {
+		if err := s.reconcile(channel); err != nil {
+			return err
+		}
+	}
+	return s.flush()
+}
+
+// steer keeps the subscriptions what the hub wants them to be, and pings.
+func (s *session) steer() error {
+	ping := time.NewTicker(pingInterval)
+	defer ping.Stop()
+	for {
+		select {
+		case <-s.ctx.Done():
+			return nil
+		case <-ping.C:
+			s.mu.Lock()
+			err := s.sub.Ping("")
+			s.mu.Unlock()
+			if err != nil {
+				return err
+			}
+		case <-s.bus.poke:
+			for channel := range s.bus.takeDirty() {
+				if err := s.reconcile(channel); err != nil {
+					return err
+				}
+			}
+			if err := s.flush(); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+func (s *session) flush() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.sub.Conn.Flush()
+}
+
+// reconcile tells Redis what the hub wants of channel now. The hub is asked
+// under mu, so that the last command sent always matches the last answer.
+func (s *session) reconcile(channel string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.wantLocked(s.bus.eventName(channel), s.bus.hub.Wants(channel))
+}
+
+func (s *session) want(name string, wanted bool) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.wantLocked(name, wanted)
+}
+
+// wantLocked sends the command that changes name's subscription, if it must
+// change. It needs mu.
+func (s *session) wantLocked(name string, wanted bool) error {
+	in := s.names[name]
+	switch {
+	case in == nil && !wanted:
+		return nil
+	case in == nil:
+		in = &interest{}
+		s.names[name] = in
+	case in.subscribed == wanted:
+		if wanted && in.acks == 0 { // a new first subscriber of a channel that was never left
+			s.confirm(name)
+		}
+		return nil
+	}
+	in.subscribed = wanted
+	in.acks++
+	s.acks++
+	command := "UNSUBSCRIBE"
+	if wanted {
+		command = "SUBSCRIBE"
+	}
+	return s.sub.Conn.Send(command, name)
+}
+
+// confirmed notes one confirmation of Redis. They come in the order of the
+// commands, so a channel is settled once none is on its way.
+func (s *session) confirmed(name string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	in := s.names[name]
+	if in == nil {
+		return
+	}
+	in.acks--
+	s.acks--
+	if in.acks == 0 {
+		if in.subscribed {
+			s.confirm(name)
+		} else {
+			delete(s.names, name)
+		}
+	}
+	if s.first && s.acks == 0 {
+		s.first = false
+		close(s.wanted)
+	}
+}
+
+// confirm makes the hub's channel live. It needs mu: nobody can unsubscribe
+// the channel meanwhile.
+func (s *session) confirm(name string) {
+	if _, own := s.own[name]; !own {
+		s.bus.hub.Confirm(strings.TrimPrefix(name, s.bus.opts.Prefix))
+	}
+}
+
+// receive hands on what Redis pushes, until the connection ends or is silent
+// for longer than a ping takes.
+func (s *session) receive() error {
+	for {
+		switch m := s.sub.ReceiveWithTimeout(pingTimeout).(type) {
+		case redis.Message:
+			s.deliver(m.Channel, m.Data)
+		case redis.Subscription:
+			s.confirmed(m.Channel)
+		case error:
+			return fmt.Errorf("receive from redis: %w", m)
+		}
+	}
+}
+
+// deliver hands one message to the hub, and for an event that asks for a
+// response tells its holder to whom it went.
+func (s *session) deliver(name string, data []byte) {
+	b := s.bus
+	if _, own := s.own[name]; own {
+		if sig, err := openSignal(data); err == nil {
+			b.hub.OnSignal(sig)
+		}
+		return
+	}
+	e, err := openEvent(strings.TrimPrefix(name, b.opts.Prefix), data)
+	if err != nil {
+		b.log.Warn("message from redis refused", "err", err)
+		return
+	}
+	b.Received.Add(1)
+	taken, _ := b.hub.Deliver(e)
+	if e.Respond {
+		b.Signal(s.ctx, Signal{Kind: signalTaken, To: replicaOf(e.ID), Event: e.ID, Data: encodeDeliveries(taken)})
+	}
+}
+
+// settle waits after an outage for the replicas that were there before it:
+// an event published earlier would miss the subscribers of a late one.
+func (s *session) settle() {
+	deadline := time.Now().Add(settleTimeout)
+	for {
+		n, err := s.replicas()
+		if err != nil || n >= s.bus.known.Load() || time.Now().After(deadline) {
+			s.bus.known.Store(max(n, 1))
+			return
+		}
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+// count keeps the number of replicas known; asking is also the health check
+// of a publishing connection.
+func (s *session) count() error {
+	tick := time.NewTicker(pingInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-s.ctx.Done():
+			return nil
+		case <-tick.C:
+			n, err := s.replicas()
+			if err != nil {
+				return err
+			}
+			s.bus.known.Store(max(n, 1))
+		}
+	}
+}
+
+// replicas asks Redis how many replicas listen.
+func (s *session) replicas() (int64, error) {
+	r := &request{cmd: "PUBSUB", args: []any{"NUMSUB", s.bus.allName()}, reply: make(chan reply, 1)}
+	v, err := s.do(s.ctx, s.pipes[0], r)
+	counts, err := redis.Values(v, err)
+	if err != nil || len(counts) != 2 {
+		return 0, fmt.Errorf("count replicas: %w", err)
+	}
+	return redis.Int64(counts[1], nil)
+}
+
+// next is the publishing connection whose turn it is.
+func (s *session) next() *pipe {
+	return s.pipes[s.turn.Add(1)%pipeCount]
+}
+
+// ask sends a command whose reply is a number and waits for it.
+func (s *session) ask(ctx context.Context, p *pipe, cmd string, args ...any) (int, error) {
+	return redis.Int(s.do(ctx, p, &request{cmd: cmd, args: args, reply: make(chan reply, 1)}))
+}
+
+// do puts r on p and waits for its reply, at most publishTimeout.
+func (s *session) do(ctx context.Context, p *pipe, r *request) (any, error) {
+	if err := p.put(r); err != nil {
+		return nil, err
+	}
+	timer := time.NewTimer(publishTimeout)
+	defer timer.Stop()
+	select {
+	case got := <-r.reply:
+		return got.value, got.err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	case <-s.ctx.Done():
+		return nil, errBusDown
+	case <-timer.C:
+		err := fmt.Errorf("redis did not answer within %s", publishTimeout)
+		s.fail(err)
+		return nil, err
+	}
+}
+
+// request is one command on a publishing connection.
+type request struct {
+	cmd   string
+	args  []any
+	reply chan reply // with room for one; nil: nobody waits
+}
+
+type reply struct {
+	value any
+	err   error
+}
+
+// pipe is one publishing connection: write sends requests as they come and
+// flushes once for all that wait, read hands the replies back in order.
+type pipe struct {
+	conn   redis.Conn
+	queue  chan *request
+	flight chan *request // sent, not yet answered
+}
+
+// put queues r, or fails at once when the connection cannot keep up.
+func (p *pipe) put(r *request) error {
+	select {
+	case p.queue <- r:
+		return nil
+	default:
+		return errors.New("redis cannot keep up: publish queue is full")
+	}
+}
+
+func (p *pipe) write(ctx context.Context) error {
+	for {
+		var r *request
+		select {
+		case <-ctx.Done():
+			return nil
+		case r = <-p.queue:
+		}
+		for n := 1; r != nil; n++ {
+			if err := p.conn.Send(r.cmd, r.args...); err != nil {
+				return fmt.Errorf("publish to redis: %w", err)
+			}
+			select {
+			case p.flight <- r:
+			case <-ctx.Done():
+				return nil
+			}
+			r = nil
+			if n < pipeBatch {
+				select {
+				case r = <-p.queue:
+				default:
+				}
+			}
+		}
+		if err := p.conn.Flush(); err != nil {
+			return fmt.Errorf("publish to redis: %w", err)
+		}
+	}
+}
+
+func (p *pipe) read(ctx context.Context) error {
+	for {
+		var r *request
+		select {
+		case <-ctx.Done():
+			return nil
+		case r = <-p.flight:
+		}
+		value, err := p.conn.Receive()
+		if _, refused := errors.AsType[redis.Error](err); err != nil && !refused {
+			return fmt.Errorf("publish to redis: %w", err)
+		}
+		if r.reply != nil {
+			r.reply <- reply{value, err}
+		}
+	}
+}

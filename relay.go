@@ -1,0 +1,954 @@
+// Webhook Relay brings webhooks into clusters that the internet cannot reach.
+//
+// RELAY_MODE picks the role. A server runs where providers reach it and takes
+// webhooks; a client runs inside, holds one outbound stream to the server, and
+// forwards each webhook to its target exactly as it was sent.
+//
+// # Endpoints of the server
+//
+//	ANY  /webhooks/{channel}[/…]                 a provider's webhook
+//	GET  /subscribe/{channel}[/]                 the event stream
+//	POST /subscribe/{channel}/responses/{id}     a client reports its target's answer
+//
+// Errors of the relay itself are JSON, {"statusCode":413,"message":"…"}. A
+// passing state is 503, 504 or 502, never a status on which providers disable
+// a hook.
+//
+// # Event stream
+//
+// Server-sent events (HTML standard, section 9.2). Each stream begins with one
+// ready, sent once the subscription is live on every replica; heartbeat comes
+// every interval; drain asks a client to open its next stream before it leaves
+// this one. A webhook is the unnamed event, one line of JSON:
+//
+//	{"id":"…","method":"POST","originalUrl":"/webhooks/ci/push?x=1","path":"/webhooks/ci/push",
+//	 "query":{"x":"1"},"headers":{"content-type":"…","content-length":"2"},"body":"{}",
+//	 "timestamp":1700000000000,"respond":true,"timeout":9000}
+//
+// originalUrl, path and header values hold one code point for each byte;
+// bodyBase64 stands for body when that is not UTF-8. respond, timeout (in
+// milliseconds) and mode are there only when the sender waits.
+//
+// # Guarantees
+//
+// A webhook accepted after a stream's ready is delivered to that stream. Method,
+// request target, end-to-end headers and body reach the target byte for byte.
+// Delivery is at least once; X-Relay-Event-Id is the same on every try. In the
+// modes status and response the provider's open request is the only queue, and
+// the provider learns what the target said. Payloads are never stored.
+//
+// # Bounds
+//
+//	what                                 bound                              at the bound
+//	webhook body                         SERVER_MAX_PAYLOAD_SIZE_LIMIT 3mb  413
+//	request header                       64 KiB, 10 s                       431, connection closed
+//	request body                         60 s                               400, connection closed
+//	idle connection                      2 min                              closed
+//	connections                          SERVER_MAX_SUBSCRIBERS + 4096      wait in the kernel's queue
+//	answer to a provider                 10 s after it began                connection closed
+//	subscribers                          SERVER_MAX_SUBSCRIBERS 10000       503
+//	subscribers of one address           SERVER_MAX_SUBSCRIBERS_PER_ADDRESS 503
+//	undelivered frames of a subscriber   SERVER_SUBSCRIBER_BUFFER 16mb      evicted; it reconnects
+//	one write to a stream                60 s                               evicted; it reconnects
+//	becoming ready                       5 s                                503
+//	held requests                        SERVER_HELD_BUFFER 256mb           503
+//	a held request                       RESPONSE_TIMEOUT 9s, at most 15m   504; 503 when nobody took it
+//	report of a client                   8 MiB                              400
+//	tokens file                          1 MiB                              refused; the last good one stays
+//	publish over Redis                   900 ms; 512 wait per connection    503
+//	line or event at the client          64 MiB                             stream cut; it reconnects
+//	silence on a stream                  two heartbeats and 1 s             stream cut; it reconnects
+//	forwards at once                     TARGET_CONCURRENCY 32              the client stops reading
+//	one attempt at the target            TARGET_TIMEOUT 30s                 tried again
+//	attempts at the target               TARGET_RETRY_WINDOW 60s            given up, logged
+//	answer of a target                   64 KiB header, 1 MiB body          unreachable; body left out
+//	redirects of a target                5                                  unreachable
+//	events remembered by a client        16384, 16 MiB, 15 min              the oldest forgotten
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"math"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"os"
+	"os/signal"
+	"regexp"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"text/tabwriter"
+	"time"
+)
+
+// release is set by -ldflags "-X main.release=…".
+var release string
+
+// version names the build: the release, or what the toolchain recorded.
+var version = func() string {
+	if release != "" {
+		return release
+	}
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return strings.Trim(info.Main.Version, "()")
+	}
+	return "devel"
+}()
+
+func main() {
+	flags := flag.NewFlagSet("webhook-relay", flag.ContinueOnError)
+	flags.Usage = func() { printHelp(os.Stdout) }
+	showVersion := flags.Bool("version", false, "")
+	if err := flags.Parse(os.Args[1:]); err != nil {
+		if err == flag.ErrHelp {
+			return
+		}
+		os.Exit(2)
+	}
+	if *showVersion {
+		fmt.Println("webhook-relay", version)
+		return
+	}
+	if flags.NArg() > 0 {
+		fmt.Fprintf(os.Stderr, "webhook-relay: unexpected argument %q: everything is set by environment variables, see -help\n", flags.Arg(0))
+		os.Exit(2)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
+	again := make(chan os.Signal, 1)
+	context.AfterFunc(ctx, func() { // the second signal does not wait for anything
+		signal.Notify(again, syscall.SIGTERM, os.Interrupt)
+		stop()
+		<-again
+		os.Exit(1)
+	})
+	if err := run(ctx, os.Environ(), os.Stderr); err != nil {
+		fmt.Fprintln(os.Stderr, "webhook-relay:", err)
+		if _, ok := errors.AsType[configError](err); ok {
+			os.Exit(2)
+		}
+		os.Exit(1)
+	}
+}
+
+// run is the whole program: it reads its configuration from environ, logs to
+// stderr, and returns once ctx has ended and everything is finished. A
+// configError means that it did not start.
+func run(ctx context.Context, environ []string, stderr io.Writer) error {
+	c, warnings, err := loadConfig(environ)
+	if err != nil {
+		return err
+	}
+	log := newLogger(c, stderr)
+	log.Info("starting", "role", c.Role, "version", version, "settings", c.shown)
+	for _, w := range warnings {
+		log.Warn(w.message, "variable", w.variable)
+	}
+	if c.Role == "server" {
+		return runServer(ctx, c, log)
+	}
+	return runClient(ctx, c, log)
+}
+
+// runServer serves until ctx ends, then drains.
+func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
+	hub := &Hub{Limits: c.Limits}
+	c.Server.Replica = rand.Text()[:13]
+	c.Server.HandlerTimeout = c.HandlerTimeout
+	var bus Bus = hub
+	var redisBus *RedisBus
+	if c.Redis.URL != "" {
+		c.Redis.Roots = c.Client.Roots
+		redisBus = NewRedisBus(c.Redis, c.Server.Replica, hub, log)
+		bus = redisBus
+	}
+	server, err := NewServer(c.Server, hub, bus, log)
+	if err != nil {
+		return configError{fmt.Sprintf("AUTH_TOKENS_FILE: %v", err)}
+	}
+	health := &Health{
+		Info:    map[string]string{"role": c.Role, "version": version},
+		Live:    hub.Check,
+		Ready:   server.Check,
+		Metrics: serverMetrics(server, hub, redisBus),
+	}
+	web := webServer(server, log)
+	listener, err := net.Listen("tcp", net.JoinHostPort("", strconv.Itoa(c.Port)))
+	if err != nil {
+		return fmt.Errorf("listen for webhooks: %w", err)
+	}
+	limited := &limitListener{Listener: listener, slots: make(chan struct{}, c.Limits.Subscribers+extraConnections), done: make(chan struct{})}
+	serve := web.Serve
+	if c.CertFile != "" {
+		cert := &certificate{certFile: c.CertFile, keyFile: c.KeyFile, log: log}
+		if _, err := cert.get(nil); err != nil {
+			listener.Close()
+			return configError{fmt.Sprintf("SERVER_TLS_CERT_FILE, SERVER_TLS_KEY_FILE: %v", err)}
+		}
+		web.TLSConfig = &tls.Config{GetCertificate: cert.get, MinVersion: tls.VersionTLS12}
+		serve = func(l net.Listener) error { return web.ServeTLS(l, "", "") }
+	}
+	probes, stopProbes, err := serveHealth(c, health, log)
+	if err != nil {
+		listener.Close()
+		return err
+	}
+
+	// Everything below belongs to g; it ends with the first failure or at the end.
+	g := newGroup()
+	g.Go(func() error { return orderly(serve(limited)) })
+	g.Go(probes)
+	g.Go(func() error { return bus.Run(g.ctx) })
+	g.Go(func() error { return server.Run(g.ctx) })
+	log.Info("listening", "addr", listener.Addr().String(), "tls", c.CertFile != "")
+
+	select {
+	case <-g.ctx.Done(): // something failed beyond repair
+	case <-ctx.Done():
+		log.Info("shutting down", "reason", context.Cause(ctx))
+		server.Drain()
+		if c.healthRuns() {
+			select { // load balancers need time to see /ready
+			case <-time.After(c.ShutdownDelay):
+			case <-g.ctx.Done():
+			}
+		}
+	}
+	end := time.Now().Add(c.HandlerTimeout)
+	server.Shutdown()
+	finish, cancel := context.WithDeadline(context.Background(), end.Add(reserve/2))
+	defer cancel()
+	if web.Shutdown(finish) != nil {
+		web.Close()
+	}
+	stopProbes()
+	err = g.Wait()
+	log.Info("stopped")
+	return err
+}
+
+// runClient forwards until ctx ends.
+func runClient(ctx context.Context, c *Config, log *slog.Logger) error {
+	c.Client.HandlerTimeout = c.HandlerTimeout
+	c.Client.Token = c.Server.Token
+	client := NewClient(c.Client, log)
+	health := &Health{
+		Info:    map[string]string{"role": c.Role, "version": version},
+		Live:    client.Alive,
+		Ready:   client.Check,
+		Metrics: clientMetrics(client),
+	}
+	var stopping atomic.Bool
+	health.Live = func(ctx context.Context) error {
+		if stopping.Load() {
+			return nil // forwards are finishing
+		}
+		return client.Alive(ctx)
+	}
+	probes, stopProbes, err := serveHealth(c, health, log)
+	if err != nil {
+		return err
+	}
+	g := newGroup()
+	g.Go(probes)
+	g.Go(func() error {
+		stop := context.AfterFunc(ctx, func() {
+			stopping.Store(true)
+			log.Info("shutting down", "reason", context.Cause(ctx))
+		})
+		defer stop()
+		err := client.Run(ctx)
+		stopProbes()
+		return err
+	})
+	err = g.Wait()
+	log.Info("stopped")
+	return err
+}
+
+// webServer is the http.Server for providers and subscribers.
+func webServer(handler http.Handler, log *slog.Logger) *http.Server {
+	var protocols http.Protocols
+	protocols.SetHTTP1(true)
+	protocols.SetHTTP2(true)
+	protocols.SetUnencryptedHTTP2(true) // an ingress may speak h2c
+	return &http.Server{
+		Handler:           handler,
+		Protocols:         &protocols,
+		ReadHeaderTimeout: headerTimeout,
+		ReadTimeout:       bodyTimeout,                // held requests and streams set their own
+		WriteTimeout:      bodyTimeout + replyTimeout, // likewise
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    headerLimit,
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}
+}
+
+// serveHealth listens for probes when the health service runs; serve and stop
+// do nothing otherwise.
+func serveHealth(c *Config, health *Health, log *slog.Logger) (serve func() error, stop func(), err error) {
+	if !c.healthRuns() {
+		return func() error { return nil }, func() {}, nil
+	}
+	listener, err := net.Listen("tcp", net.JoinHostPort("", strconv.Itoa(c.HealthPort)))
+	if err != nil {
+		return nil, nil, fmt.Errorf("listen for probes: %w", err)
+	}
+	log.Info("health service listening", "addr", listener.Addr().String())
+	web := webServer(health, log)
+	return func() error { return orderly(web.Serve(listener)) }, func() { web.Close() }, nil
+}
+
+func orderly(err error) error {
+	if errors.Is(err, http.ErrServerClosed) {
+		return nil
+	}
+	return err
+}
+
+// group runs goroutines whose first error ends the others' context.
+type group struct {
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	wg     sync.WaitGroup
+}
+
+func newGroup() *group {
+	g := &group{}
+	g.ctx, g.cancel = context.WithCancelCause(context.Background())
+	return g
+}
+
+// Go runs f in a goroutine that Wait waits for.
+func (g *group) Go(f func() error) {
+	g.wg.Go(func() {
+		if err := f(); err != nil {
+			g.cancel(err)
+		}
+	})
+}
+
+var errFinished = errors.New("finished")
+
+// Wait ends the group and returns the first error, if any.
+func (g *group) Wait() error {
+	g.cancel(errFinished)
+	g.wg.Wait()
+	if err := context.Cause(g.ctx); err != errFinished {
+		return err
+	}
+	return nil
+}
+
+// extraConnections is how many connections there may be beyond subscribers.
+const extraConnections = 4096
+
+// limitListener bounds the connections that are open at once: one too many
+// waits in the kernel's queue.
+type limitListener struct {
+	net.Listener
+	slots chan struct{}
+	once  sync.Once
+	done  chan struct{} // closed by Close
+}
+
+func (l *limitListener) Accept() (net.Conn, error) {
+	select {
+	case l.slots <- struct{}{}:
+	case <-l.done:
+		return nil, net.ErrClosed
+	}
+	conn, err := l.Listener.Accept()
+	if err != nil {
+		<-l.slots
+		return nil, err
+	}
+	return &limitConn{Conn: conn, slots: l.slots}, nil
+}
+
+func (l *limitListener) Close() error {
+	l.once.Do(func() { close(l.done) })
+	return l.Listener.Close()
+}
+
+type limitConn struct {
+	net.Conn
+	slots  chan struct{}
+	closed atomic.Bool
+}
+
+func (c *limitConn) Close() error {
+	if c.closed.CompareAndSwap(false, true) {
+		<-c.slots
+	}
+	return c.Conn.Close()
+}
+
+// certificate is a key pair that is read again when a file changes; a broken
+// new one leaves the old one in force.
+type certificate struct {
+	certFile, keyFile string
+	log               *slog.Logger
+
+	mu      sync.Mutex
+	pair    *tls.Certificate // guarded by mu, as are the times of its files
+	changed [2]time.Time
+}
+
+func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var changed [2]time.Time
+	for i, name := range []string{c.certFile, c.keyFile} {
+		if info, err := os.Stat(name); err == nil {
+			changed[i] = info.ModTime()
+		}
+	}
+	if c.pair != nil && changed == c.changed {
+		return c.pair, nil
+	}
+	pair, err := tls.LoadX509KeyPair(c.certFile, c.keyFile)
+	switch {
+	case err == nil:
+		c.pair = &pair
+	case c.pair == nil:
+		return nil, err
+	default:
+		c.log.Error("TLS certificate kept as it was", "err", err)
+	}
+	c.changed = changed
+	return c.pair, nil
+}
+
+// counter and gauge make the lines of /metrics.
+func counter(name, help string, v *atomic.Int64) Metric {
+	return Metric{name, "counter", help, v.Load}
+}
+
+func gauge(name, help string, v func() int64) Metric {
+	return Metric{name, "gauge", help, v}
+}
+
+func serverMetrics(s *Server, hub *Hub, bus *RedisBus) []Metric {
+	metrics := []Metric{
+		counter("relay_webhooks_total", "Webhooks received.", &s.Webhooks),
+		counter("relay_webhooks_refused_total", "Webhooks answered with an error of the relay before they were published.", &s.Refused),
+		counter("relay_webhooks_unheard_total", "Webhooks accepted in accept mode that reached no subscriber.", &s.Unheard),
+		counter("relay_webhooks_answered_total", "Held webhooks answered by the target.", &s.Answered),
+		counter("relay_webhooks_unanswered_total", "Held webhooks that ended without an answer.", &s.TimedOut),
+		counter("relay_events_delivered_total", "Events queued for subscribers.", &hub.Delivered),
+		counter("relay_subscribers_evicted_total", "Subscribers evicted because they were too slow.", &hub.Evicted),
+		counter("relay_heartbeats_total", "Heartbeats written.", &s.Heartbeats),
+		gauge("relay_subscribers", "Live streams.", func() int64 { n, _ := hub.Count(); return int64(n) }),
+		gauge("relay_channels", "Channels with subscribers.", func() int64 { _, n := hub.Count(); return int64(n) }),
+		gauge("relay_held_requests", "Requests held for an answer.", func() int64 { n, _ := s.Held(); return int64(n) }),
+		gauge("relay_held_bytes", "Bytes of requests held for an answer.", func() int64 { _, n := s.Held(); return n }),
+	}
+	if bus != nil {
+		metrics = append(metrics,
+			counter("relay_redis_sessions_total", "Times the connection to Redis came up.", &bus.Sessions),
+			counter("relay_redis_received_total", "Events received from Redis.", &bus.Received),
+		)
+	}
+	return metrics
+}
+
+func clientMetrics(c *Client) []Metric {
+	return []Metric{
+		counter("relay_events_total", "Events received.", &c.Events),
+		counter("relay_events_duplicate_total", "Events dropped because they had come before.", &c.Duplicates),
+		counter("relay_events_invalid_total", "Events refused.", &c.Invalid),
+		counter("relay_forwarded_total", "Webhooks the target gave a final answer to.", &c.Forwarded),
+		counter("relay_forward_failures_total", "Webhooks given up.", &c.Failed),
+		counter("relay_forward_retries_total", "Attempts repeated.", &c.Retries),
+		counter("relay_reports_total", "Answers reported.", &c.Reports),
+		counter("relay_stream_ends_total", "Streams that ended after they were ready.", &c.Reconnects),
+		gauge("relay_forwards", "Forwards under way.", func() int64 { return int64(len(c.slots)) }),
+	}
+}
+
+// Configuration.
+
+// Config is everything the environment sets.
+type Config struct {
+	Role             string
+	LogLevel         slog.Level
+	LogFormat        string // text, json or empty
+	HealthPort       int
+	HealthPortSet    bool
+	DetectKubernetes bool
+	Kubernetes       bool
+	ShutdownDelay    time.Duration
+	HandlerTimeout   time.Duration
+
+	Port              int
+	CertFile, KeyFile string
+	Limits            Limits
+	Server            ServerOptions
+	Redis             RedisOptions
+	Client            ClientOptions
+
+	shown slog.Value // the settings as they may be logged
+}
+
+// healthRuns tells whether the health service is wanted: in Kubernetes, when
+// its port is set, or when detection is off.
+func (c *Config) healthRuns() bool {
+	return c.Kubernetes || c.HealthPortSet || !c.DetectKubernetes
+}
+
+// configError is one line for each mistake in the environment.
+type configError struct{ text string }
+
+func (e configError) Error() string { return e.text }
+
+// setting declares one variable: the single source for parsing, defaults,
+// validation, -help, the start-up log and the README's tables.
+type setting struct {
+	name     string
+	fallback string
+	role     string // server, client or both
+	help     string
+	set      func(string) error
+	show     func(string) string // for the log; nil: as it is
+}
+
+// settings is the table, bound to c.
+func settings(c *Config) []setting {
+	s, l, r := &c.Server, &c.Limits, &c.Redis
+	ignored := func(string) error { return nil }
+	return []setting{
+		{"RELAY_MODE", "", "both", "the role, server or client; required", oneOf(&c.Role, "server", "client"), nil},
+		{"AUTH_TOKEN", "", "both", "subscribers must send it as X-Auth-Token or Authorization: Bearer", header(&s.Token), hidden},
+		{"AUTH_TOKENS_FILE", "", "server", "lines of channel and token, * for any channel, several per channel for rotation, # comments; re-read when it changes; with AUTH_TOKEN set too, either is enough", text(&s.TokensFile), nil},
+		{"LOG_LEVEL", "info", "both", "debug, info, warn or error", level(&c.LogLevel), nil},
+		{"LOG_FORMAT", "", "both", "text or json; by default text on a terminal, else json", oneOf(&c.LogFormat, "text", "json"), nil},
+		{"HEALTH_SERVICE_PORT", "9000", "both", "port of /live, /ready, /health and /metrics", port(&c.HealthPort), nil},
+		{"HEALTH_SERVICE_DETECT_KUBERNETES", "true", "both", "outside Kubernetes, start the health service only when its port is set", boolean(&c.DetectKubernetes), nil},
+		{"HEALTH_SERVICE_SHUTDOWN_DELAY", "5000", "both", "server: time between turning unready and refusing webhooks, when the health service runs", duration(&c.ShutdownDelay, 0), nil},
+		{"HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT", "10000", "both", "time to finish what is under way at the end", duration(&c.HandlerTimeout, time.Millisecond), nil},
+		{"SERVER_PORT", "3000", "server", "port for webhooks and streams", port(&c.Port), nil},
+		{"SERVER_MAX_PAYLOAD_SIZE_LIMIT", "3mb", "server", "largest webhook body", size(&s.MaxPayload), nil},
+		{"SERVER_HEARTBEAT_INTERVAL", "5000", "server", "time between heartbeats on a stream", duration(&s.Heartbeat, heartbeatMinimum), nil},
+		{"SERVER_MAX_SUBSCRIBERS", "10000", "server", "most streams at once", integer(&l.Subscribers, 1, 10_000_000), nil},
+		{"SERVER_MAX_SUBSCRIBERS_PER_ADDRESS", "5000", "server", "most streams at once from one remote address", integer(&l.PerAddress, 1, 10_000_000), nil},
+		{"SERVER_SUBSCRIBER_BUFFER", "16mb", "server", "undelivered bytes of one subscriber before it is evicted", size(&l.Buffer), nil},
+		{"SERVER_HELD_BUFFER", "256mb", "server", "bytes of all requests held in status and response mode", size(&s.HeldBuffer), nil},
+		{"SERVER_STREAM_MAX_AGE", "", "server", "age at which streams are asked to move; none by default", duration(&s.StreamMaxAge, time.Second), nil},
+		{"SERVER_TLS_CERT_FILE", "", "server", "PEM certificate chain; re-read when it changes", text(&c.CertFile), nil},
+		{"SERVER_TLS_KEY_FILE", "", "server", "PEM private key", text(&c.KeyFile), nil},
+		{"RESPONSE_MODE", "accept", "server", "accept, status or response, and exceptions by channel: accept, slack=response", perChannel(&s.Modes, parseMode), nil},
+		{"RESPONSE_TIMEOUT", "9s", "server", "how long a sender may wait for the target in status and response mode; exceptions by channel: 9s, slack=2500", perChannel(&s.Timeouts, parseTimeout), nil},
+		{"SUBSCRIBE_ALLOWED_IPS", "", "server", "addresses and CIDR ranges that may subscribe; all by default", prefixes(&s.SubscribeAllowed), nil},
+		{"WEBHOOKS_ALLOWED_IPS", "", "server", "addresses and CIDR ranges that may send webhooks; all by default", prefixes(&s.WebhooksAllowed), nil},
+		{"TRUSTED_PROXIES", "", "server", "addresses and CIDR ranges whose X-Forwarded-For is believed; none by default", prefixes(&s.TrustedProxies), nil},
+		{"REDIS_URL", "", "server", "redis:// or rediss:// with user, password and db: makes replicas one relay", redisURL(&r.URL), redacted},
+		{"REDIS_CHANNEL_PREFIX", "webhook-relay:", "server", "begins the names of all Redis channels", text(&r.Prefix), nil},
+		{"REDIS_RECONNECT_BACKOFF_FACTOR", "2", "server", "growth of the pause between tries to connect", number(&r.Backoff.Factor, 1, 100), nil},
+		{"REDIS_RECONNECT_BACKOFF_INITIAL_TIMEOUT", "100", "server", "first pause", duration(&r.Backoff.Initial, time.Millisecond), nil},
+		{"REDIS_RECONNECT_BACKOFF_MAX_TIMEOUT", "1000", "server", "longest pause", duration(&r.Backoff.Max, time.Millisecond), nil},
+		{"REDIS_RECONNECT_BACKOFF_RANDOMIZE", "true", "server", "shorten each pause by a random part, up to half", boolean(&r.Backoff.Jitter), nil},
+		{"REDIS_MAX_RECONNECT_ATTEMPTS", "-1", "server", "tries in a row before the server exits with 1; -1: unlimited", integer(&r.MaxAttempts, -1, math.MaxInt32), nil},
+		{"REDIS_MAX_RETRIES_PER_REQUEST", "", "server", "accepted for compatibility, has no effect", ignored, nil},
+		{"REDIS_ENABLE_OFFLINE_QUEUE", "", "server", "accepted for compatibility, has no effect", ignored, nil},
+		{"REDIS_ENABLE_READY_CHECK", "", "server", "accepted for compatibility, has no effect", ignored, nil},
+		{"SOURCE_URL", "", "client", "the stream: https://relay.example.com/subscribe/{channel}/; required", webURL(&c.Client.Source, true), redacted},
+		{"TARGET_BASE_URL", "", "client", "where webhooks go: path and query are appended; required", webURL(&c.Client.Target, false), redacted},
+		{"RECONNECT_INTERVAL", "1000", "client", "first pause before the stream is opened again; grows to 30s", duration(&c.Client.ReconnectInterval, time.Millisecond), nil},
+		{"TARGET_TIMEOUT", "30s", "client", "time for one attempt at the target", duration(&c.Client.Timeout, time.Millisecond), nil},
+		{"TARGET_RETRY_WINDOW", "60s", "client", "time in which attempts are repeated; 0: one attempt", duration(&c.Client.RetryWindow, 0), nil},
+		{"TARGET_CONCURRENCY", "32", "client", "forwards at once; 1 keeps the order", integer(&c.Client.Concurrency, 1, 100_000), nil},
+		{"CA_FILE", "", "both", "PEM roots trusted for source, target and Redis, besides the system's", roots(&c.Client.Roots), nil},
+		{"TARGET_INSECURE_SKIP_VERIFY", "false", "client", "do not verify the target's certificate", boolean(&c.Client.Insecure), nil},
+		{"HTTPS_PROXY", "", "client", "proxy for https", ignored, redacted},
+		{"HTTP_PROXY", "", "client", "proxy for http", ignored, redacted},
+		{"NO_PROXY", "", "client", "hosts that are reached without a proxy", ignored, nil},
+	}
+}
+
+// warning is something to know about the environment that stops nothing.
+type warning struct{ message, variable string }
+
+// ours matches the names a typo would hide in; links matches what Kubernetes
+// sets by itself for a Service of such a name.
+var (
+	ours  = regexp.MustCompile(`^(RELAY|SERVER|TARGET)_`)
+	links = regexp.MustCompile(`_SERVICE_(HOST|PORT)|_PORT_\d+_(TCP|UDP)|_PORT$`)
+)
+
+// loadConfig reads environ. Its error names every mistake at once.
+func loadConfig(environ []string) (*Config, []warning, error) {
+	env := map[string]string{}
+	for _, entry := range environ {
+		name, value, _ := strings.Cut(entry, "=")
+		env[name] = strings.TrimSpace(value)
+	}
+	c := &Config{Kubernetes: env["KUBERNETES_SERVICE_HOST"] != "", HealthPortSet: env["HEALTH_SERVICE_PORT"] != ""}
+	var mistakes []string
+	var shown []slog.Attr
+	var warnings []warning
+	mode := env["RELAY_MODE"]
+	if mode == "" {
+		mistakes = append(mistakes, "RELAY_MODE: required, server or client")
+	}
+	table := settings(c)
+	for _, v := range table {
+		value := cmp.Or(env[v.name], v.fallback)
+		if value == "" || v.role != "both" && v.role != mode {
+			continue
+		}
+		if v.fallback != "" { // a value may leave part of it: exceptions by channel
+			v.set(v.fallback)
+		}
+		if err := v.set(value); err != nil {
+			if v.show != nil {
+				mistakes = append(mistakes, fmt.Sprintf("%s: %v", v.name, err))
+			} else {
+				mistakes = append(mistakes, fmt.Sprintf("%s: %q: %v", v.name, value, err))
+			}
+			continue
+		}
+		if v.show != nil {
+			value = v.show(value)
+		}
+		shown = append(shown, slog.String(v.name, value))
+		if env[v.name] != "" && strings.HasSuffix(v.help, "has no effect") {
+			warnings = append(warnings, warning{"variable has no effect", v.name})
+		}
+	}
+	require := func(name string) {
+		if env[name] == "" {
+			mistakes = append(mistakes, name+": required")
+		}
+	}
+	switch mode {
+	case "client":
+		require("SOURCE_URL")
+		require("TARGET_BASE_URL")
+	case "server":
+		if (c.CertFile == "") != (c.KeyFile == "") {
+			mistakes = append(mistakes, "SERVER_TLS_CERT_FILE, SERVER_TLS_KEY_FILE: set both or neither")
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(env)) {
+		known := slices.ContainsFunc(table, func(v setting) bool { return v.name == name })
+		if !known && ours.MatchString(name) && !links.MatchString(name) {
+			warnings = append(warnings, warning{"unknown variable", name})
+		}
+	}
+	c.shown = slog.GroupValue(shown...)
+	if len(mistakes) > 0 {
+		return nil, nil, configError{strings.Join(mistakes, "\n")}
+	}
+	return c, warnings, nil
+}
+
+// printHelp writes the table of variables.
+func printHelp(w io.Writer) {
+	fmt.Fprintf(w, "webhook-relay %s brings webhooks into clusters that the internet cannot reach.\n\n"+
+		"usage: RELAY_MODE=server|client webhook-relay [-help] [-version]\n\n"+
+		"Durations are milliseconds or Go durations (5s); sizes are bytes or take kb, mb, gb.\n\n", version)
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	for _, v := range settings(&Config{}) {
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", v.name, v.role, cmp.Or(v.fallback, "-"), v.help)
+	}
+	t.Flush()
+}
+
+// newLogger logs to w: text for people, JSON for machines.
+func newLogger(c *Config, w io.Writer) *slog.Logger {
+	options := &slog.HandlerOptions{Level: c.LogLevel}
+	asText := c.LogFormat == "text"
+	if f, ok := w.(*os.File); ok && c.LogFormat == "" {
+		info, err := f.Stat()
+		asText = err == nil && info.Mode()&os.ModeCharDevice != 0
+	}
+	if asText {
+		return slog.New(slog.NewTextHandler(w, options))
+	}
+	return slog.New(slog.NewJSONHandler(w, options))
+}
+
+// What a value may look like in the log.
+
+func hidden(string) string { return "[redacted]" }
+
+// redacted is a URL without credentials and query.
+func redacted(value string) string {
+	u, err := url.Parse(value)
+	if err != nil || u.Host == "" {
+		return "[redacted]"
+	}
+	if u.User != nil {
+		u.User = url.User("redacted")
+	}
+	u.RawQuery, u.Fragment, u.ForceQuery = "", "", false
+	return u.String()
+}
+
+// Parsers of values. Each returns a function that checks a value and stores
+// it; its error says what is wanted and does not repeat the value.
+
+func text(dst *string) func(string) error {
+	return func(v string) error {
+		*dst = v
+		return nil
+	}
+}
+
+// header is a text that can be sent as a header value.
+func header(dst *string) func(string) error {
+	return func(v string) error {
+		*dst = v
+		if checkHeaders([]Header{{"Token", []string{v}}}) != nil {
+			return errors.New("must not hold control characters")
+		}
+		return nil
+	}
+}
+
+func oneOf(dst *string, choices ...string) func(string) error {
+	return func(v string) error {
+		if *dst = strings.ToLower(v); !slices.Contains(choices, *dst) {
+			return errors.New("must be " + strings.Join(choices, " or "))
+		}
+		return nil
+	}
+}
+
+func level(dst *slog.Level) func(string) error {
+	return func(v string) error {
+		if err := dst.UnmarshalText([]byte(v)); err != nil {
+			return errors.New("must be debug, info, warn or error")
+		}
+		return nil
+	}
+}
+
+func boolean(dst *bool) func(string) error {
+	return func(v string) error {
+		b, err := strconv.ParseBool(strings.ToLower(v))
+		*dst = b
+		if err != nil {
+			return errors.New("must be true or false")
+		}
+		return nil
+	}
+}
+
+func integer(dst *int, least, most int) func(string) error {
+	return func(v string) error {
+		n, err := strconv.Atoi(v)
+		*dst = n
+		if err != nil || n < least || n > most {
+			return fmt.Errorf("must be a whole number from %d to %d", least, most)
+		}
+		return nil
+	}
+}
+
+func number(dst *float64, least, most float64) func(string) error {
+	return func(v string) error {
+		f, err := strconv.ParseFloat(v, 64)
+		*dst = f
+		if err != nil || !(f >= least && f <= most) {
+			return fmt.Errorf("must be a number from %g to %g", least, most)
+		}
+		return nil
+	}
+}
+
+func port(dst *int) func(string) error {
+	return func(v string) error {
+		if integer(dst, 0, 65535)(v) != nil {
+			return errors.New("must be a port from 0 to 65535; 0 picks a free one")
+		}
+		return nil
+	}
+}
+
+// maxDuration bounds every duration that can be set.
+const maxDuration = 365 * 24 * time.Hour
+
+// parseDuration reads milliseconds or a Go duration.
+func parseDuration(v string, least, most time.Duration) (time.Duration, error) {
+	d, err := time.ParseDuration(v)
+	if ms, msErr := strconv.ParseInt(v, 10, 64); msErr == nil && ms >= 0 && ms <= maxDuration.Milliseconds() {
+		d, err = time.Duration(ms)*time.Millisecond, nil
+	}
+	if err != nil || d < least || d > most {
+		return 0, fmt.Errorf("must be milliseconds or a duration such as 5s, from %v to %v", least, most)
+	}
+	return d, nil
+}
+
+func duration(dst *time.Duration, least time.Duration) func(string) error {
+	return func(v string) (err error) {
+		*dst, err = parseDuration(v, least, maxDuration)
+		return err
+	}
+}
+
+// size reads bytes, with kb, mb or gb as powers of 1024.
+func size(dst *int64) func(string) error {
+	return func(v string) error {
+		digits := strings.ToLower(v)
+		unit := 1.0
+		for i, suffix := range []string{"kb", "mb", "gb"} {
+			if rest, ok := strings.CutSuffix(digits, suffix); ok {
+				digits, unit = strings.TrimSpace(rest), math.Pow(1024, float64(i+1))
+				break
+			}
+		}
+		n, err := strconv.ParseFloat(strings.TrimSuffix(digits, "b"), 64)
+		if n *= unit; err != nil || !(n >= 1 && n <= 1<<40) {
+			return errors.New("must be a size such as 512kb or 3mb, from 1 byte to 1024gb")
+		}
+		*dst = int64(n)
+		return nil
+	}
+}
+
+// perChannel reads a default and exceptions: "accept, slack=response".
+func perChannel[T any](dst *byChannel[T], parse func(string) (T, error)) func(string) error {
+	return func(v string) error {
+		for i, part := range strings.Split(v, ",") {
+			channel, value, named := strings.Cut(strings.TrimSpace(part), "=")
+			if !named {
+				channel, value = "", channel
+			}
+			parsed, err := parse(strings.TrimSpace(value))
+			channel = strings.TrimSpace(channel)
+			switch {
+			case err != nil:
+				return err
+			case named && !validName(channel):
+				return errors.New("a channel is 1 to 128 characters of A-Z a-z 0-9 . _ ~ -")
+			case named:
+				if dst.Named == nil {
+					dst.Named = map[string]T{}
+				}
+				dst.Named[channel] = parsed
+			case i > 0:
+				return errors.New("the default comes first, and once")
+			default:
+				dst.Default = parsed
+			}
+		}
+		return nil
+	}
+}
+
+func parseMode(v string) (string, error) {
+	var m string
+	return m, oneOf(&m, modeAccept, modeStatus, modeResponse)(v)
+}
+
+func parseTimeout(v string) (time.Duration, error) {
+	return parseDuration(v, 10*time.Millisecond, maxResponseTimeout)
+}
+
+// prefixes reads a list of CIDR ranges and addresses.
+func prefixes(dst *[]netip.Prefix) func(string) error {
+	return func(v string) error {
+		list := []netip.Prefix{}
+		for part := range strings.FieldsFuncSeq(v, func(r rune) bool { return r == ',' || r == ' ' }) {
+			p, err := parsePrefix(part)
+			if err != nil {
+				return err
+			}
+			list = append(list, p)
+		}
+		*dst = list
+		return nil
+	}
+}
+
+// parsePrefix reads a CIDR range or a bare address, and turns IPv4 mapped
+// into IPv6 back into IPv4.
+func parsePrefix(s string) (netip.Prefix, error) {
+	if addr, err := netip.ParseAddr(s); err == nil && addr.Zone() == "" {
+		addr = addr.Unmap()
+		return netip.PrefixFrom(addr, addr.BitLen()), nil
+	}
+	p, err := netip.ParsePrefix(s)
+	if err != nil {
+		return p, errors.New("must be addresses or CIDR ranges, with commas between")
+	}
+	if p.Addr().Is4In6() {
+		if p.Bits() < 96 {
+			return p, errors.New("range of IPv4-mapped addresses is wider than IPv4")
+		}
+		p = netip.PrefixFrom(p.Addr().Unmap(), p.Bits()-96)
+	}
+	return p.Masked(), nil
+}
+
+// webURL reads an http or https URL; only the source's may have a query.
+func webURL(dst **url.URL, query bool) func(string) error {
+	return func(v string) error {
+		u, err := url.Parse(v)
+		switch {
+		case err != nil || (u.Scheme != "http" && u.Scheme != "https") || u.Hostname() == "":
+			return errors.New("must be an http or https URL")
+		case u.Fragment != "" || !query && (u.RawQuery != "" || u.ForceQuery):
+			return errors.New("must have no query and no fragment")
+		case u.Path != "" && checkPath(u.EscapedPath()) != nil:
+			return errors.New("must have no dot segments in its path")
+		case strings.HasPrefix(u.Path, "//"):
+			return errors.New("must not begin its path with two slashes")
+		}
+		*dst = u
+		return nil
+	}
+}
+
+func redisURL(dst *string) func(string) error {
+	return func(v string) error {
+		u, err := url.Parse(v)
+		if err != nil || (u.Scheme != "redis" && u.Scheme != "rediss") || u.Hostname() == "" {
+			return errors.New("must be a redis or rediss URL")
+		}
+		if db := strings.Trim(u.Path, "/"); db != "" {
+			if _, err := strconv.ParseUint(db, 10, 31); err != nil {
+				return errors.New("must have a number as its path: the db")
+			}
+		}
+		*dst = v
+		return nil
+	}
+}
+
+// roots reads PEM certificates and adds them to the system's.
+func roots(dst **x509.CertPool) func(string) error {
+	return func(v string) error {
+		pool, err := x509.SystemCertPool()
+		if err != nil {
+			pool = x509.NewCertPool()
+		}
+		pem, err := os.ReadFile(v)
+		if err != nil {
+			return errors.New("must be a readable file")
+		}
+		if !pool.AppendCertsFromPEM(pem) {
+			return errors.New("must hold PEM certificates")
+		}
+		*dst = pool
+		return nil
+	}
+}

@@ -1,0 +1,1206 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/subtle"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	mathrand "math/rand/v2"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// Response modes: what a provider is told, and when.
+const (
+	modeAccept   = "accept"   // 200 as soon as the bus took the event
+	modeStatus   = "status"   // the target's status
+	modeResponse = "response" // the target's status, headers and body
+)
+
+// The server's fixed bounds; the package doc lists what happens at each.
+const (
+	headerTimeout  = 10 * time.Second // to send a request's header
+	headerLimit    = 64 << 10         // bytes of a request's header
+	bodyTimeout    = 60 * time.Second // to send a request's body
+	replyTimeout   = 10 * time.Second // to take an answer
+	idleTimeout    = 2 * time.Minute  // between two requests on a connection
+	writeTimeout   = 60 * time.Second // for one write to a stream: a full client may pause this long
+	liveTimeout    = 5 * time.Second  // until a new stream is subscribed on every replica
+	movePatience   = 5 * time.Second  // for clients to follow a drain at shutdown
+	moveJitter     = time.Second      // over which drain is spread at shutdown
+	reserve        = time.Second      // of the handler timeout, kept for closing streams
+	reloadInterval = 3 * time.Second  // between looks at the tokens file
+	tokensLimit    = 1 << 20          // bytes of the tokens file
+	reportLimit    = 8 << 20          // bytes of a client's report
+	chatterLimit   = 4 << 10          // bytes a subscriber may send after its request
+	retryAfter     = "5"              // seconds, on every 503
+)
+
+// byChannel is a setting with one default and exceptions by channel.
+type byChannel[T any] struct {
+	Default T
+	Named   map[string]T
+}
+
+func (b byChannel[T]) of(channel string) T {
+	if v, ok := b.Named[channel]; ok {
+		return v
+	}
+	return b.Default
+}
+
+// ServerOptions configure a Server.
+type ServerOptions struct {
+	Replica        string // this replica's name, the beginning of its event ids
+	MaxPayload     int64  // bytes of a webhook's body
+	Heartbeat      time.Duration
+	HeldBuffer     int64         // bytes of all held events together
+	StreamMaxAge   time.Duration // 0: none
+	HandlerTimeout time.Duration // for everything that Shutdown does
+	Modes          byChannel[string]
+	Timeouts       byChannel[time.Duration]
+
+	Token            string // empty with an empty TokensFile: everybody may subscribe
+	TokensFile       string
+	SubscribeAllowed []netip.Prefix // nil: everybody
+	WebhooksAllowed  []netip.Prefix // nil: everybody
+	TrustedProxies   []netip.Prefix
+}
+
+// Server takes webhooks, holds streams and routes answers. It is an
+// http.Handler; Run keeps its tokens fresh and Shutdown ends it.
+type Server struct {
+	opts ServerOptions
+	log  *slog.Logger
+	hub  *Hub
+	bus  Bus
+	keys atomic.Pointer[keyring]
+
+	Webhooks, Unheard, Refused, Answered, TimedOut, Heartbeats atomic.Int64
+
+	draining atomic.Bool   // not ready any more, but still at work
+	leaving  chan struct{} // closed: nothing new, and clients are asked to move
+	giveUp   chan struct{} // closed: held requests end with 503
+	closing  chan struct{} // closed: streams are written to their end and closed
+
+	mu       sync.Mutex
+	left     bool                 // guarded by mu: leaving is closed
+	holds    map[string]*hold     // guarded by mu, by event id
+	held     int64                // guarded by mu: bytes of all holds
+	acks     map[string]chan bool // guarded by mu: reports on their way to another replica, by event id and subscriber
+	requests sync.WaitGroup       // held requests; Add only under mu while !left
+	streams  sync.WaitGroup       // goroutines of streams; likewise
+	movers   sync.WaitGroup       // streams that can follow a drain; likewise
+}
+
+// NewServer wires a server to its hub and bus, and reads the tokens file.
+func NewServer(opts ServerOptions, hub *Hub, bus Bus, log *slog.Logger) (*Server, error) {
+	s := &Server{
+		opts: opts, log: log, hub: hub, bus: bus,
+		leaving: make(chan struct{}), giveUp: make(chan struct{}), closing: make(chan struct{}),
+		holds: map[string]*hold{}, acks: map[string]chan bool{},
+	}
+	keys, err := loadKeys(opts)
+	if err != nil {
+		return nil, err
+	}
+	s.keys.Store(keys)
+	hub.OnSignal = s.signal
+	return s, nil
+}
+
+// Run looks after the tokens file until ctx ends.
+func (s *Server) Run(ctx context.Context) error {
+	if s.opts.TokensFile == "" {
+		<-ctx.Done()
+		return nil
+	}
+	tick := time.NewTicker(reloadInterval)
+	defer tick.Stop()
+	last := ""
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		keys, err := loadKeys(s.opts)
+		if err != nil {
+			if last != err.Error() {
+				s.log.Error("tokens file kept as it was", "err", err)
+			}
+			last = err.Error()
+			continue
+		}
+		last = ""
+		if keys.sum == s.keys.Load().sum {
+			continue
+		}
+		s.keys.Store(keys)
+		s.log.Info("tokens file read again")
+		s.hub.Evict(func(sub *Subscriber) error {
+			if !keys.allows(sub.Channel, sub.Credential) {
+				return errRevoked
+			}
+			return nil
+		})
+	}
+}
+
+// Check is nil while the bus works and the server is not draining.
+func (s *Server) Check(ctx context.Context) error {
+	if s.draining.Load() {
+		return errShutdown
+	}
+	return s.bus.Check(ctx)
+}
+
+// Drain turns the server unready; it goes on working.
+func (s *Server) Drain() { s.draining.Store(true) }
+
+// Shutdown refuses what is new, asks clients to move, finishes what is held,
+// and closes the streams, all within the handler timeout.
+func (s *Server) Shutdown() {
+	end := time.Now().Add(s.opts.HandlerTimeout)
+	late := time.AfterFunc(time.Until(end)-min(reserve, s.opts.HandlerTimeout/4), func() { close(s.giveUp) })
+	s.draining.Store(true)
+	s.mu.Lock()
+	s.left = true
+	s.mu.Unlock()
+	close(s.leaving)
+	s.requests.Wait()
+
+	patience := time.NewTimer(movePatience)
+	defer patience.Stop()
+	moved := make(chan struct{})
+	go func() { // ends when the last stream does, at the latest below
+		s.movers.Wait()
+		close(moved)
+	}()
+	select {
+	case <-moved:
+	case <-patience.C:
+	case <-s.giveUp:
+	}
+	close(s.closing)
+	cut := time.AfterFunc(time.Until(end), func() {
+		s.hub.Evict(func(*Subscriber) error { return errShutdown })
+	})
+	s.streams.Wait()
+	<-moved
+	cut.Stop()
+	if late.Stop() {
+		close(s.giveUp)
+	}
+}
+
+// ServeHTTP is the whole route table. It routes on the escaped path and never
+// redirects: a provider that does not follow would lose its webhook.
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	kind, rest, _ := strings.Cut(strings.TrimPrefix(r.URL.EscapedPath(), "/"), "/")
+	channel, tail, _ := strings.Cut(rest, "/")
+	if s.draining.Load() {
+		w.Header().Set("Connection", "close") // the next request goes to another replica
+	}
+	switch {
+	case kind == "webhooks" && r.URL.EscapedPath() != "/webhooks":
+		s.serveWebhook(w, r, channel)
+	case kind == "subscribe" && rest != "" && tail == "":
+		s.serveSubscribe(w, r, channel)
+	case kind == "subscribe" && strings.HasPrefix(tail, "responses/") && strings.Count(tail, "/") == 1:
+		s.serveReport(w, r, channel, strings.TrimPrefix(tail, "responses/"))
+	default:
+		refuse(w, http.StatusNotFound, "not found")
+	}
+}
+
+// refuse answers with the relay's own error: a fixed text, never the input.
+func refuse(w http.ResponseWriter, status int, message string) {
+	h := w.Header()
+	h.Set("Content-Type", "application/json")
+	if status == http.StatusServiceUnavailable {
+		h.Set("Retry-After", retryAfter)
+	}
+	body := fmt.Sprintf(`{"statusCode":%d,"message":"%s"}`, status, message)
+	h.Set("Content-Length", strconv.Itoa(len(body)))
+	w.WriteHeader(status)
+	io.WriteString(w, body)
+}
+
+// serveWebhook takes one webhook of a provider.
+func (s *Server) serveWebhook(w http.ResponseWriter, r *http.Request, channel string) {
+	s.Webhooks.Add(1)
+	if status, message := s.admitWebhook(r, channel); status != 0 {
+		s.Refused.Add(1)
+		refuse(w, status, message)
+		return
+	}
+	mode := s.opts.Modes.of(channel)
+	event, err := s.capture(w, r, channel, mode)
+	if err != nil {
+		s.Refused.Add(1)
+		s.log.Debug("webhook refused", "channel", channel, "err", err)
+		if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
+			refuse(w, http.StatusRequestEntityTooLarge, "payload too large")
+		} else {
+			refuse(w, http.StatusBadRequest, "body incomplete")
+		}
+		return
+	}
+	if mode != modeAccept {
+		s.serveHeld(w, r, event, mode)
+		return
+	}
+	receivers, err := s.bus.Publish(r.Context(), event)
+	if err != nil {
+		s.Refused.Add(1)
+		s.log.Debug("webhook refused", "channel", channel, "event", event.ID, "err", err)
+		refuse(w, http.StatusServiceUnavailable, "bus unavailable")
+		return
+	}
+	if receivers == 0 {
+		s.Unheard.Add(1)
+		s.log.Info("webhook reached no subscriber", "channel", channel, "event", event.ID)
+	} else {
+		s.log.Debug("webhook published", "channel", channel, "event", event.ID)
+	}
+	w.Header()["Content-Length"] = zeroLength
+}
+
+var zeroLength = []string{"0"}
+
+// admitWebhook is everything that can be refused before the body is read;
+// status 0 admits.
+func (s *Server) admitWebhook(r *http.Request, channel string) (status int, message string) {
+	if !validName(channel) {
+		return http.StatusBadRequest, "invalid channel"
+	}
+	if path, _ := splitTarget(r.RequestURI); checkPath(path) != nil {
+		return http.StatusBadRequest, "invalid path"
+	}
+	if s.opts.WebhooksAllowed != nil {
+		if addr, err := s.remote(r); err != nil || !contains(s.opts.WebhooksAllowed, addr) {
+			return http.StatusForbidden, "address not allowed"
+		}
+	}
+	if s.isLeaving() {
+		return http.StatusServiceUnavailable, "shutting down"
+	}
+	if r.ContentLength > s.opts.MaxPayload { // before 100 Continue invites the body
+		return http.StatusRequestEntityTooLarge, "payload too large"
+	}
+	return 0, ""
+}
+
+func (s *Server) isLeaving() bool {
+	select {
+	case <-s.leaving:
+		return true
+	default:
+		return false
+	}
+}
+
+// bodies holds buffers for request bodies, which live only until they are encoded.
+var bodies = sync.Pool{New: func() any { return new(bytes.Buffer) }}
+
+// capture reads the request to its end and encodes it: the only copy that is kept.
+func (s *Server) capture(w http.ResponseWriter, r *http.Request, channel, mode string) (*Event, error) {
+	buf := bodies.Get().(*bytes.Buffer)
+	defer func() {
+		if buf.Cap() <= 1<<20 {
+			buf.Reset()
+			bodies.Put(buf)
+		}
+	}()
+	if r.ContentLength != 0 {
+		buf.Grow(int(min(max(r.ContentLength, 0), 64<<10)) + bytes.MinRead)
+		if _, err := buf.ReadFrom(http.MaxBytesReader(w, r.Body, s.opts.MaxPayload)); err != nil {
+			return nil, fmt.Errorf("read body: %w", err)
+		}
+	}
+	webhook := &Webhook{
+		ID:      newID(s.opts.Replica),
+		Method:  r.Method,
+		Headers: append(endToEnd(r.Header), Header{"Host", []string{r.Host}}),
+		Body:    buf.Bytes(),
+		Time:    time.Now(),
+		Respond: mode != modeAccept,
+		Brief:   mode == modeStatus,
+		Timeout: s.opts.Timeouts.of(channel),
+	}
+	webhook.Path, webhook.Query = splitTarget(r.RequestURI)
+	return newEvent(channel, webhook), nil
+}
+
+// Held requests. The provider's open request is the only queue: a hold is one
+// map entry, one timer in the request's own goroutine, and the event.
+
+// hold is one request that waits for its target's answer. Server.mu guards it.
+type hold struct {
+	event   *Event
+	poke    chan struct{} // holds one token when the goroutine has something to look at
+	again   []string      // subscribers to deliver to once more; "": all
+	sending bool          // a publish is under way, so given is not complete
+	pending int           // replicas that took the event and have not said to whom it went
+	given   []given
+	best    *Answer
+}
+
+// given is one delivery and what became of it.
+type given struct {
+	Delivery
+	state byte
+}
+
+const (
+	stateOpen     = iota // on its way
+	stateAnswered        // its client reported
+	stateWritten         // a legacy client has it, and can tell no more
+	stateLost            // its stream ended first
+)
+
+// serveHeld publishes e and answers with what its target says.
+func (s *Server) serveHeld(w http.ResponseWriter, r *http.Request, e *Event, mode string) {
+	rc := http.NewResponseController(w)
+	rc.SetReadDeadline(time.Time{}) // the body is read; only the provider ends the wait early
+	timeout := s.opts.Timeouts.of(e.Channel)
+	rc.SetWriteDeadline(time.Now().Add(timeout + replyTimeout))
+	h, message := s.hold(e)
+	if h == nil {
+		s.Refused.Add(1)
+		refuse(w, http.StatusServiceUnavailable, message)
+		return
+	}
+	defer s.release(h)
+	answer, status, message := s.await(r.Context(), h, time.Now().Add(timeout))
+	log := s.log.With("channel", e.Channel, "event", e.ID)
+	switch {
+	case status != 0:
+		s.TimedOut.Add(1)
+		log.Info("webhook not answered", "status", status)
+		refuse(w, status, message)
+	case answer.Err == answerUnreachable:
+		s.Answered.Add(1)
+		refuse(w, http.StatusBadGateway, "target unreachable")
+	case answer.Err != "":
+		s.Answered.Add(1)
+		refuse(w, http.StatusGatewayTimeout, "no answer in time")
+	default:
+		s.Answered.Add(1)
+		log.Debug("webhook answered", "status", answer.Status)
+		header := w.Header()
+		header["Content-Type"] = nil // net/http must not guess one
+		if mode == modeResponse {
+			for _, f := range answer.Headers {
+				header[f.Name] = f.Values
+			}
+		} else {
+			answer.Body = nil
+		}
+		if r.Method != http.MethodHead && answer.Status != http.StatusNoContent && answer.Status != http.StatusNotModified {
+			header.Set("Content-Length", strconv.Itoa(len(answer.Body)))
+		}
+		w.WriteHeader(answer.Status)
+		w.Write(answer.Body)
+	}
+}
+
+// hold admits e, or says why not.
+func (s *Server) hold(e *Event) (*hold, string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.left {
+		return nil, "shutting down"
+	}
+	if s.held+int64(len(e.wire)) > s.opts.HeldBuffer {
+		return nil, "too many requests wait"
+	}
+	h := &hold{event: e, poke: make(chan struct{}, 1)}
+	s.held += int64(len(e.wire))
+	s.holds[e.ID] = h
+	s.requests.Add(1)
+	return h, ""
+}
+
+func (s *Server) release(h *hold) {
+	s.mu.Lock()
+	delete(s.holds, h.event.ID)
+	s.held -= int64(len(h.event.wire))
+	s.mu.Unlock()
+	s.requests.Done()
+}
+
+// await publishes h's event, again whenever somebody new can take it, until
+// there is an answer or a reason to give up: a status of our own, or, when the
+// provider has gone, anything.
+func (s *Server) await(ctx context.Context, h *hold, deadline time.Time) (a Answer, status int, message string) {
+	timer := time.NewTimer(time.Until(deadline))
+	defer timer.Stop()
+	if err := s.publish(ctx, h, h.event); err != nil {
+		return a, http.StatusServiceUnavailable, "bus unavailable"
+	}
+	for {
+		s.mu.Lock()
+		a, done := h.verdict()
+		again := h.takeAgain()
+		s.mu.Unlock()
+		if done {
+			return a, 0, ""
+		}
+		for _, only := range again {
+			// A bus that is down again says so when it is back: signalAgain.
+			if err := s.publish(ctx, h, h.event.again(only, time.Until(deadline))); err != nil {
+				s.log.Debug("held webhook not published again", "event", h.event.ID, "err", err)
+			}
+		}
+		if again != nil {
+			continue
+		}
+		select {
+		case <-h.poke:
+		case <-ctx.Done():
+			return a, http.StatusServiceUnavailable, "sender is gone"
+		case <-s.giveUp:
+			return a, http.StatusServiceUnavailable, "shutting down"
+		case <-timer.C:
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			if h.best != nil {
+				return *h.best, 0, ""
+			}
+			if slices.ContainsFunc(h.given, func(g given) bool { return !g.Legacy && g.state == stateOpen }) {
+				return a, http.StatusGatewayTimeout, "no answer in time"
+			}
+			return a, http.StatusServiceUnavailable, "nobody connected"
+		}
+	}
+}
+
+// publish sends e for h and counts the replicas that will say to whom it went.
+func (s *Server) publish(ctx context.Context, h *hold, e *Event) error {
+	s.mu.Lock()
+	h.sending = true
+	s.mu.Unlock()
+	n, err := s.bus.Publish(ctx, e)
+	s.mu.Lock()
+	h.sending = false
+	h.pending += n
+	s.mu.Unlock()
+	return err
+}
+
+// takeAgain is to whom the event must go once more: not to subscribers that
+// have it already. It needs Server.mu.
+func (h *hold) takeAgain() (again []string) {
+	for _, id := range h.again {
+		if id == "" {
+			again, h.pending = []string{""}, 0 // receipts from before the bus broke may never come
+			break
+		}
+		if !slices.ContainsFunc(h.given, func(g given) bool { return g.Subscriber == id }) {
+			again = append(again, id)
+		}
+	}
+	h.again = nil
+	return again
+}
+
+// verdict is the answer once there is one: the first success; when everybody
+// has answered the best of the failures; when only legacy clients have it,
+// that it was written. It needs Server.mu.
+func (h *hold) verdict() (a Answer, done bool) {
+	if h.best != nil && h.best.Status/100 == 2 {
+		return *h.best, true
+	}
+	if h.sending || h.pending > 0 {
+		return a, false
+	}
+	written := false
+	for _, g := range h.given {
+		if g.state == stateOpen {
+			return a, false
+		}
+		written = written || g.state == stateWritten
+	}
+	if h.best != nil {
+		return *h.best, true
+	}
+	return Answer{Status: http.StatusOK}, written
+}
+
+// mark notes what became of a delivery; signals of one replica may overtake
+// each other, so what is not known yet is noted too. It needs Server.mu.
+func (h *hold) mark(d Delivery, state byte) {
+	for i := range h.given {
+		if g := &h.given[i]; g.Subscriber == d.Subscriber {
+			if g.state == stateOpen {
+				g.state = state
+			}
+			return
+		}
+	}
+	if state == stateOpen {
+		for i, g := range h.given { // the answer came first
+			if g.Subscriber == "" && g.Client == d.Client {
+				state = stateAnswered
+				if d.Client == "" { // one anonymous answer is one delivery's
+					h.given = slices.Delete(h.given, i, i+1)
+				}
+				break
+			}
+		}
+	}
+	h.given = append(h.given, given{d, state})
+}
+
+// answer notes a client's report. A client has one answer for all its
+// streams; one without a name answers for one of the nameless.
+func (h *hold) answer(client string, a Answer) {
+	if h.best == nil || a.rank() < h.best.rank() {
+		h.best = &a
+	}
+	matched := false
+	for i := range h.given {
+		if g := &h.given[i]; g.Client == client && g.Subscriber != "" && g.state != stateAnswered && !g.Legacy {
+			g.state, matched = stateAnswered, true
+			if client == "" {
+				break
+			}
+		}
+	}
+	if !matched || client != "" {
+		h.given = append(h.given, given{Delivery{Client: client}, stateAnswered})
+	}
+}
+
+// signal takes what replicas say about held requests. It never blocks: the
+// bus calls it from its receiving loop.
+func (s *Server) signal(sig Signal) {
+	if sig.Kind == signalAnswer && sig.From != "" {
+		ack := Signal{Kind: signalAck, To: sig.From, Event: sig.Event, Subscriber: sig.Subscriber}
+		if s.waits(sig) {
+			ack.Data = "1"
+		}
+		s.bus.Signal(context.Background(), ack) // without From it does not wait
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch sig.Kind {
+	case signalReady, signalLeft, signalAgain:
+		for _, h := range s.holds {
+			if sig.Kind != signalAgain && h.event.Channel != sig.Channel {
+				continue
+			}
+			if sig.Kind == signalLeft {
+				h.mark(Delivery{Subscriber: sig.Subscriber}, stateLost)
+			} else {
+				h.again = append(h.again, sig.Subscriber)
+			}
+			wake(h.poke)
+		}
+	case signalAck:
+		if ack := s.acks[sig.Event+sig.Subscriber]; ack != nil {
+			ack <- sig.Data != "" // has room for one, and is asked once
+			delete(s.acks, sig.Event+sig.Subscriber)
+		}
+	case signalTaken, signalWritten, signalAnswer:
+		s.apply(s.holds[sig.Event], sig)
+	}
+}
+
+// apply notes on h what sig says; it needs mu.
+func (s *Server) apply(h *hold, sig Signal) {
+	if h == nil {
+		return
+	}
+	switch sig.Kind {
+	case signalTaken:
+		h.pending--
+		for _, d := range decodeDeliveries(sig.Data) {
+			h.mark(d, stateOpen)
+		}
+	case signalWritten:
+		h.mark(Delivery{Subscriber: sig.Subscriber, Legacy: true}, stateWritten)
+	case signalAnswer:
+		if a, err := decodeAnswer([]byte(sig.Data)); err == nil && h.event.Channel == sig.Channel {
+			h.answer(sig.Client, a)
+		}
+	}
+	wake(h.poke)
+}
+
+// wake puts the one token into a channel that holds one.
+func wake(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// serveReport takes a client's report of its target's answer.
+func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel, id string) {
+	if _, _, ok := s.authorise(w, r, http.MethodPost, channel); !ok {
+		return
+	}
+	if !validName(id) {
+		refuse(w, http.StatusNotFound, "nobody waits")
+		return
+	}
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, reportLimit))
+	if err == nil {
+		_, err = decodeAnswer(body)
+	}
+	if err != nil {
+		s.log.Warn("report refused", "channel", channel, "event", id, "err", err)
+		refuse(w, http.StatusBadRequest, "invalid report")
+		return
+	}
+	taken, err := s.route(r.Context(), Signal{
+		Kind: signalAnswer, To: replicaOf(id), Channel: channel, Event: id,
+		Subscriber: rand.Text(), Client: clientName(r), Data: string(body),
+	})
+	switch {
+	case err != nil:
+		refuse(w, http.StatusServiceUnavailable, "bus unavailable")
+	case !taken:
+		refuse(w, http.StatusNotFound, "nobody waits")
+	default:
+		w.WriteHeader(http.StatusNoContent)
+	}
+}
+
+// route brings an answer to the replica that holds its request, here or
+// elsewhere, and tells whether somebody waited.
+func (s *Server) route(ctx context.Context, sig Signal) (taken bool, err error) {
+	if sig.To == s.opts.Replica {
+		taken = s.waits(sig)
+		s.signal(sig)
+		return taken, nil
+	}
+	sig.From = s.opts.Replica
+	ack, key := make(chan bool, 1), sig.Event+sig.Subscriber
+	s.mu.Lock()
+	s.acks[key] = ack
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		delete(s.acks, key)
+		s.mu.Unlock()
+	}()
+	receivers, err := s.bus.Signal(ctx, sig)
+	if err != nil || receivers == 0 {
+		return false, err
+	}
+	select {
+	case taken = <-ack:
+		return taken, nil
+	case <-ctx.Done():
+		return false, ctx.Err()
+	case <-time.After(time.Second):
+		return false, errors.New("replica that holds the request did not acknowledge")
+	}
+}
+
+// waits tells whether a request for sig's event and channel is held here.
+func (s *Server) waits(sig Signal) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	h := s.holds[sig.Event]
+	return h != nil && h.event.Channel == sig.Channel
+}
+
+// Who may subscribe, and from where.
+
+// keyring is one reading of all tokens, as hashes. It is immutable.
+type keyring struct {
+	open   bool                  // no token is configured at all
+	tokens map[string][][32]byte // by channel; "*" for any
+	sum    [32]byte              // of the file, to notice a change
+}
+
+// loadKeys reads the tokens of opts.
+func loadKeys(opts ServerOptions) (*keyring, error) {
+	k := &keyring{open: opts.Token == "" && opts.TokensFile == "", tokens: map[string][][32]byte{}}
+	if opts.TokensFile != "" {
+		f, err := os.Open(opts.TokensFile)
+		if err != nil {
+			return nil, err
+		}
+		defer f.Close()
+		data, err := io.ReadAll(io.LimitReader(f, tokensLimit+1))
+		if err != nil {
+			return nil, err
+		}
+		if len(data) > tokensLimit {
+			return nil, fmt.Errorf("%s: larger than %d bytes", opts.TokensFile, tokensLimit)
+		}
+		if k.tokens, err = parseTokens(string(data)); err != nil {
+			return nil, fmt.Errorf("%s: %w", opts.TokensFile, err)
+		}
+		k.sum = sha256.Sum256(data)
+	}
+	if opts.Token != "" {
+		k.tokens["*"] = append(k.tokens["*"], sha256.Sum256([]byte(opts.Token)))
+	}
+	return k, nil
+}
+
+// parseTokens reads lines of "channel token"; "*" stands for any channel, and
+// "#" begins a comment line. Its errors name lines, never their text. A file
+// without any token is an error, so that a truncated one never takes force.
+func parseTokens(text string) (map[string][][32]byte, error) {
+	tokens := map[string][][32]byte{}
+	number := 0
+	for line := range strings.Lines(strings.TrimPrefix(text, "\uFEFF")) {
+		number++
+		fields := strings.Fields(line)
+		switch {
+		case len(fields) == 0 || strings.HasPrefix(fields[0], "#"):
+			continue
+		case len(fields) != 2:
+			return nil, fmt.Errorf("line %d: want a channel and a token", number)
+		case fields[0] != "*" && !validName(fields[0]):
+			return nil, fmt.Errorf("line %d: invalid channel", number)
+		}
+		tokens[fields[0]] = append(tokens[fields[0]], sha256.Sum256([]byte(fields[1])))
+	}
+	if len(tokens) == 0 {
+		return nil, errors.New("holds no token")
+	}
+	return tokens, nil
+}
+
+// allows tells whether the hash of a token opens channel, in a time that does
+// not depend on how much of it is right.
+func (k *keyring) allows(channel string, credential [32]byte) bool {
+	found := 0
+	for _, list := range [][][32]byte{k.tokens["*"], k.tokens[channel]} {
+		for _, want := range list {
+			found |= subtle.ConstantTimeCompare(credential[:], want[:])
+		}
+	}
+	return k.open || found == 1
+}
+
+// authorise admits a subscriber's request to channel, or answers it. Unknown
+// and forbidden channels get the same answer.
+func (s *Server) authorise(w http.ResponseWriter, r *http.Request, method, channel string) (addr netip.Addr, credential [32]byte, ok bool) {
+	addr, err := s.remote(r)
+	token := r.Header.Get("X-Auth-Token")
+	if scheme, bearer, _ := strings.Cut(r.Header.Get("Authorization"), " "); token == "" && strings.EqualFold(scheme, "Bearer") {
+		token = strings.TrimSpace(bearer)
+	}
+	credential = sha256.Sum256([]byte(token))
+	switch {
+	case !validName(channel):
+		refuse(w, http.StatusBadRequest, "invalid channel")
+	case r.Method != method:
+		w.Header().Set("Allow", method)
+		refuse(w, http.StatusMethodNotAllowed, "method not allowed")
+	case s.opts.SubscribeAllowed != nil && (err != nil || !contains(s.opts.SubscribeAllowed, addr)):
+		s.log.Warn("subscriber refused: address not allowed", "channel", channel, "addr", addr)
+		refuse(w, http.StatusForbidden, "address not allowed")
+	case !s.keys.Load().allows(channel, credential):
+		s.log.Warn("subscriber refused: missing or wrong token", "channel", channel, "addr", addr)
+		w.Header().Set("WWW-Authenticate", "Bearer")
+		refuse(w, http.StatusUnauthorized, "missing or wrong token")
+	default:
+		return addr, credential, true
+	}
+	return addr, credential, false
+}
+
+func contains(list []netip.Prefix, addr netip.Addr) bool {
+	return slices.ContainsFunc(list, func(p netip.Prefix) bool { return p.Contains(addr) })
+}
+
+// remote is the address a request comes from: the peer's, or, behind trusted
+// proxies, the rightmost in X-Forwarded-For that is not one of them. What a
+// sender writes further left never counts; what cannot be read is an error.
+func (s *Server) remote(r *http.Request) (netip.Addr, error) {
+	peer, err := netip.ParseAddrPort(r.RemoteAddr)
+	if err != nil {
+		return netip.Addr{}, fmt.Errorf("remote address: %w", err)
+	}
+	return forwardedFor(peer.Addr().Unmap().WithZone(""), r.Header["X-Forwarded-For"], s.opts.TrustedProxies)
+}
+
+// forwardedFor walks the header lines, which are one list (RFC 9110 section
+// 5.3), from the right past trusted proxies.
+func forwardedFor(addr netip.Addr, lines []string, trusted []netip.Prefix) (netip.Addr, error) {
+	if len(trusted) == 0 || len(lines) == 0 {
+		return addr, nil
+	}
+	hops := strings.Split(strings.Join(lines, ","), ",")
+	for i := len(hops) - 1; i >= 0 && contains(trusted, addr); i-- {
+		hop := strings.TrimSpace(hops[i])
+		next, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(hop, "["), "]"))
+		if err != nil { // some proxies append the port
+			var withPort netip.AddrPort
+			if withPort, err = netip.ParseAddrPort(hop); err != nil {
+				return netip.Addr{}, errors.New("X-Forwarded-For holds no address where a trusted proxy wrote")
+			}
+			next = withPort.Addr()
+		}
+		addr = next.Unmap().WithZone("")
+	}
+	return addr, nil
+}
+
+// clientName is how a client names itself over its streams and reports.
+func clientName(r *http.Request) string {
+	if name := r.Header.Get("X-Relay-Client"); validName(name) {
+		return strings.Clone(name)
+	}
+	return ""
+}
+
+// Streams.
+
+// sink is where a stream is written to: a hijacked connection, or what
+// net/http offers for HTTP/2.
+type sink interface {
+	io.Writer
+	SetWriteDeadline(time.Time) error
+	Flush() error
+}
+
+// connSink is an HTTP/1 connection taken from net/http, whose buffers and
+// goroutines would cost several times what the stream itself does.
+type connSink struct{ net.Conn }
+
+func (connSink) Flush() error { return nil }
+
+// responseSink is an ordinary response.
+type responseSink struct {
+	io.Writer
+	*http.ResponseController
+}
+
+// streamHeader is the response header of every stream; no-transform and
+// X-Accel-Buffering keep proxies from holding it back
+// (https://nginx.org/en/docs/http/ngx_http_proxy_module.html#proxy_buffering).
+var streamHeader = [][2]string{
+	{"Content-Type", "text/event-stream"},
+	{"Cache-Control", "no-cache, no-transform"},
+	{"X-Accel-Buffering", "no"},
+}
+
+const (
+	heartbeatFrame = "event: heartbeat\ndata: {}\n\n"
+	drainFrame     = "event: drain\ndata: {}\n\n"
+)
+
+func readyFrame(heartbeat time.Duration) string {
+	return fmt.Sprintf("id: 0\nevent: ready\ndata: {\"heartbeatInterval\":%d}\n\n", heartbeat.Milliseconds())
+}
+
+// serveSubscribe opens a stream.
+func (s *Server) serveSubscribe(w http.ResponseWriter, r *http.Request, channel string) {
+	addr, credential, ok := s.authorise(w, r, http.MethodGet, channel)
+	if !ok {
+		return
+	}
+	sub := &Subscriber{
+		Channel: strings.Clone(channel), Client: clientName(r), // not the whole header they are part of
+		Addr: addr, Credential: credential,
+	}
+	for feature := range strings.SplitSeq(strings.Join(r.Header["X-Relay-Features"], ","), ",") {
+		switch strings.TrimSpace(feature) {
+		case "respond":
+			sub.Responds = true
+		case "drain":
+			sub.Drains = true
+		}
+	}
+	ctx := context.Background() // a hijacked stream outlives its request
+	if r.ProtoMajor > 1 {
+		ctx = r.Context()
+	}
+	if !s.enter(sub) {
+		refuse(w, http.StatusServiceUnavailable, "shutting down")
+		return
+	}
+	if err := s.hub.Subscribe(ctx, sub); err != nil {
+		s.exit(sub)
+		s.log.Warn("subscriber refused", "channel", channel, "addr", addr, "err", err)
+		refuse(w, http.StatusServiceUnavailable, err.Error())
+		return
+	}
+	if !s.awaitLive(r.Context(), sub) {
+		s.hub.Leave(sub, errPeerGone)
+		s.exit(sub)
+		refuse(w, http.StatusServiceUnavailable, "bus unavailable")
+		return
+	}
+	if r.ProtoMajor > 1 {
+		s.stream(sub, responseSink{w, http.NewResponseController(w)}, s.openResponse(w))
+		return
+	}
+	conn, buffered, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		s.hub.Leave(sub, err)
+		s.exit(sub)
+		refuse(w, http.StatusServiceUnavailable, "no stream on this connection")
+		return
+	}
+	s.streams.Add(1)
+	go s.watchPeer(sub, conn, buffered.Reader.Buffered())
+	go func() { // ends with the stream; a fresh goroutine has the small stack that the handler's has outgrown
+		defer conn.Close()
+		s.stream(sub, connSink{conn}, openConn(s.opts.Heartbeat))
+	}()
+}
+
+// enter counts a stream in unless the server is leaving; exit counts it out.
+func (s *Server) enter(sub *Subscriber) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.left {
+		return false
+	}
+	s.streams.Add(1)
+	if sub.Drains {
+		s.movers.Add(1)
+	}
+	return true
+}
+
+func (s *Server) exit(sub *Subscriber) {
+	if sub.Drains {
+		s.movers.Done()
+	}
+	s.streams.Done()
+}
+
+// awaitLive waits until the bus has confirmed the subscription.
+func (s *Server) awaitLive(ctx context.Context, sub *Subscriber) bool {
+	select {
+	case <-sub.Live:
+		return true
+	default:
+	}
+	timeout := time.NewTimer(liveTimeout)
+	defer timeout.Stop()
+	select {
+	case <-sub.Live:
+		return true
+	case <-ctx.Done():
+	case <-s.closing:
+	case <-timeout.C:
+	}
+	return false
+}
+
+// openConn is the head of a stream on a hijacked connection. The body ends
+// with the connection (RFC 9112 section 6.3), so that every frame is written
+// as it is, without a chunk around it.
+func openConn(heartbeat time.Duration) string {
+	b := "HTTP/1.1 200 OK\r\nConnection: close\r\nDate: " + time.Now().UTC().Format(http.TimeFormat) + "\r\n"
+	for _, f := range streamHeader {
+		b += f[0] + ": " + f[1] + "\r\n"
+	}
+	return b + "\r\n" + readyFrame(heartbeat)
+}
+
+// openResponse is the same for an ordinary response.
+func (s *Server) openResponse(w http.ResponseWriter) string {
+	for _, f := range streamHeader {
+		w.Header().Set(f[0], f[1])
+	}
+	return readyFrame(s.opts.Heartbeat)
+}
+
+// watchPeer notices at once when the peer of a hijacked connection goes. It
+// ends with the connection.
+func (s *Server) watchPeer(sub *Subscriber, conn net.Conn, sent int) {
+	defer s.streams.Done()
+	b := make([]byte, 16)
+	for sent <= chatterLimit {
+		n, err := conn.Read(b)
+		if sent += n; err != nil {
+			break
+		}
+	}
+	s.hub.Leave(sub, errPeerGone)
+}
+
+// stream writes one subscriber's stream to its end, in one goroutine: a
+// deadline, a write, a flush for every burst, and every error ends it.
+func (s *Server) stream(sub *Subscriber, out sink, head string) {
+	defer s.exit(sub)
+	aborted := make(chan struct{})
+	stop := context.AfterFunc(sub.Gone, func() { // a write that hangs must not outlive its subscriber
+		out.SetWriteDeadline(time.Unix(1, 0))
+		close(aborted)
+	})
+	defer func() {
+		if !stop() {
+			<-aborted // out may not be touched after the handler returned
+		}
+	}()
+	log := s.log.With("channel", sub.Channel, "subscriber", sub.ID)
+	reason := s.write(sub, out, []byte(head))
+	if reason == nil {
+		log.Info("subscriber ready", "addr", sub.Addr, "client", sub.Client)
+		s.bus.Signal(context.Background(), Signal{Kind: signalReady, Channel: sub.Channel, Subscriber: sub.ID})
+		reason = s.pump(sub, out)
+	}
+	s.hub.Leave(sub, reason)
+	s.bus.Signal(context.Background(), Signal{Kind: signalLeft, Channel: sub.Channel, Subscriber: sub.ID})
+	if cause := context.Cause(sub.Gone); cause == errSlow || cause == errRevoked {
+		log.Warn("subscriber gone", "reason", cause)
+	} else {
+		log.Info("subscriber gone", "reason", reason)
+	}
+}
+
+// write writes p at once, or fails when the subscriber is gone.
+func (s *Server) write(sub *Subscriber, out sink, p []byte) error {
+	// The deadline first: whoever ends the subscriber sets one in the past afterwards.
+	if err := out.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
+		return err
+	}
+	if sub.Gone.Err() != nil {
+		return context.Cause(sub.Gone)
+	}
+	if _, err := out.Write(p); err != nil {
+		return fmt.Errorf("write to stream: %w", err)
+	}
+	if err := out.Flush(); err != nil {
+		return fmt.Errorf("write to stream: %w", err)
+	}
+	if _, ok := out.(responseSink); ok { // HTTP/2 resets a stream whose deadline passes, even an idle one
+		return out.SetWriteDeadline(time.Time{})
+	}
+	return nil
+}
+
+// pump is the select loop of one stream.
+func (s *Server) pump(sub *Subscriber, out sink) error {
+	heartbeat := time.NewTicker(s.opts.Heartbeat)
+	defer heartbeat.Stop()
+	var move, end *time.Timer
+	var moving, over <-chan time.Time
+	moveIn := func(d time.Duration) {
+		move = time.NewTimer(d)
+		moving = move.C
+	}
+	if age := s.opts.StreamMaxAge; age > 0 {
+		moveIn(age - mathrand.N(age/10+1)) // not all streams of a replica at once
+	}
+	defer func() {
+		for _, t := range []*time.Timer{move, end} {
+			if t != nil {
+				t.Stop()
+			}
+		}
+	}()
+	leaving := s.leaving
+	for {
+		var err error
+		select {
+		case <-sub.Gone.Done():
+			return context.Cause(sub.Gone)
+		case <-sub.Wake:
+			var more bool
+			if more, err = s.flush(sub, out); more {
+				wake(sub.Wake)
+			}
+		case <-heartbeat.C:
+			s.Heartbeats.Add(1)
+			err = s.write(sub, out, []byte(heartbeatFrame))
+		case <-leaving:
+			leaving = nil
+			if move != nil {
+				move.Stop()
+			}
+			moveIn(mathrand.N(min(moveJitter, s.opts.HandlerTimeout/4) + 1))
+		case <-moving:
+			moving = nil
+			if sub.Drains {
+				err = s.write(sub, out, []byte(drainFrame))
+			}
+			if end == nil {
+				end = time.NewTimer(s.opts.HandlerTimeout)
+				over = end.C
+			}
+		case <-over:
+			if _, err = s.drainQueue(sub, out); err == nil {
+				err = errStreamAge
+			}
+		case <-s.closing:
+			if _, err = s.drainQueue(sub, out); err == nil {
+				err = errShutdown
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// drainQueue writes what is queued, to the end.
+func (s *Server) drainQueue(sub *Subscriber, out sink) (more bool, err error) {
+	for more = true; more && err == nil; {
+		more, err = s.flush(sub, out)
+	}
+	return more, err
+}
+
+// scratch holds buffers in which small frames become one write.
+var scratch = sync.Pool{New: func() any { return new([]byte) }}
+
+// flush writes the next batch in one write and tells whether there was one.
+func (s *Server) flush(sub *Subscriber, out sink) (more bool, err error) {
+	var few [8]*Event
+	batch := sub.Take(few[:0])
+	switch len(batch) {
+	case 0:
+		return false, nil
+	case 1:
+		err = s.write(sub, out, batch[0].frame)
+	default:
+		buf := scratch.Get().(*[]byte)
+		*buf = (*buf)[:0]
+		for i := range batch {
+			*buf = append(*buf, batch[i].frame...)
+		}
+		err = s.write(sub, out, *buf)
+		if cap(*buf) <= 2*burst {
+			scratch.Put(buf)
+		}
+	}
+	if err == nil && !sub.Responds {
+		for i := range batch {
+			if batch[i].Respond {
+				s.bus.Signal(context.Background(), Signal{
+					Kind: signalWritten, To: replicaOf(batch[i].ID),
+					Channel: sub.Channel, Event: batch[i].ID, Subscriber: sub.ID,
+				})
+			}
+		}
+	}
+	return true, err
+}
+
+// Held is how many requests are held and how many bytes they take.
+func (s *Server) Held() (requests int, size int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.holds), s.held
+}
