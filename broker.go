@@ -821,6 +821,14 @@ type Subscriber struct {
 	batch int64 // bytes of the batch that Take handed out
 }
 
+// wake puts the one token into a channel that holds one.
+func wake(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
 // Why a stream ends; logged as its reason.
 var (
 	errSlow        = errors.New("evicted: slow subscriber, its queue is full")

@@ -16,6 +16,7 @@ import (
 	"mime"
 	"net"
 	"net/http"
+	"net/textproto"
 	"net/url"
 	"strconv"
 	"strings"
@@ -51,6 +52,7 @@ const (
 type ClientOptions struct {
 	Source            *url.URL // .../subscribe/{channel}/
 	Token             string
+	UserAgent         string // towards the source
 	ReconnectInterval time.Duration
 	HandlerTimeout    time.Duration // to finish forwards at the end
 
@@ -381,7 +383,7 @@ func (w *watchedReader) Read(p []byte) (int, error) {
 // sourceRequest is a request to the source with everything that opens it.
 func (c *Client) sourceRequest(ctx context.Context, method string, u *url.URL, body io.Reader) *http.Request {
 	req, _ := http.NewRequestWithContext(ctx, method, u.String(), body) // u and method were checked at start
-	req.Header.Set("User-Agent", "webhook-relay/"+version)
+	req.Header.Set("User-Agent", c.opts.UserAgent)
 	req.Header.Set("X-Relay-Client", c.name)
 	if c.opts.Token != "" {
 		req.Header.Set("X-Auth-Token", c.opts.Token)
@@ -398,10 +400,16 @@ func setUserinfo(req *http.Request) {
 	}
 }
 
-// bare takes the URL out of an error: it may hold credentials or a token.
+var errMalformed = errors.New("malformed HTTP answer")
+
+// bare takes out of an error what must not be logged: net/http quotes the
+// bytes of a malformed answer, which may echo a payload.
 func bare(err error) error {
-	if e, ok := errors.AsType[*url.Error](err); ok {
-		return e.Err
+	_, header := errors.AsType[textproto.ProtocolError](err)
+	_, verify := errors.AsType[*tls.CertificateVerificationError](err)
+	_, network := errors.AsType[*net.OpError](err)
+	if header || !verify && !network && strings.Contains(err.Error(), `"`) {
+		return errMalformed
 	}
 	return err
 }

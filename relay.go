@@ -160,6 +160,9 @@ func run(ctx context.Context, environ []string, stderr io.Writer) error {
 		log.Warn(w.message, "variable", w.variable)
 	}
 	if c.Role == "server" {
+		if c.Server.Token == "" && c.Server.TokensFile == "" {
+			log.Warn("anybody may subscribe: neither AUTH_TOKEN nor AUTH_TOKENS_FILE is set")
+		}
 		return runServer(ctx, c, log)
 	}
 	return runClient(ctx, c, log)
@@ -246,19 +249,19 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 func runClient(ctx context.Context, c *Config, log *slog.Logger) error {
 	c.Client.HandlerTimeout = c.HandlerTimeout
 	c.Client.Token = c.Server.Token
+	c.Client.UserAgent = "webhook-relay/" + version
 	client := NewClient(c.Client, log)
-	health := &Health{
-		Info:    map[string]string{"role": c.Role, "version": version},
-		Live:    client.Alive,
-		Ready:   client.Check,
-		Metrics: clientMetrics(client),
-	}
-	var stopping atomic.Bool
-	health.Live = func(ctx context.Context) error {
-		if stopping.Load() {
+	alive := func(probe context.Context) error {
+		if ctx.Err() != nil {
 			return nil // forwards are finishing
 		}
-		return client.Alive(ctx)
+		return client.Alive(probe)
+	}
+	health := &Health{
+		Info:    map[string]string{"role": c.Role, "version": version},
+		Live:    alive,
+		Ready:   client.Check,
+		Metrics: clientMetrics(client),
 	}
 	probes, stopProbes, err := serveHealth(c, health, log)
 	if err != nil {
@@ -267,14 +270,10 @@ func runClient(ctx context.Context, c *Config, log *slog.Logger) error {
 	g := newGroup()
 	g.Go(probes)
 	g.Go(func() error {
-		stop := context.AfterFunc(ctx, func() {
-			stopping.Store(true)
-			log.Info("shutting down", "reason", context.Cause(ctx))
-		})
+		stop := context.AfterFunc(ctx, func() { log.Info("shutting down", "reason", context.Cause(ctx)) })
 		defer stop()
-		err := client.Run(ctx)
-		stopProbes()
-		return err
+		defer stopProbes()
+		return client.Run(ctx)
 	})
 	err = g.Wait()
 	log.Info("stopped")

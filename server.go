@@ -101,7 +101,7 @@ type Server struct {
 	holds    map[string]*hold     // guarded by mu, by event id
 	held     int64                // guarded by mu: bytes of all holds
 	acks     map[string]chan bool // guarded by mu: reports on their way to another replica, by event id and subscriber
-	requests sync.WaitGroup       // held requests; Add only under mu while !left
+	requests sync.WaitGroup       // webhooks being published or held; Add only under mu while !left
 	streams  sync.WaitGroup       // goroutines of streams; likewise
 	movers   sync.WaitGroup       // streams that can follow a drain; likewise
 }
@@ -260,6 +260,12 @@ func (s *Server) serveWebhook(w http.ResponseWriter, r *http.Request, channel st
 		}
 		return
 	}
+	if !s.begin() {
+		s.Refused.Add(1)
+		refuse(w, http.StatusServiceUnavailable, "shutting down")
+		return
+	}
+	defer s.requests.Done()
 	if mode != modeAccept {
 		s.serveHeld(w, r, event, mode)
 		return
@@ -296,22 +302,22 @@ func (s *Server) admitWebhook(r *http.Request, channel string) (status int, mess
 			return http.StatusForbidden, "address not allowed"
 		}
 	}
-	if s.isLeaving() {
-		return http.StatusServiceUnavailable, "shutting down"
-	}
 	if r.ContentLength > s.opts.MaxPayload { // before 100 Continue invites the body
 		return http.StatusRequestEntityTooLarge, "payload too large"
 	}
 	return 0, ""
 }
 
-func (s *Server) isLeaving() bool {
-	select {
-	case <-s.leaving:
-		return true
-	default:
+// begin counts a webhook in that is about to be published, unless the server
+// is leaving: Shutdown closes no stream before the last of them is queued.
+func (s *Server) begin() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.left {
 		return false
 	}
+	s.requests.Add(1)
+	return true
 }
 
 // bodies holds buffers for request bodies, which live only until they are encoded.
@@ -423,16 +429,12 @@ func (s *Server) serveHeld(w http.ResponseWriter, r *http.Request, e *Event, mod
 func (s *Server) hold(e *Event) (*hold, string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.left {
-		return nil, "shutting down"
-	}
 	if s.held+int64(len(e.wire)) > s.opts.HeldBuffer {
 		return nil, "too many requests wait"
 	}
 	h := &hold{event: e, poke: make(chan struct{}, 1)}
 	s.held += int64(len(e.wire))
 	s.holds[e.ID] = h
-	s.requests.Add(1)
 	return h, ""
 }
 
@@ -441,7 +443,6 @@ func (s *Server) release(h *hold) {
 	delete(s.holds, h.event.ID)
 	s.held -= int64(len(h.event.wire))
 	s.mu.Unlock()
-	s.requests.Done()
 }
 
 // await publishes h's event, again whenever somebody new can take it, until
@@ -508,7 +509,9 @@ func (s *Server) publish(ctx context.Context, h *hold, e *Event) error {
 func (h *hold) takeAgain() (again []string) {
 	for _, id := range h.again {
 		if id == "" {
-			again, h.pending = []string{""}, 0 // receipts from before the bus broke may never come
+			// What was said while the bus was down may never come: start over.
+			again, h.pending = []string{""}, 0
+			h.given = slices.DeleteFunc(h.given, func(g given) bool { return g.state == stateOpen })
 			break
 		}
 		if !slices.ContainsFunc(h.given, func(g given) bool { return g.Subscriber == id }) {
@@ -641,14 +644,6 @@ func (s *Server) apply(h *hold, sig Signal) {
 		}
 	}
 	wake(h.poke)
-}
-
-// wake puts the one token into a channel that holds one.
-func wake(c chan struct{}) {
-	select {
-	case c <- struct{}{}:
-	default:
-	}
 }
 
 // serveReport takes a client's report of its target's answer.
