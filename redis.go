@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -275,17 +277,14 @@ func (b *RedisBus) dial(ctx context.Context) (redis.Conn, error) {
 // start subscribes to the replicas' own channels and to all that the hub wants.
 func (s *session) start() error {
 	s.bus.takeDirty()
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	for name := range s.own {
 		if err := s.want(name, true); err != nil {
 			return err
 		}
 	}
-	for _, channel := range s.bus.hub.Channels() {
-		if err := s.reconcile(channel); err != nil {
-			return err
-		}
-	}
-	return s.flush()
+	return s.reconcile(s.bus.hub.Channels())
 }
 
 // steer keeps the subscriptions what the hub wants them to be, and pings.
@@ -304,41 +303,32 @@ func (s *session) steer() error {
 				return err
 			}
 		case <-s.bus.poke:
-			for channel := range s.bus.takeDirty() {
-				if err := s.reconcile(channel); err != nil {
-					return err
-				}
-			}
-			if err := s.flush(); err != nil {
+			dirty := slices.Collect(maps.Keys(s.bus.takeDirty()))
+			s.mu.Lock()
+			err := s.reconcile(dirty)
+			s.mu.Unlock()
+			if err != nil {
 				return err
 			}
 		}
 	}
 }
 
-func (s *session) flush() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+// reconcile tells Redis what the hub wants of channels now. The hub is asked
+// under mu, which reconcile needs, so that the last command sent always
+// matches the last answer.
+func (s *session) reconcile(channels []string) error {
+	for _, channel := range channels {
+		if err := s.want(s.bus.eventName(channel), s.bus.hub.Wants(channel)); err != nil {
+			return err
+		}
+	}
 	return s.sub.Conn.Flush()
 }
 
-// reconcile tells Redis what the hub wants of channel now. The hub is asked
-// under mu, so that the last command sent always matches the last answer.
-func (s *session) reconcile(channel string) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.wantLocked(s.bus.eventName(channel), s.bus.hub.Wants(channel))
-}
-
+// want sends the command that changes name's subscription, if it must change.
+// It needs mu.
 func (s *session) want(name string, wanted bool) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.wantLocked(name, wanted)
-}
-
-// wantLocked sends the command that changes name's subscription, if it must
-// change. It needs mu.
-func (s *session) wantLocked(name string, wanted bool) error {
 	in := s.names[name]
 	switch {
 	case in == nil && !wanted:

@@ -100,7 +100,7 @@ type Server struct {
 	left     bool                 // guarded by mu: leaving is closed
 	holds    map[string]*hold     // guarded by mu, by event id
 	held     int64                // guarded by mu: bytes of all holds
-	acks     map[string]chan bool // guarded by mu: reports on their way to another replica, by event id and subscriber
+	acks     map[string]chan bool // guarded by mu: reports on their way to another replica, by the id of their Signal
 	requests sync.WaitGroup       // webhooks being published or held; Add only under mu while !left
 	streams  sync.WaitGroup       // goroutines of streams; likewise
 	movers   sync.WaitGroup       // streams that can follow a drain; likewise
@@ -593,57 +593,74 @@ func (h *hold) answer(client string, a Answer) {
 // signal takes what replicas say about held requests. It never blocks: the
 // bus calls it from its receiving loop.
 func (s *Server) signal(sig Signal) {
-	if sig.Kind == signalAnswer && sig.From != "" {
+	switch sig.Kind {
+	case signalReady, signalLeft, signalAgain:
+		s.presence(sig)
+	case signalTaken, signalWritten:
+		s.receipt(sig)
+	case signalAnswer:
 		ack := Signal{Kind: signalAck, To: sig.From, Event: sig.Event, Subscriber: sig.Subscriber}
-		if s.waits(sig) {
+		if a, err := decodeAnswer([]byte(sig.Data)); err == nil && s.answer(sig, a) {
 			ack.Data = "1"
 		}
 		s.bus.Signal(context.Background(), ack) // without From it does not wait
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	switch sig.Kind {
-	case signalReady, signalLeft, signalAgain:
-		for _, h := range s.holds {
-			if sig.Kind != signalAgain && h.event.Channel != sig.Channel {
-				continue
-			}
-			if sig.Kind == signalLeft {
-				h.mark(Delivery{Subscriber: sig.Subscriber}, stateLost)
-			} else {
-				h.again = append(h.again, sig.Subscriber)
-			}
-			wake(h.poke)
-		}
 	case signalAck:
-		if ack := s.acks[sig.Event+sig.Subscriber]; ack != nil {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if ack := s.acks[sig.Subscriber]; ack != nil {
 			ack <- sig.Data != "" // has room for one, and is asked once
-			delete(s.acks, sig.Event+sig.Subscriber)
+			delete(s.acks, sig.Subscriber)
 		}
-	case signalTaken, signalWritten, signalAnswer:
-		s.apply(s.holds[sig.Event], sig)
 	}
 }
 
-// apply notes on h what sig says; it needs mu.
-func (s *Server) apply(h *hold, sig Signal) {
+// presence tells the holds of a channel who came and who went.
+func (s *Server) presence(sig Signal) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, h := range s.holds {
+		switch {
+		case sig.Kind != signalAgain && h.event.Channel != sig.Channel:
+			continue
+		case sig.Kind == signalLeft:
+			h.mark(Delivery{Subscriber: sig.Subscriber}, stateLost)
+		default:
+			h.again = append(h.again, sig.Subscriber)
+		}
+		wake(h.poke)
+	}
+}
+
+// receipt tells a hold to whom its event went.
+func (s *Server) receipt(sig Signal) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	h := s.holds[sig.Event]
 	if h == nil {
 		return
 	}
-	switch sig.Kind {
-	case signalTaken:
+	if sig.Kind == signalWritten {
+		h.mark(Delivery{Subscriber: sig.Subscriber, Legacy: true}, stateWritten)
+	} else {
 		h.pending--
 		for _, d := range decodeDeliveries(sig.Data) {
 			h.mark(d, stateOpen)
 		}
-	case signalWritten:
-		h.mark(Delivery{Subscriber: sig.Subscriber, Legacy: true}, stateWritten)
-	case signalAnswer:
-		if a, err := decodeAnswer([]byte(sig.Data)); err == nil && h.event.Channel == sig.Channel {
-			h.answer(sig.Client, a)
-		}
 	}
 	wake(h.poke)
+}
+
+// answer gives a client's report to the request that waits for it, if any.
+func (s *Server) answer(sig Signal, a Answer) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	h := s.holds[sig.Event]
+	if h == nil || h.event.Channel != sig.Channel {
+		return false
+	}
+	h.answer(sig.Client, a)
+	wake(h.poke)
+	return true
 }
 
 // serveReport takes a client's report of its target's answer.
@@ -655,9 +672,10 @@ func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel, id
 		refuse(w, http.StatusNotFound, "nobody waits")
 		return
 	}
+	var answer Answer
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, reportLimit))
 	if err == nil {
-		_, err = decodeAnswer(body)
+		answer, err = decodeAnswer(body)
 	}
 	if err != nil {
 		s.log.Warn("report refused", "channel", channel, "event", id, "err", err)
@@ -666,8 +684,9 @@ func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel, id
 	}
 	taken, err := s.route(r.Context(), Signal{
 		Kind: signalAnswer, To: replicaOf(id), Channel: channel, Event: id,
-		Subscriber: rand.Text(), Client: clientName(r), Data: string(body),
-	})
+		Subscriber: rand.Text(), // names this report: its ack comes back with it
+		Client:     clientName(r), Data: string(body),
+	}, answer)
 	switch {
 	case err != nil:
 		refuse(w, http.StatusServiceUnavailable, "bus unavailable")
@@ -680,20 +699,18 @@ func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel, id
 
 // route brings an answer to the replica that holds its request, here or
 // elsewhere, and tells whether somebody waited.
-func (s *Server) route(ctx context.Context, sig Signal) (taken bool, err error) {
+func (s *Server) route(ctx context.Context, sig Signal, a Answer) (taken bool, err error) {
 	if sig.To == s.opts.Replica {
-		taken = s.waits(sig)
-		s.signal(sig)
-		return taken, nil
+		return s.answer(sig, a), nil
 	}
 	sig.From = s.opts.Replica
-	ack, key := make(chan bool, 1), sig.Event+sig.Subscriber
+	ack := make(chan bool, 1)
 	s.mu.Lock()
-	s.acks[key] = ack
+	s.acks[sig.Subscriber] = ack
 	s.mu.Unlock()
 	defer func() {
 		s.mu.Lock()
-		delete(s.acks, key)
+		delete(s.acks, sig.Subscriber)
 		s.mu.Unlock()
 	}()
 	receivers, err := s.bus.Signal(ctx, sig)
@@ -708,14 +725,6 @@ func (s *Server) route(ctx context.Context, sig Signal) (taken bool, err error) 
 	case <-time.After(time.Second):
 		return false, errors.New("replica that holds the request did not acknowledge")
 	}
-}
-
-// waits tells whether a request for sig's event and channel is held here.
-func (s *Server) waits(sig Signal) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	h := s.holds[sig.Event]
-	return h != nil && h.event.Channel == sig.Channel
 }
 
 // Who may subscribe, and from where.
