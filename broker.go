@@ -799,26 +799,31 @@ type hubChannel struct {
 	subscribers map[*Subscriber]struct{}
 }
 
-// Subscriber is one live stream and its queue, bounded by bytes.
+// Subscriber is one live stream and its queue, bounded by bytes. Whoever
+// subscribes fills in the first part.
 type Subscriber struct {
-	ID         string
 	Client     string // see Signal.Client; empty from a legacy client
 	Channel    string
 	Addr       netip.Addr
 	Credential [32]byte // hash of the token it came with
 	Responds   bool     // its client reports answers
 	Drains     bool     // its client knows the drain event
+	Write      func()   // writes what Take gives until that is nothing; runs in a goroutine of its own, one at a time
 
-	Live chan struct{} // closed under hub.mu once every replica's events reach it
-	Wake chan struct{} // holds one token while the queue has events
-	Gone context.Context
+	ID      string
+	Live    chan struct{}  // closed under hub.mu once every replica's events reach it
+	Gone    atomic.Bool    // set before abort is called
+	Writers sync.WaitGroup // Write under way; nobody is added once Gone is set
 
-	hub   *Hub
-	end   context.CancelCauseFunc
-	live  bool // guarded by hub.mu, like all below: Live is closed
-	queue []*Event
-	bytes int64 // of queue and of the batch being written
-	batch int64 // bytes of the batch that Take handed out
+	hub     *Hub
+	abort   func() // guarded by hub.mu, like all below: makes a blocked read or write fail; called once, must not block
+	live    bool   // Live is closed
+	writing bool   // Write is under way, or the stream has not begun
+	finish  error  // end with this reason once the queue is empty
+	reason  error  // why it ended
+	queue   []*Event
+	bytes   int64 // of queue and of the batch being written
+	batch   int64 // bytes of the batch that Take handed out
 }
 
 // wake puts the one token into a channel that holds one.
@@ -836,13 +841,15 @@ var (
 	errPeerGone    = errors.New("peer closed the stream")
 	errShutdown    = errors.New("shutting down")
 	errStreamAge   = errors.New("stream reached its age")
+	errOverdue     = errors.New("shutting down: subscriber did not take its events in time")
 	errSubscribers = errors.New("too many subscribers")
 	errPerAddress  = errors.New("too many subscribers from one address")
 )
 
 // Subscribe registers s, which then belongs to the hub until Leave. Events
-// queue from this moment on; they are complete once s.Live is closed.
-func (h *Hub) Subscribe(ctx context.Context, s *Subscriber) error {
+// queue from this moment on; they are complete once s.Live is closed. The
+// caller writes the beginning of the stream and then calls s.Write, once.
+func (h *Hub) Subscribe(s *Subscriber) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.total >= h.Limits.Subscribers {
@@ -853,9 +860,8 @@ func (h *Hub) Subscribe(ctx context.Context, s *Subscriber) error {
 	}
 	s.hub = h
 	s.ID = rand.Text()
-	s.Wake = make(chan struct{}, 1)
 	s.Live = make(chan struct{})
-	s.Gone, s.end = context.WithCancelCause(ctx)
+	s.writing = true
 	if h.channels == nil {
 		h.channels, h.addresses = map[string]*hubChannel{}, map[netip.Addr]int{}
 	}
@@ -877,54 +883,100 @@ func (h *Hub) Subscribe(ctx context.Context, s *Subscriber) error {
 	return nil
 }
 
-// Leave ends s; nothing of it stays. It may be called more than once.
-func (h *Hub) Leave(s *Subscriber, reason error) {
-	s.end(reason)
+// Attach gives s the connection that abort ends. One that has ended already
+// is aborted at once.
+func (h *Hub) Attach(s *Subscriber, abort func()) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.remove(s)
+	s.abort = abort
+	if s.reason != nil {
+		abort()
+	}
 }
 
-// remove needs h.mu.
-func (h *Hub) remove(s *Subscriber) {
-	c := h.channels[s.Channel]
-	if c == nil {
+// Leave ends s for reason, unless it ended before; nothing of it stays.
+func (h *Hub) Leave(s *Subscriber, reason error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.end(s, reason)
+}
+
+// Evict ends every subscriber that why gives a reason for.
+func (h *Hub) Evict(why func(*Subscriber) error) {
+	h.each(func(s *Subscriber) {
+		if reason := why(s); reason != nil {
+			h.end(s, reason)
+		}
+	})
+}
+
+// Finish ends s once all that is queued is written.
+func (h *Hub) Finish(s *Subscriber, reason error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.finish(s, reason)
+}
+
+// FinishAll is Finish for every subscriber.
+func (h *Hub) FinishAll(reason error) {
+	h.each(func(s *Subscriber) { h.finish(s, reason) })
+}
+
+// Subscribers lists the live streams.
+func (h *Hub) Subscribers() (list []*Subscriber) {
+	h.each(func(s *Subscriber) { list = append(list, s) })
+	return list
+}
+
+// Reason is why s ended; nil while it lives.
+func (h *Hub) Reason(s *Subscriber) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return s.reason
+}
+
+// each calls f under mu; f may end its subscriber.
+func (h *Hub) each(f func(*Subscriber)) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, c := range h.channels {
+		for s := range c.subscribers {
+			f(s)
+		}
+	}
+}
+
+// finish needs mu.
+func (h *Hub) finish(s *Subscriber, reason error) {
+	if s.writing {
+		s.finish = reason
+	} else {
+		h.end(s, reason)
+	}
+}
+
+// end removes s and makes its stream fail. It needs mu.
+func (h *Hub) end(s *Subscriber, reason error) {
+	if s.reason != nil {
 		return
 	}
-	if _, ok := c.subscribers[s]; !ok {
-		return
-	}
-	delete(c.subscribers, s)
+	s.reason = reason
 	s.queue = nil
 	h.total--
 	if h.addresses[s.Addr]--; h.addresses[s.Addr] == 0 {
 		delete(h.addresses, s.Addr)
 	}
-	if len(c.subscribers) == 0 {
+	c := h.channels[s.Channel]
+	if delete(c.subscribers, s); len(c.subscribers) == 0 {
 		delete(h.channels, s.Channel)
 		if h.Watch != nil {
 			h.Watch(s.Channel)
 		}
 	}
-}
-
-// Evict ends every subscriber that why gives a reason for.
-func (h *Hub) Evict(why func(*Subscriber) error) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	for _, c := range h.channels {
-		for s := range c.subscribers {
-			if reason := why(s); reason != nil {
-				h.evict(s, reason)
-			}
-		}
+	s.Gone.Store(true)
+	if s.abort != nil {
+		s.abort()
 	}
-}
-
-// evict needs h.mu. The stream's goroutine sees s.Gone end and closes the connection.
-func (h *Hub) evict(s *Subscriber, reason error) {
-	s.end(reason)
-	h.remove(s)
 }
 
 // Deliver queues e for its channel's subscribers. For an event that asks for
@@ -944,16 +996,11 @@ func (h *Hub) Deliver(e *Event) (taken []Delivery, n int) {
 		}
 		if s.bytes > 0 && s.bytes+size > h.Limits.Buffer {
 			h.Evicted.Add(1)
-			h.evict(s, errSlow)
+			h.end(s, errSlow)
 			continue
 		}
-		s.queue = append(s.queue, e)
-		s.bytes += size
+		s.push(e)
 		n++
-		select {
-		case s.Wake <- struct{}{}:
-		default:
-		}
 		if e.Respond {
 			taken = append(taken, Delivery{s.ID, s.Client, !s.Responds})
 		}
@@ -962,11 +1009,32 @@ func (h *Hub) Deliver(e *Event) (taken []Delivery, n int) {
 	return taken, n
 }
 
+// Push queues a frame of the relay's own, such as a heartbeat, for s alone. It
+// tells whether s still lives.
+func (h *Hub) Push(s *Subscriber, e *Event) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if s.reason == nil {
+		s.push(e)
+	}
+	return s.reason == nil
+}
+
+// push queues e and sees that somebody writes it. It needs hub.mu.
+func (s *Subscriber) push(e *Event) {
+	s.queue = append(s.queue, e)
+	s.bytes += int64(len(e.frame))
+	if !s.writing {
+		s.writing = true
+		s.Writers.Go(s.Write)
+	}
+}
+
 // burst is how many bytes Take hands out at once, beyond the first event.
 const burst = 256 << 10
 
-// Take moves the next batch of queued events to the caller, who writes it;
-// the batch before counts as written. dst is reused.
+// Take moves the next batch of queued events to Write, its only caller; the
+// batch before counts as written. An empty batch ends Write. dst is reused.
 func (s *Subscriber) Take(dst []*Event) []*Event {
 	s.hub.mu.Lock()
 	defer s.hub.mu.Unlock()
@@ -980,6 +1048,12 @@ func (s *Subscriber) Take(dst []*Event) []*Event {
 	dst = append(dst[:0], s.queue[:n]...)
 	if s.queue = slices.Delete(s.queue, 0, n); len(s.queue) == 0 {
 		s.queue = nil
+	}
+	if n == 0 {
+		s.writing = false
+		if s.finish != nil {
+			s.hub.end(s, s.finish)
+		}
 	}
 	return dst
 }

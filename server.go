@@ -92,12 +92,11 @@ type Server struct {
 	Webhooks, Unheard, Refused, Answered, TimedOut, Heartbeats atomic.Int64
 
 	draining atomic.Bool   // not ready any more, but still at work
-	leaving  chan struct{} // closed: nothing new, and clients are asked to move
 	giveUp   chan struct{} // closed: held requests end with 503
-	closing  chan struct{} // closed: streams are written to their end and closed
+	closing  chan struct{} // closed: streams are being closed
 
 	mu       sync.Mutex
-	left     bool                 // guarded by mu: leaving is closed
+	left     bool                 // guarded by mu: nothing new is taken
 	holds    map[string]*hold     // guarded by mu, by event id
 	held     int64                // guarded by mu: bytes of all holds
 	acks     map[string]chan bool // guarded by mu: reports on their way to another replica, by the id of their Signal
@@ -110,7 +109,7 @@ type Server struct {
 func NewServer(opts ServerOptions, hub *Hub, bus Bus, log *slog.Logger) (*Server, error) {
 	s := &Server{
 		opts: opts, log: log, hub: hub, bus: bus,
-		leaving: make(chan struct{}), giveUp: make(chan struct{}), closing: make(chan struct{}),
+		giveUp: make(chan struct{}), closing: make(chan struct{}),
 		holds: map[string]*hold{}, acks: map[string]chan bool{},
 	}
 	keys, err := loadKeys(opts)
@@ -180,31 +179,38 @@ func (s *Server) Shutdown() {
 	s.mu.Lock()
 	s.left = true
 	s.mu.Unlock()
-	close(s.leaving)
-	s.requests.Wait()
-
-	patience := time.NewTimer(movePatience)
-	defer patience.Stop()
-	moved := make(chan struct{})
-	go func() { // ends when the last stream does, at the latest below
-		s.movers.Wait()
-		close(moved)
-	}()
+	for _, sub := range s.hub.Subscribers() {
+		time.AfterFunc(mathrand.N(min(moveJitter, s.opts.HandlerTimeout/4)+1), func() { s.askToMove(sub) })
+	}
 	select {
-	case <-moved:
-	case <-patience.C:
+	case <-done(&s.requests):
+	case <-time.After(s.opts.HandlerTimeout): // an answer is stuck in its connection, which our caller closes
+	}
+	select {
+	case <-done(&s.movers):
+	case <-time.After(movePatience):
 	case <-s.giveUp:
 	}
 	close(s.closing)
+	s.hub.FinishAll(errShutdown)
 	cut := time.AfterFunc(time.Until(end), func() {
-		s.hub.Evict(func(*Subscriber) error { return errShutdown })
+		s.hub.Evict(func(*Subscriber) error { return errOverdue })
 	})
 	s.streams.Wait()
-	<-moved
 	cut.Stop()
 	if late.Stop() {
 		close(s.giveUp)
 	}
+}
+
+// done is closed once wg is; its goroutine ends then.
+func done(wg *sync.WaitGroup) <-chan struct{} {
+	c := make(chan struct{})
+	go func() {
+		wg.Wait()
+		close(c)
+	}()
+	return c
 }
 
 // ServeHTTP is the whole route table. It routes on the escaped path and never
@@ -895,6 +901,17 @@ type responseSink struct {
 	*http.ResponseController
 }
 
+// stream writes one subscriber's stream. While nothing is to be written it
+// has no goroutine but the one that waits for the end of its connection.
+type stream struct {
+	server    *Server
+	sub       *Subscriber
+	out       sink
+	heartbeat *time.Timer
+	age       *time.Timer // nil without StreamMaxAge
+	asked     bool        // to move; belongs to age
+}
+
 // streamHeader is the response header of every stream; no-transform and
 // X-Accel-Buffering keep proxies from holding it back
 // (https://nginx.org/en/docs/http/ngx_http_proxy_module.html#proxy_buffering).
@@ -904,9 +921,10 @@ var streamHeader = [][2]string{
 	{"X-Accel-Buffering", "no"},
 }
 
-const (
-	heartbeatFrame = "event: heartbeat\ndata: {}\n\n"
-	drainFrame     = "event: drain\ndata: {}\n\n"
+// The relay's own events, shared by all streams.
+var (
+	heartbeatEvent = &Event{frame: []byte("event: heartbeat\ndata: {}\n\n")}
+	drainEvent     = &Event{frame: []byte("event: drain\ndata: {}\n\n")}
 )
 
 func readyFrame(heartbeat time.Duration) string {
@@ -931,15 +949,13 @@ func (s *Server) serveSubscribe(w http.ResponseWriter, r *http.Request, channel 
 			sub.Drains = true
 		}
 	}
-	ctx := context.Background() // a hijacked stream outlives its request
-	if r.ProtoMajor > 1 {
-		ctx = r.Context()
-	}
 	if !s.enter(sub) {
 		refuse(w, http.StatusServiceUnavailable, "shutting down")
 		return
 	}
-	if err := s.hub.Subscribe(ctx, sub); err != nil {
+	st := &stream{server: s, sub: sub}
+	sub.Write = st.write
+	if err := s.hub.Subscribe(sub); err != nil {
 		s.exit(sub)
 		s.log.Warn("subscriber refused", "channel", channel, "addr", addr, "err", err)
 		refuse(w, http.StatusServiceUnavailable, err.Error())
@@ -952,23 +968,54 @@ func (s *Server) serveSubscribe(w http.ResponseWriter, r *http.Request, channel 
 		return
 	}
 	if r.ProtoMajor > 1 {
-		s.stream(sub, responseSink{w, http.NewResponseController(w)}, s.openResponse(w))
-		return
+		s.serveResponse(w, r, st)
+	} else {
+		s.serveConn(w, st)
 	}
+}
+
+// serveResponse streams over an ordinary response, in the handler's goroutine.
+func (s *Server) serveResponse(w http.ResponseWriter, r *http.Request, st *stream) {
+	for _, f := range streamHeader {
+		w.Header().Set(f[0], f[1])
+	}
+	gone := make(chan struct{})
+	st.begin(responseSink{w, http.NewResponseController(w)}, func() { close(gone) }, readyFrame(s.opts.Heartbeat))
+	select {
+	case <-gone:
+	case <-r.Context().Done():
+		s.hub.Leave(st.sub, errPeerGone)
+	}
+	st.end()
+}
+
+// serveConn takes the connection and streams over it. A fresh goroutine waits
+// for its end: the handler's stack has grown.
+func (s *Server) serveConn(w http.ResponseWriter, st *stream) {
 	conn, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {
-		s.hub.Leave(sub, err)
-		s.exit(sub)
+		s.hub.Leave(st.sub, err)
+		s.exit(st.sub)
 		refuse(w, http.StatusServiceUnavailable, "no stream on this connection")
 		return
 	}
-	s.streams.Add(1)
-	go s.watchPeer(sub, conn, buffered.Reader.Buffered())
-	go func() { // ends with the stream; a fresh goroutine has the small stack that the handler's has outgrown
-		defer conn.Close()
-		s.stream(sub, connSink{conn}, openConn(s.opts.Heartbeat))
+	sent := buffered.Reader.Buffered()
+	st.begin(connSink{conn}, func() { conn.SetDeadline(past) }, openConn(s.opts.Heartbeat))
+	go func() { // ends with the connection; exit counts it out
+		b := make([]byte, 16)
+		for sent <= chatterLimit {
+			n, err := conn.Read(b)
+			if sent += n; err != nil {
+				break
+			}
+		}
+		s.hub.Leave(st.sub, errPeerGone)
+		st.end()
 	}()
 }
+
+// past makes a deadline fail at once.
+var past = time.Unix(1, 0)
 
 // enter counts a stream in unless the server is leaving; exit counts it out.
 func (s *Server) enter(sub *Subscriber) bool {
@@ -1021,185 +1068,136 @@ func openConn(heartbeat time.Duration) string {
 	return b + "\r\n" + readyFrame(heartbeat)
 }
 
-// openResponse is the same for an ordinary response.
-func (s *Server) openResponse(w http.ResponseWriter) string {
-	for _, f := range streamHeader {
-		w.Header().Set(f[0], f[1])
+// begin writes the stream's head and what has queued meanwhile, and starts its
+// timers. Nobody else writes until it returns.
+func (st *stream) begin(out sink, abort func(), head string) {
+	s, sub := st.server, st.sub
+	st.out = out
+	s.hub.Attach(sub, abort)
+	if err := st.send([]byte(head)); err != nil {
+		s.hub.Leave(sub, err)
+		return
 	}
-	return readyFrame(s.opts.Heartbeat)
+	s.log.Info("subscriber ready", "channel", sub.Channel, "subscriber", sub.ID, "addr", sub.Addr, "client", sub.Client)
+	st.heartbeat = time.AfterFunc(time.Hour, st.beat)
+	st.heartbeat.Reset(s.opts.Heartbeat)
+	if age := s.opts.StreamMaxAge; age > 0 {
+		st.age = time.AfterFunc(time.Hour, st.aged)
+		st.age.Reset(age - mathrand.N(age/10+1)) // not all streams of a replica at once
+	}
+	s.bus.Signal(context.Background(), Signal{Kind: signalReady, Channel: sub.Channel, Subscriber: sub.ID})
+	st.write()
 }
 
-// watchPeer notices at once when the peer of a hijacked connection goes. It
-// ends with the connection.
-func (s *Server) watchPeer(sub *Subscriber, conn net.Conn, sent int) {
-	defer s.streams.Done()
-	b := make([]byte, 16)
-	for sent <= chatterLimit {
-		n, err := conn.Read(b)
-		if sent += n; err != nil {
-			break
-		}
+// aged asks a stream of full age to move, and ends it one handler timeout later.
+func (st *stream) aged() {
+	if st.asked {
+		st.server.hub.Finish(st.sub, errStreamAge)
+		return
 	}
-	s.hub.Leave(sub, errPeerGone)
+	st.asked = true
+	st.server.askToMove(st.sub)
+	st.age.Reset(st.server.opts.HandlerTimeout)
 }
 
-// stream writes one subscriber's stream to its end, in one goroutine: a
-// deadline, a write, a flush for every burst, and every error ends it.
-func (s *Server) stream(sub *Subscriber, out sink, head string) {
-	defer s.exit(sub)
-	aborted := make(chan struct{})
-	stop := context.AfterFunc(sub.Gone, func() { // a write that hangs must not outlive its subscriber
-		out.SetWriteDeadline(time.Unix(1, 0))
-		close(aborted)
-	})
-	defer func() {
-		if !stop() {
-			<-aborted // out may not be touched after the handler returned
-		}
-	}()
-	log := s.log.With("channel", sub.Channel, "subscriber", sub.ID)
-	reason := s.write(sub, out, []byte(head))
-	if reason == nil {
-		log.Info("subscriber ready", "addr", sub.Addr, "client", sub.Client)
-		s.bus.Signal(context.Background(), Signal{Kind: signalReady, Channel: sub.Channel, Subscriber: sub.ID})
-		reason = s.pump(sub, out)
+// end waits for the last write of a stream that the hub has ended.
+func (st *stream) end() {
+	s, sub := st.server, st.sub
+	if st.heartbeat != nil {
+		st.heartbeat.Stop()
 	}
-	s.hub.Leave(sub, reason)
+	if st.age != nil {
+		st.age.Stop()
+	}
+	level, reason := slog.LevelInfo, s.hub.Reason(sub)
+	if reason != errShutdown && reason != errStreamAge { // those two end when everything is written
+		st.out.SetWriteDeadline(past)
+	}
+	sub.Writers.Wait()
+	if conn, ok := st.out.(connSink); ok {
+		conn.Close()
+	}
 	s.bus.Signal(context.Background(), Signal{Kind: signalLeft, Channel: sub.Channel, Subscriber: sub.ID})
-	if cause := context.Cause(sub.Gone); cause == errSlow || cause == errRevoked {
-		log.Warn("subscriber gone", "reason", cause)
-	} else {
-		log.Info("subscriber gone", "reason", reason)
+	if reason == errSlow || reason == errRevoked {
+		level = slog.LevelWarn
+	}
+	s.log.Log(context.Background(), level, "subscriber gone", "channel", sub.Channel, "subscriber", sub.ID, "reason", reason)
+	s.exit(sub)
+}
+
+// beat is the heartbeat, whatever else is sent.
+func (st *stream) beat() {
+	if st.server.hub.Push(st.sub, heartbeatEvent) {
+		st.server.Heartbeats.Add(1)
+		st.heartbeat.Reset(st.server.opts.Heartbeat)
 	}
 }
 
-// write writes p at once, or fails when the subscriber is gone.
-func (s *Server) write(sub *Subscriber, out sink, p []byte) error {
+// askToMove sends drain to a client that knows it.
+func (s *Server) askToMove(sub *Subscriber) {
+	if sub.Drains {
+		s.hub.Push(sub, drainEvent)
+	}
+}
+
+// send writes p at once, or fails when the subscriber is gone: a deadline, a
+// write, a flush, and every error ends the stream.
+func (st *stream) send(p []byte) error {
 	// The deadline first: whoever ends the subscriber sets one in the past afterwards.
-	if err := out.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
+	if err := st.out.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
 		return err
 	}
-	if sub.Gone.Err() != nil {
-		return context.Cause(sub.Gone)
+	if st.sub.Gone.Load() {
+		return errPeerGone
 	}
-	if _, err := out.Write(p); err != nil {
+	if _, err := st.out.Write(p); err != nil {
 		return fmt.Errorf("write to stream: %w", err)
 	}
-	if err := out.Flush(); err != nil {
+	if err := st.out.Flush(); err != nil {
 		return fmt.Errorf("write to stream: %w", err)
 	}
-	if _, ok := out.(responseSink); ok { // HTTP/2 resets a stream whose deadline passes, even an idle one
-		return out.SetWriteDeadline(time.Time{})
+	if _, ok := st.out.(responseSink); ok { // HTTP/2 resets a stream whose deadline passes, even an idle one
+		return st.out.SetWriteDeadline(time.Time{})
 	}
 	return nil
-}
-
-// pump is the select loop of one stream.
-func (s *Server) pump(sub *Subscriber, out sink) error {
-	heartbeat := time.NewTicker(s.opts.Heartbeat)
-	defer heartbeat.Stop()
-	var move, end *time.Timer
-	var moving, over <-chan time.Time
-	moveIn := func(d time.Duration) {
-		move = time.NewTimer(d)
-		moving = move.C
-	}
-	if age := s.opts.StreamMaxAge; age > 0 {
-		moveIn(age - mathrand.N(age/10+1)) // not all streams of a replica at once
-	}
-	defer func() {
-		for _, t := range []*time.Timer{move, end} {
-			if t != nil {
-				t.Stop()
-			}
-		}
-	}()
-	leaving := s.leaving
-	for {
-		var err error
-		select {
-		case <-sub.Gone.Done():
-			return context.Cause(sub.Gone)
-		case <-sub.Wake:
-			var more bool
-			if more, err = s.flush(sub, out); more {
-				wake(sub.Wake)
-			}
-		case <-heartbeat.C:
-			s.Heartbeats.Add(1)
-			err = s.write(sub, out, []byte(heartbeatFrame))
-		case <-leaving:
-			leaving = nil
-			if move != nil {
-				move.Stop()
-			}
-			moveIn(mathrand.N(min(moveJitter, s.opts.HandlerTimeout/4) + 1))
-		case <-moving:
-			moving = nil
-			if sub.Drains {
-				err = s.write(sub, out, []byte(drainFrame))
-			}
-			if end == nil {
-				end = time.NewTimer(s.opts.HandlerTimeout)
-				over = end.C
-			}
-		case <-over:
-			if _, err = s.drainQueue(sub, out); err == nil {
-				err = errStreamAge
-			}
-		case <-s.closing:
-			if _, err = s.drainQueue(sub, out); err == nil {
-				err = errShutdown
-			}
-		}
-		if err != nil {
-			return err
-		}
-	}
-}
-
-// drainQueue writes what is queued, to the end.
-func (s *Server) drainQueue(sub *Subscriber, out sink) (more bool, err error) {
-	for more = true; more && err == nil; {
-		more, err = s.flush(sub, out)
-	}
-	return more, err
 }
 
 // scratch holds buffers in which small frames become one write.
 var scratch = sync.Pool{New: func() any { return new([]byte) }}
 
-// flush writes the next batch in one write and tells whether there was one.
-func (s *Server) flush(sub *Subscriber, out sink) (more bool, err error) {
+// write is Subscriber.Write: every batch is one write.
+func (st *stream) write() {
+	s, sub := st.server, st.sub
 	var few [8]*Event
-	batch := sub.Take(few[:0])
-	switch len(batch) {
-	case 0:
-		return false, nil
-	case 1:
-		err = s.write(sub, out, batch[0].frame)
-	default:
-		buf := scratch.Get().(*[]byte)
-		*buf = (*buf)[:0]
-		for i := range batch {
-			*buf = append(*buf, batch[i].frame...)
+	for batch := sub.Take(few[:0]); len(batch) > 0; batch = sub.Take(batch) {
+		if err := st.sendBatch(batch); err != nil {
+			s.hub.Leave(sub, err)
+			return
 		}
-		err = s.write(sub, out, *buf)
-		if cap(*buf) <= 2*burst {
-			scratch.Put(buf)
-		}
-	}
-	if err == nil && !sub.Responds {
-		for i := range batch {
-			if batch[i].Respond {
+		for _, e := range batch {
+			if e.Respond && !sub.Responds { // all that a legacy client can tell
 				s.bus.Signal(context.Background(), Signal{
-					Kind: signalWritten, To: replicaOf(batch[i].ID),
-					Channel: sub.Channel, Event: batch[i].ID, Subscriber: sub.ID,
+					Kind: signalWritten, To: replicaOf(e.ID), Channel: sub.Channel, Event: e.ID, Subscriber: sub.ID,
 				})
 			}
 		}
 	}
-	return true, err
+}
+
+func (st *stream) sendBatch(batch []*Event) error {
+	if len(batch) == 1 {
+		return st.send(batch[0].frame)
+	}
+	buf := scratch.Get().(*[]byte)
+	b := (*buf)[:0]
+	for _, e := range batch {
+		b = append(b, e.frame...)
+	}
+	err := st.send(b)
+	if *buf = b; cap(b) <= 2*burst {
+		scratch.Put(buf)
+	}
+	return err
 }
 
 // Held is how many requests are held and how many bytes they take.
