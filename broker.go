@@ -230,6 +230,15 @@ func newEvent(channel string, w *Webhook) *Event {
 	return e
 }
 
+// size is what e counts for in a queue: the relay's own events, which have no
+// id, must not make a subscriber look slow.
+func (e *Event) size() int64 {
+	if e.ID == "" {
+		return 0
+	}
+	return int64(len(e.frame))
+}
+
 func headerBytes(headers []Header) int {
 	n := 0
 	for _, h := range headers {
@@ -989,7 +998,7 @@ func (h *Hub) Deliver(e *Event) (taken []Delivery, n int) {
 	if c == nil {
 		return nil, 0
 	}
-	size := int64(len(e.frame))
+	size := e.size()
 	for s := range c.subscribers {
 		if e.Only != "" && e.Only != s.ID {
 			continue
@@ -1023,7 +1032,7 @@ func (h *Hub) Push(s *Subscriber, e *Event) bool {
 // push queues e and sees that somebody writes it. It needs hub.mu.
 func (s *Subscriber) push(e *Event) {
 	s.queue = append(s.queue, e)
-	s.bytes += int64(len(e.frame))
+	s.bytes += e.size()
 	if !s.writing {
 		s.writing = true
 		s.Writers.Go(s.Write)
@@ -1041,8 +1050,8 @@ func (s *Subscriber) Take(dst []*Event) []*Event {
 	s.bytes -= s.batch
 	s.batch = 0
 	n := 0
-	for n < len(s.queue) && (n == 0 || s.batch+int64(len(s.queue[n].frame)) <= burst) {
-		s.batch += int64(len(s.queue[n].frame))
+	for n < len(s.queue) && (n == 0 || s.batch+s.queue[n].size() <= burst) {
+		s.batch += s.queue[n].size()
 		n++
 	}
 	dst = append(dst[:0], s.queue[:n]...)

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"strings"
 	"time"
@@ -69,9 +70,7 @@ func (h *Health) probe(w http.ResponseWriter, err error) {
 // summary is both checks and the facts in JSON; 503 when one check fails.
 func (h *Health) summary(ctx context.Context, w http.ResponseWriter) {
 	doc := map[string]string{"status": "ok"}
-	for k, v := range h.Info {
-		doc[k] = v
-	}
+	maps.Copy(doc, h.Info)
 	status := http.StatusOK
 	for name, check := range map[string]Check{"live": h.Live, "ready": h.Ready} {
 		doc[name] = "ok"

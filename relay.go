@@ -47,7 +47,8 @@
 //	connections                          SERVER_MAX_SUBSCRIBERS + 4096      wait in the kernel's queue
 //	answer to a provider                 10 s after it began                connection closed
 //	subscribers                          SERVER_MAX_SUBSCRIBERS 10000       503
-//	subscribers of one address           SERVER_MAX_SUBSCRIBERS_PER_ADDRESS 503
+//	subscribers of one address           SERVER_MAX_SUBSCRIBERS_PER_ADDRESS
+//	                                     5000                               503
 //	undelivered frames of a subscriber   SERVER_SUBSCRIBER_BUFFER 16mb      evicted; it reconnects
 //	one write to a stream                60 s                               evicted; it reconnects
 //	becoming ready                       5 s                                503
@@ -55,7 +56,7 @@
 //	a held request                       RESPONSE_TIMEOUT 9s, at most 15m   504; 503 when nobody took it
 //	report of a client                   8 MiB                              400
 //	tokens file                          1 MiB                              refused; the last good one stays
-//	publish over Redis                   900 ms; 512 wait per connection    503
+//	publish over Redis                   800 ms; 512 wait per connection    503
 //	line or event at the client          64 MiB                             stream cut; it reconnects
 //	silence on a stream                  two heartbeats and 1 s             stream cut; it reconnects
 //	forwards at once                     TARGET_CONCURRENCY 32              the client stops reading

@@ -179,7 +179,7 @@ func (s *Server) Shutdown() {
 	s.mu.Lock()
 	s.left = true
 	s.mu.Unlock()
-	for _, sub := range s.hub.Subscribers() {
+	for _, sub := range s.hub.Subscribers() { // one that comes to its begin later asks itself
 		time.AfterFunc(mathrand.N(min(moveJitter, s.opts.HandlerTimeout/4)+1), func() { s.askToMove(sub) })
 	}
 	select {
@@ -961,6 +961,12 @@ func (s *Server) serveSubscribe(w http.ResponseWriter, r *http.Request, channel 
 		refuse(w, http.StatusServiceUnavailable, err.Error())
 		return
 	}
+	if !s.keys.Load().allows(channel, credential) { // revoked before the hub could evict it
+		s.hub.Leave(sub, errRevoked)
+		s.exit(sub)
+		refuse(w, http.StatusUnauthorized, "missing or wrong token")
+		return
+	}
 	if !s.awaitLive(r.Context(), sub) {
 		s.hub.Leave(sub, errPeerGone)
 		s.exit(sub)
@@ -1061,11 +1067,12 @@ func (s *Server) awaitLive(ctx context.Context, sub *Subscriber) bool {
 // with the connection (RFC 9112 section 6.3), so that every frame is written
 // as it is, without a chunk around it.
 func openConn(heartbeat time.Duration) string {
-	b := "HTTP/1.1 200 OK\r\nConnection: close\r\nDate: " + time.Now().UTC().Format(http.TimeFormat) + "\r\n"
+	var b strings.Builder
+	fmt.Fprintf(&b, "HTTP/1.1 200 OK\r\nConnection: close\r\nDate: %s\r\n", time.Now().UTC().Format(http.TimeFormat))
 	for _, f := range streamHeader {
-		b += f[0] + ": " + f[1] + "\r\n"
+		fmt.Fprintf(&b, "%s: %s\r\n", f[0], f[1])
 	}
-	return b + "\r\n" + readyFrame(heartbeat)
+	return b.String() + "\r\n" + readyFrame(heartbeat)
 }
 
 // begin writes the stream's head and what has queued meanwhile, and starts its
@@ -1084,6 +1091,12 @@ func (st *stream) begin(out sink, abort func(), head string) {
 	if age := s.opts.StreamMaxAge; age > 0 {
 		st.age = time.AfterFunc(time.Hour, st.aged)
 		st.age.Reset(age - mathrand.N(age/10+1)) // not all streams of a replica at once
+	}
+	s.mu.Lock()
+	left := s.left
+	s.mu.Unlock()
+	if left {
+		s.askToMove(sub)
 	}
 	s.bus.Signal(context.Background(), Signal{Kind: signalReady, Channel: sub.Channel, Subscriber: sub.ID})
 	st.write()
