@@ -729,7 +729,7 @@ const (
 	signalAck     = "ack"     // to the asking replica: Event's holder took the answer (Data "1") or not
 	signalReady   = "ready"   // to all: Subscriber of Channel is ready
 	signalLeft    = "left"    // to all: Subscriber of Channel is gone
-	signalAgain   = "again"   // to itself: the bus is back, publish held events once more
+	signalAgain   = "again"   // to all: the bus is back for a replica, publish held events once more
 )
 
 // encode is the form in which a signal travels between replicas.

@@ -36,6 +36,7 @@ const (
 	keepBuffer       = 1 << 20                // bytes of parse buffer kept after a large event
 	retryInitial     = 250 * time.Millisecond // first pause before forwarding again
 	retryMax         = 10 * time.Second       // longest pause, unless the target asks for more
+	retryHeld        = time.Second            // longest pause while a sender waits, likewise
 	redirectLimit    = 5                      // 307 and 308 in a row
 	answerLimit      = 1 << 20                // bytes of a target's body that are reported
 	answerHeaders    = 64 << 10               // bytes of a target's header
@@ -480,6 +481,9 @@ func (c *Client) forward(ctx context.Context, w *Webhook, received time.Time) An
 	}
 	log := c.log.With("event", w.ID)
 	backoff := Backoff{Initial: retryInitial, Max: retryMax, Factor: 2, Jitter: true}
+	if w.Respond {
+		backoff.Max = retryHeld
+	}
 	var last Answer
 	for attempt := 1; ; attempt++ {
 		a, pause, err := c.attempt(ctx, w)

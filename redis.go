@@ -178,7 +178,7 @@ type session struct {
 	names map[string]*interest // guarded by mu: by Redis channel
 	acks  int                  // guarded by mu: confirmations on their way
 	first bool                 // guarded by mu: wanted is not closed yet
-	own   map[string]struct{}  // names that are not the hub's
+	own   []string             // names that are not the hub's
 }
 
 // interest is what Redis was told about one channel.
@@ -193,7 +193,7 @@ func (b *RedisBus) serve(ctx context.Context) (worked bool, err error) {
 	defer fail(nil)
 	s := &session{
 		bus: b, ctx: ctx, fail: fail, wanted: make(chan struct{}), first: true,
-		names: map[string]*interest{}, own: map[string]struct{}{b.allName(): {}, b.replicaName(b.replica): {}},
+		names: map[string]*interest{}, own: []string{b.replicaName(b.replica), b.allName()},
 	}
 	conn, err := b.dial(ctx)
 	if err != nil {
@@ -210,6 +210,7 @@ func (b *RedisBus) serve(ctx context.Context) (worked bool, err error) {
 		s.pipes = append(s.pipes, &pipe{conn: conn, queue: make(chan *request, pipeQueue), flight: make(chan *request, pipeQueue)})
 	}
 
+	defer b.hub.Suspend() // after receive has ended, which confirms
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	end := context.AfterFunc(ctx, func() { // ends blocked reads and writes
@@ -248,12 +249,15 @@ func (b *RedisBus) serve(ctx context.Context) (worked bool, err error) {
 	b.session.Store(s)
 	b.Sessions.Add(1)
 	b.log.Info("redis is connected", "replicas", b.known.Load())
-	b.hub.OnSignal(Signal{Kind: signalAgain})
+	again := Signal{Kind: signalAgain}
+	if len(b.hub.Channels()) == 0 {
+		again.To = b.replica // no subscriber here has missed anything that others hold
+	}
+	b.Signal(ctx, again)
 	run(s.count)
 
 	<-ctx.Done()
 	b.session.Store(nil)
-	b.hub.Suspend()
 	return true, context.Cause(ctx)
 }
 
@@ -274,17 +278,21 @@ func (b *RedisBus) dial(ctx context.Context) (redis.Conn, error) {
 	return conn, nil
 }
 
-// start subscribes to the replicas' own channels and to all that the hub wants.
+// start subscribes to all that the hub wants, and last to the replicas' own
+// channels: a replica that is counted there has everything else.
 func (s *session) start() error {
 	s.bus.takeDirty()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for name := range s.own {
+	if err := s.reconcile(s.bus.hub.Channels()); err != nil {
+		return err
+	}
+	for _, name := range s.own {
 		if err := s.want(name, true); err != nil {
 			return err
 		}
 	}
-	return s.reconcile(s.bus.hub.Channels())
+	return s.sub.Conn.Flush()
 }
 
 // steer keeps the subscriptions what the hub wants them to be, and pings.
@@ -379,7 +387,7 @@ func (s *session) confirmed(name string) {
 // confirm makes the hub's channel live. It needs mu: nobody can unsubscribe
 // the channel meanwhile.
 func (s *session) confirm(name string) {
-	if _, own := s.own[name]; !own {
+	if !slices.Contains(s.own, name) {
 		s.bus.hub.Confirm(strings.TrimPrefix(name, s.bus.opts.Prefix))
 	}
 }
@@ -403,7 +411,7 @@ func (s *session) receive() error {
 // response tells its holder to whom it went.
 func (s *session) deliver(name string, data []byte) {
 	b := s.bus
-	if _, own := s.own[name]; own {
+	if slices.Contains(s.own, name) {
 		if sig, err := openSignal(data); err == nil {
 			b.hub.OnSignal(sig)
 		}
