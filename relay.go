@@ -288,8 +288,11 @@ func webServer(handler http.Handler, log *slog.Logger) *http.Server {
 	protocols.SetHTTP2(true)
 	protocols.SetUnencryptedHTTP2(true) // an ingress may speak h2c
 	return &http.Server{
-		Handler:           handler,
-		Protocols:         &protocols,
+		Handler:   handler,
+		Protocols: &protocols,
+
+		DisableGeneralOptionsHandler: true, // "OPTIONS *" is not found either
+
 		ReadHeaderTimeout: headerTimeout,
 		ReadTimeout:       bodyTimeout,                // held requests and streams set their own
 		WriteTimeout:      bodyTimeout + replyTimeout, // likewise

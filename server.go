@@ -339,7 +339,7 @@ func (s *Server) capture(w http.ResponseWriter, r *http.Request, channel, mode s
 		}
 	}()
 	if r.ContentLength != 0 {
-		buf.Grow(int(min(max(r.ContentLength, 0), 64<<10)) + bytes.MinRead)
+		buf.Grow(int(min(max(r.ContentLength, 0), 16<<10)) + bytes.MinRead)
 		if _, err := buf.ReadFrom(http.MaxBytesReader(w, r.Body, s.opts.MaxPayload)); err != nil {
 			return nil, fmt.Errorf("read body: %w", err)
 		}
