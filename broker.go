@@ -730,6 +730,7 @@ const (
 	signalReady   = "ready"   // to all: Subscriber of Channel is ready
 	signalLeft    = "left"    // to all: Subscriber of Channel is gone
 	signalAgain   = "again"   // to all: the bus is back for a replica, publish held events once more
+	signalJoined  = "joined"  // to all: one replica more, for the bus itself
 )
 
 // encode is the form in which a signal travels between replicas.

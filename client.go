@@ -32,6 +32,7 @@ const (
 	reconnectMax     = 30 * time.Second       // longest pause between two tries to subscribe
 	silenceDefault   = 30 * time.Second       // when the source announces no usable heartbeat interval
 	linger           = 2 * time.Second        // reading on from a stream after its successor is ready
+	lingerQuiet      = 50 * time.Millisecond  // and then until a read waits this long
 	lineLimit        = 64 << 20               // bytes of a line, and of an event, on the stream
 	keepBuffer       = 1 << 20                // bytes of parse buffer kept after a large event
 	retryInitial     = 250 * time.Millisecond // first pause before forwarding again
@@ -77,6 +78,7 @@ type Client struct {
 	slots    chan struct{}   // one per forward under way
 	forwards sync.WaitGroup  // owned by Run
 	work     context.Context // of forwards; set by Run, ends after the handler timeout
+	taking   context.Context // set by Run; ends when no more events are taken
 	memory   memory
 	current  atomic.Pointer[subscription] // the stream that counts; nil: none is ready
 	pings    chan chan struct{}           // proof of life of the follow loop
@@ -121,7 +123,7 @@ func NewClient(opts ClientOptions, log *slog.Logger) *Client {
 func (c *Client) Run(ctx context.Context) error {
 	work, abandon := context.WithCancel(context.WithoutCancel(ctx))
 	defer abandon()
-	c.work = work
+	c.work, c.taking = work, ctx
 	c.follow(ctx)
 	late := time.AfterFunc(c.opts.HandlerTimeout, abandon)
 	defer late.Stop()
@@ -166,6 +168,8 @@ type subscription struct {
 	err    error
 
 	heard    atomic.Int64 // Unix nanoseconds of the last read that began or ended
+	reading  atomic.Bool  // a read waits, since heard
+	retired  atomic.Bool  // its successor has been ready for a while
 	interval atomic.Int64 // nanoseconds between heartbeats, as announced; 0 before ready
 }
 
@@ -176,6 +180,24 @@ func (s *subscription) silence() time.Duration {
 		return 2*d + time.Second
 	}
 	return silenceDefault
+}
+
+// retire ends s some time after its successor is ready, but not while there
+// is something unread: it may have come on no other stream.
+func (s *subscription) retire(after time.Duration) {
+	time.AfterFunc(after, func() {
+		s.retired.Store(true)
+		select {
+		case <-s.done:
+			return
+		default:
+		}
+		if s.reading.Load() && time.Since(time.Unix(0, s.heard.Load())) > lingerQuiet {
+			s.cancel()
+			return
+		}
+		s.retire(lingerQuiet)
+	})
 }
 
 // The channels of a subscription that may not exist.
@@ -234,7 +256,7 @@ func (c *Client) follow(ctx context.Context) {
 		case <-next.readied():
 			backoff.Reset()
 			if current != nil {
-				time.AfterFunc(linger, current.cancel) // what was sent before the move still arrives
+				current.retire(linger) // what was sent before the move still arrives
 			}
 			current, next, moving = next, nil, false
 			c.current.Store(current)
@@ -281,6 +303,7 @@ var (
 	errSilent   = errors.New("stream went silent")
 	errNoStream = errors.New("source answered 200 but no text/event-stream")
 	errEnded    = errors.New("source ended the stream")
+	errMoved    = errors.New("stream moved")
 )
 
 // subscribe starts a stream in a goroutine of streams, which ends with ctx or
@@ -343,8 +366,12 @@ func (c *Client) read(ctx context.Context, s *subscription, watchdog *time.Timer
 				close(s.drain)
 			}
 		case "message":
-			if err := c.take(ctx, m.data); err != nil {
+			duplicate, err := c.take(m.data)
+			if err != nil {
 				return err
+			}
+			if duplicate && s.retired.Load() {
+				return errMoved // all that follows comes on its successor too
 			}
 		}
 	}
@@ -376,7 +403,9 @@ func (w *watchedReader) Read(p []byte) (int, error) {
 		defer w.watchdog.Stop()
 	}
 	w.s.heard.Store(time.Now().UnixNano())
+	w.s.reading.Store(true)
 	n, err := w.r.Read(p)
+	w.s.reading.Store(false)
 	w.s.heard.Store(time.Now().UnixNano())
 	return n, err
 }
@@ -418,16 +447,17 @@ func bare(err error) error {
 // Forwarding.
 
 // take accepts one event: it waits for a free slot, which keeps the order and
-// bounds memory, and forwards in a goroutine that Run waits for. Its only
-// error is the end of ctx.
-func (c *Client) take(ctx context.Context, data []byte) error {
+// bounds memory, and forwards in a goroutine that Run waits for. It does not
+// give up when its stream ends: another stream may have dropped the event as a
+// duplicate meanwhile. Its only error is the end of the client.
+func (c *Client) take(data []byte) (duplicate bool, err error) {
 	c.Events.Add(1)
 	received := time.Now()
 	w, err := decodeWebhook(data)
 	if err != nil {
 		c.Invalid.Add(1)
 		c.log.Warn("event refused", "err", err)
-		return nil
+		return false, nil
 	}
 	known := w.ID != ""
 	if !known {
@@ -437,20 +467,21 @@ func (c *Client) take(ctx context.Context, data []byte) error {
 	if known {
 		var first bool
 		if first, answer = c.memory.begin(w.ID); !first {
+			duplicate = true
 			c.Duplicates.Add(1)
 			c.log.Debug("event is a duplicate", "event", w.ID)
 			if answer == nil || !w.Respond {
-				return nil // the first one forwards, and reports
+				return duplicate, nil // the first one forwards, and reports
 			}
 		}
 	}
 	select {
 	case c.slots <- struct{}{}:
-	case <-ctx.Done():
+	case <-c.taking.Done():
 		if answer == nil {
 			c.memory.forget(w.ID)
 		}
-		return ctx.Err()
+		return false, c.taking.Err()
 	}
 	c.forwards.Go(func() {
 		defer func() { <-c.slots }()
@@ -465,7 +496,7 @@ func (c *Client) take(ctx context.Context, data []byte) error {
 			c.report(c.work, w.ID, answer, !w.Brief, received.Add(w.Timeout))
 		}
 	})
-	return nil
+	return duplicate, nil
 }
 
 // forward sends w to the target until it answers with something final, or the

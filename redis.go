@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"math"
 	"slices"
 	"strings"
 	"sync"
@@ -22,6 +23,7 @@ const (
 	pingInterval   = time.Second            // on the receiving connection
 	pingTimeout    = 2500 * time.Millisecond
 	settleTimeout  = 1500 * time.Millisecond // for the other replicas to come back after an outage
+	unreadTimeout  = 300 * time.Millisecond  // to read what Redis sent before a session ended
 	pipeCount      = 4                       // publishing connections
 	pipeQueue      = 512                     // requests that wait on one of them
 	pipeBatch      = 64                      // requests between two flushes; below pipeQueue, or the reader would wait for what was never sent
@@ -53,7 +55,9 @@ type RedisBus struct {
 	Sessions, Received atomic.Int64
 
 	session atomic.Pointer[session] // nil while down
-	known   atomic.Int64            // replicas seen last, this one included
+	known   atomic.Int64            // replicas seen last, this one included; 0: never looked
+	noting  atomic.Bool             // a session is there that will look at dirty
+	recount chan struct{}           // holds one token when known is out of date
 
 	mu    sync.Mutex
 	dirty map[string]struct{} // guarded by mu: channels to look at, bounded by the hub's
@@ -64,13 +68,17 @@ var errBusDown = errors.New("redis is not connected")
 
 // NewRedisBus wires a bus that hands what it receives to hub.
 func NewRedisBus(opts RedisOptions, replica string, hub *Hub, log *slog.Logger) *RedisBus {
-	b := &RedisBus{opts: opts, replica: replica, hub: hub, log: log, dirty: map[string]struct{}{}, poke: make(chan struct{}, 1)}
+	b := &RedisBus{opts: opts, replica: replica, hub: hub, log: log, dirty: map[string]struct{}{}, poke: make(chan struct{}, 1), recount: make(chan struct{}, 1)}
 	hub.Watch = b.watch
 	return b
 }
 
 // watch is the hub's: it runs under the hub's lock and only takes a note.
+// Without a session it takes none: the next one asks for all that the hub wants.
 func (b *RedisBus) watch(channel string) {
+	if !b.noting.Load() {
+		return
+	}
 	b.mu.Lock()
 	b.dirty[channel] = struct{}{}
 	b.mu.Unlock()
@@ -150,6 +158,7 @@ func (b *RedisBus) Run(ctx context.Context) error {
 			backoff.Reset()
 			tries = 0
 		} else {
+			b.known.CompareAndSwap(0, math.MaxInt64) // others may come back after us: see settle
 			if tries++; b.opts.MaxAttempts >= 0 && tries > b.opts.MaxAttempts {
 				return fmt.Errorf("connect to redis %d times: %w", tries, err)
 			}
@@ -189,6 +198,7 @@ type interest struct {
 
 // serve runs one session to its end and tells whether it came up.
 func (b *RedisBus) serve(ctx context.Context) (worked bool, err error) {
+	stopped := ctx
 	ctx, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
 	s := &session{
@@ -210,14 +220,25 @@ func (b *RedisBus) serve(ctx context.Context) (worked bool, err error) {
 		s.pipes = append(s.pipes, &pipe{conn: conn, queue: make(chan *request, pipeQueue), flight: make(chan *request, pipeQueue)})
 	}
 
-	defer b.hub.Suspend() // after receive has ended, which confirms
+	defer func() { // after receive has ended, which confirms
+		b.hub.Suspend()
+		b.noting.Store(false)
+		b.takeDirty()
+	}()
 	var wg sync.WaitGroup
 	defer wg.Wait()
+	received := make(chan struct{})        // closed when receive has ended
 	end := context.AfterFunc(ctx, func() { // ends blocked reads and writes
-		s.sub.Close()
 		for _, p := range s.pipes {
 			p.conn.Close()
 		}
+		if stopped.Err() == nil { // what is unread was accepted from its senders
+			select {
+			case <-received:
+			case <-time.After(unreadTimeout):
+			}
+		}
+		s.sub.Close()
 	})
 	defer end()
 	defer fail(nil)
@@ -228,7 +249,10 @@ func (b *RedisBus) serve(ctx context.Context) (worked bool, err error) {
 			}
 		})
 	}
-	run(s.receive)
+	run(func() error {
+		defer close(received)
+		return s.receive()
+	})
 	for _, p := range s.pipes {
 		run(func() error { return p.write(ctx) })
 		run(func() error { return p.read(ctx) })
@@ -254,6 +278,7 @@ func (b *RedisBus) serve(ctx context.Context) (worked bool, err error) {
 		again.To = b.replica // no subscriber here has missed anything that others hold
 	}
 	b.Signal(ctx, again)
+	b.Signal(ctx, Signal{Kind: signalJoined})
 	run(s.count)
 
 	<-ctx.Done()
@@ -281,7 +306,7 @@ func (b *RedisBus) dial(ctx context.Context) (redis.Conn, error) {
 // start subscribes to all that the hub wants, and last to the replicas' own
 // channels: a replica that is counted there has everything else.
 func (s *session) start() error {
-	s.bus.takeDirty()
+	s.bus.noting.Store(true)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err := s.reconcile(s.bus.hub.Channels()); err != nil {
@@ -412,7 +437,11 @@ func (s *session) receive() error {
 func (s *session) deliver(name string, data []byte) {
 	b := s.bus
 	if slices.Contains(s.own, name) {
-		if sig, err := openSignal(data); err == nil {
+		switch sig, err := openSignal(data); {
+		case err != nil:
+		case sig.Kind == signalJoined:
+			wake(b.recount)
+		default:
 			b.hub.OnSignal(sig)
 		}
 		return
@@ -435,7 +464,10 @@ func (s *session) settle() {
 	deadline := time.Now().Add(settleTimeout)
 	for {
 		n, err := s.replicas()
-		if err != nil || n >= s.bus.known.Load() || time.Now().After(deadline) {
+		if err != nil {
+			return // the next session waits for the same ones
+		}
+		if n >= s.bus.known.Load() || time.Now().After(deadline) {
 			s.bus.known.Store(max(n, 1))
 			return
 		}
@@ -456,13 +488,17 @@ func (s *session) count() error {
 		select {
 		case <-s.ctx.Done():
 			return nil
+		case <-s.bus.recount:
 		case <-tick.C:
-			n, err := s.replicas()
-			if err != nil {
-				return err
+			for _, p := range s.pipes { // some servers close idle connections
+				p.put(&request{cmd: "PING"})
 			}
-			s.bus.known.Store(max(n, 1))
 		}
+		n, err := s.replicas()
+		if err != nil {
+			return err
+		}
+		s.bus.known.Store(max(n, 1))
 	}
 }
 

@@ -32,21 +32,22 @@ const (
 
 // The server's fixed bounds; the package doc lists what happens at each.
 const (
-	headerTimeout  = 10 * time.Second // to send a request's header
-	headerLimit    = 64 << 10         // bytes of a request's header
-	bodyTimeout    = 60 * time.Second // to send a request's body
-	replyTimeout   = 10 * time.Second // to take an answer
-	idleTimeout    = 2 * time.Minute  // between two requests on a connection
-	writeTimeout   = 60 * time.Second // for one write to a stream: a full client may pause this long
-	liveTimeout    = 5 * time.Second  // until a new stream is subscribed on every replica
-	movePatience   = 5 * time.Second  // for clients to follow a drain at shutdown
-	moveJitter     = time.Second      // over which drain is spread at shutdown
-	reserve        = time.Second      // of the handler timeout, kept for closing streams
-	reloadInterval = 3 * time.Second  // between looks at the tokens file
-	tokensLimit    = 1 << 20          // bytes of the tokens file
-	reportLimit    = 8 << 20          // bytes of a client's report
-	chatterLimit   = 4 << 10          // bytes a subscriber may send after its request
-	retryAfter     = "5"              // seconds, on every 503
+	headerTimeout  = 10 * time.Second       // to send a request's header
+	headerLimit    = 64 << 10               // bytes of a request's header
+	bodyTimeout    = 60 * time.Second       // to send a request's body
+	replyTimeout   = 10 * time.Second       // to take an answer
+	takenTimeout   = 250 * time.Millisecond // for replicas to say to whom an event went
+	idleTimeout    = 2 * time.Minute        // between two requests on a connection
+	writeTimeout   = 60 * time.Second       // for one write to a stream: a full client may pause this long
+	liveTimeout    = 5 * time.Second        // until a new stream is subscribed on every replica
+	movePatience   = 5 * time.Second        // for clients to follow a drain at shutdown
+	moveJitter     = time.Second            // over which drain is spread at shutdown
+	reserve        = time.Second            // of the handler timeout, kept for closing streams
+	reloadInterval = 3 * time.Second        // between looks at the tokens file
+	tokensLimit    = 1 << 20                // bytes of the tokens file
+	reportLimit    = 8 << 20                // bytes of a client's report
+	chatterLimit   = 4 << 10                // bytes a subscriber may send after its request
+	retryAfter     = "5"                    // seconds, on every 503
 )
 
 // byChannel is a setting with one default and exceptions by channel.
@@ -368,6 +369,7 @@ type hold struct {
 	again   []string      // subscribers to deliver to once more; "": all
 	sending bool          // a publish is under way, so given is not complete
 	pending int           // replicas that took the event and have not said to whom it went
+	sent    time.Time     // of the last publish
 	given   []given
 	best    *Answer
 }
@@ -464,6 +466,10 @@ func (s *Server) await(ctx context.Context, h *hold, deadline time.Time) (a Answ
 		s.mu.Lock()
 		a, done := h.verdict()
 		again := h.takeAgain()
+		var look <-chan time.Time
+		if len(h.again) > 0 {
+			look = time.After(takenTimeout)
+		}
 		s.mu.Unlock()
 		if done {
 			return a, 0, ""
@@ -479,6 +485,7 @@ func (s *Server) await(ctx context.Context, h *hold, deadline time.Time) (a Answ
 		}
 		select {
 		case <-h.poke:
+		case <-look:
 		case <-ctx.Done():
 			return a, http.StatusServiceUnavailable, "sender is gone"
 		case <-s.giveUp:
@@ -506,25 +513,29 @@ func (s *Server) publish(ctx context.Context, h *hold, e *Event) error {
 	s.mu.Lock()
 	h.sending = false
 	h.pending += n
+	h.sent = time.Now()
 	s.mu.Unlock()
 	return err
 }
 
 // takeAgain is to whom the event must go once more: not to subscribers that
-// have it already. It needs Server.mu.
+// have it already. One that became ready just now may be among those that a
+// replica has yet to tell of; it stays in again until then, or takenTimeout.
+// It needs Server.mu.
 func (h *hold) takeAgain() (again []string) {
-	for _, id := range h.again {
-		if id == "" {
-			// What was said while the bus was down may never come: start over.
-			again, h.pending = []string{""}, 0
-			h.given = slices.DeleteFunc(h.given, func(g given) bool { return g.state == stateOpen })
-			break
-		}
-		if !slices.ContainsFunc(h.given, func(g given) bool { return g.Subscriber == id }) {
-			again = append(again, id)
-		}
+	if slices.Contains(h.again, "") {
+		// What was said while the bus was down may never come: start over.
+		h.again, h.pending = nil, 0
+		h.given = slices.DeleteFunc(h.given, func(g given) bool { return g.state == stateOpen })
+		return []string{""}
 	}
-	h.again = nil
+	h.again = slices.DeleteFunc(h.again, func(id string) bool {
+		return slices.ContainsFunc(h.given, func(g given) bool { return g.Subscriber == id })
+	})
+	if len(h.again) == 0 || h.pending > 0 && time.Since(h.sent) < takenTimeout {
+		return nil
+	}
+	again, h.again = h.again, nil
 	return again
 }
 
