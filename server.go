@@ -996,13 +996,22 @@ func (s *Server) serveResponse(w http.ResponseWriter, r *http.Request, st *strea
 	for _, f := range streamHeader {
 		w.Header().Set(f[0], f[1])
 	}
+	out := responseSink{w, http.NewResponseController(w)}
 	gone := make(chan struct{})
-	st.begin(responseSink{w, http.NewResponseController(w)}, func() { close(gone) }, readyFrame(s.opts.Heartbeat))
+	var abort sync.WaitGroup
+	abort.Go(func() { // under the hub's lock nothing may wait for HTTP/2's own goroutine
+		<-gone
+		if reason := s.hub.Reason(st.sub); reason != errShutdown && reason != errStreamAge { // those come after the last write
+			out.SetWriteDeadline(past)
+		}
+	})
+	st.begin(out, func() { close(gone) }, readyFrame(s.opts.Heartbeat))
 	select {
 	case <-gone:
 	case <-r.Context().Done():
 		s.hub.Leave(st.sub, errPeerGone)
 	}
+	abort.Wait()
 	st.end()
 }
 
@@ -1134,9 +1143,6 @@ func (st *stream) end() {
 		st.age.Stop()
 	}
 	level, reason := slog.LevelInfo, s.hub.Reason(sub)
-	if reason != errShutdown && reason != errStreamAge { // those two end when everything is written
-		st.out.SetWriteDeadline(past)
-	}
 	sub.Writers.Wait()
 	if conn, ok := st.out.(connSink); ok {
 		conn.Close()
