@@ -116,14 +116,15 @@ func splitTarget(target string) (path, query string) {
 	return target, ""
 }
 
-var errPath = errors.New("path has a dot segment, a backslash, a control character or a broken escape")
+var errPath = errors.New("path has a dot segment, a backslash, a space, a control character or a broken escape")
 
 // checkPath refuses every path that could leave the prefix it is appended to,
 // in any reading a target may give it: dot segments, also escaped, behind an
 // escaped slash or with parameters ("..;x", as servlet containers read it);
-// backslashes and control characters, plain or escaped.
+// backslashes and control characters, plain or escaped; a plain space, which
+// would end it.
 func checkPath(path string) error {
-	if !strings.HasPrefix(path, "/") {
+	if !strings.HasPrefix(path, "/") || strings.IndexByte(path, ' ') >= 0 {
 		return errPath
 	}
 	plain := path
@@ -170,6 +171,9 @@ func (w *Webhook) check() error {
 	}
 	if err := checkPath(w.Path); err != nil {
 		return err
+	}
+	if strings.HasPrefix(w.Path, "//") { // with no base path before it, an authority
+		return errors.New("path begins with two slashes")
 	}
 	for i := range len(w.Query) {
 		if c := w.Query[i]; c <= ' ' || c == 0x7f {

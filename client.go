@@ -18,6 +18,7 @@ import (
 	"net/http"
 	"net/textproto"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -32,7 +33,7 @@ const (
 	reconnectMax     = 30 * time.Second       // longest pause between two tries to subscribe
 	silenceDefault   = 30 * time.Second       // when the source announces no usable heartbeat interval
 	linger           = 2 * time.Second        // reading on from a stream after its successor is ready
-	lingerQuiet      = 50 * time.Millisecond  // and then until a read waits this long
+	lingerQuiet      = 500 * time.Millisecond // and then until a read waits this long: what the network holds comes within it
 	lineLimit        = 64 << 20               // bytes of a line, and of an event, on the stream
 	keepBuffer       = 1 << 20                // bytes of parse buffer kept after a large event
 	retryInitial     = 250 * time.Millisecond // first pause before forwarding again
@@ -239,7 +240,8 @@ func (c *Client) follow(ctx context.Context) {
 		retry.Reset(d)
 	}
 	var current, next *subscription
-	var moving bool // current was asked to move
+	var moving bool     // current was asked to move
+	var since time.Time // when current became ready
 	for {
 		drained := current.drained()
 		if moving {
@@ -258,7 +260,7 @@ func (c *Client) follow(ctx context.Context) {
 			if current != nil {
 				current.retire(linger) // what was sent before the move still arrives
 			}
-			current, next, moving = next, nil, false
+			current, next, moving, since = next, nil, false, time.Now()
 			c.current.Store(current)
 			c.log.Info("stream ready")
 		case <-next.ended():
@@ -268,8 +270,8 @@ func (c *Client) follow(ctx context.Context) {
 		case <-drained:
 			c.log.Info("stream asked to move")
 			moving = true
-			if next == nil && !waiting {
-				again(0)
+			if next == nil && !waiting { // at once, unless the source asks for nothing else
+				again(max(0, c.opts.ReconnectInterval-time.Since(since)))
 			}
 		case <-current.ended():
 			c.logEnd("stream", current.err)
@@ -356,6 +358,7 @@ func (c *Client) read(ctx context.Context, s *subscription, watchdog *time.Timer
 		switch m.name {
 		case "ready":
 			if s.interval.Load() == 0 {
+				watchdog.Stop() // from now on it runs while a read waits
 				s.interval.Store(int64(announced(m.data)))
 				close(s.ready)
 			}
@@ -502,7 +505,7 @@ func (c *Client) take(data []byte) (duplicate bool, err error) {
 // forward sends w to the target until it answers with something final, or the
 // time is over: the retry window, or what the event has left for its sender.
 func (c *Client) forward(ctx context.Context, w *Webhook, received time.Time) Answer {
-	end := received.Add(c.opts.RetryWindow)
+	end := time.Now().Add(c.opts.RetryWindow)
 	if w.Respond {
 		// The report must arrive before the sender's time is over.
 		end = received.Add(w.Timeout - min(w.Timeout/10, 500*time.Millisecond))
@@ -562,7 +565,7 @@ func (c *Client) attempt(ctx context.Context, w *Webhook) (a Answer, pause time.
 	ctx, cancel := context.WithTimeout(ctx, c.opts.Timeout)
 	defer cancel()
 	target := c.base + w.Path + w.Query
-	for range redirectLimit {
+	for range redirectLimit + 1 {
 		resp, err := c.target.RoundTrip(c.targetRequest(ctx, w, target))
 		if err != nil {
 			return c.silence(ctx, err)
@@ -600,7 +603,7 @@ func (c *Client) answer(ctx context.Context, w *Webhook, resp *http.Response) (A
 		io.Copy(io.Discard, io.LimitReader(resp.Body, 64<<10))
 		return a, pause, nil
 	}
-	a.Headers = endToEnd(resp.Header)
+	a.Headers = slices.DeleteFunc(endToEnd(resp.Header), func(h Header) bool { return checkHeaders([]Header{h}) != nil })
 	body, err := io.ReadAll(io.LimitReader(resp.Body, answerLimit+1))
 	switch {
 	case err != nil:
@@ -669,11 +672,8 @@ func (c *Client) redirect(resp *http.Response, from string) (target string, ok b
 		return "", false
 	}
 	location := resp.Header.Get("Location")
-	if strings.HasPrefix(location, "?") || location == "" {
-		return "", false
-	}
 	to, err := url.Parse(location)
-	if err != nil || to.Opaque != "" {
+	if err != nil || location == "" || to.Opaque != "" {
 		return "", false
 	}
 	base, err := url.ParseRequestURI(from)
@@ -710,7 +710,8 @@ func (c *Client) report(ctx context.Context, id string, a *Answer, full bool, en
 	ctx, cancel := context.WithDeadline(ctx, end)
 	defer cancel()
 	u := *c.opts.Source
-	u.Path, u.RawPath = strings.TrimRight(u.Path, "/")+"/responses/"+id, ""
+	u.RawPath = strings.TrimRight(u.EscapedPath(), "/") + "/responses/" + id
+	u.Path = strings.TrimRight(u.Path, "/") + "/responses/" + id
 	body := a.encode(full)
 	backoff := Backoff{Initial: retryInitial, Max: retryMax, Factor: 2, Jitter: true}
 	for {
@@ -818,7 +819,7 @@ func (m *memory) trim() {
 		if len(m.order) <= memoryEvents && m.bytes <= memoryBytes && time.Since(e.since) <= memoryAge && m.entries[e.id] == e {
 			return
 		}
-		m.order = m.order[1:]
+		m.order[0], m.order = nil, m.order[1:]
 		m.drop(e)
 	}
 }
@@ -946,15 +947,24 @@ func (p *parser) line() ([]byte, error) {
 	}
 }
 
+// lineEnd is the index of the first CR or LF, or -1. It looks at a little at a
+// time: in a stream of one kind, the other is never near.
 func lineEnd(b []byte) int {
-	lf := bytes.IndexByte(b, '\n')
-	if lf >= 0 {
-		b = b[:lf]
+	const window = 512
+	for at := 0; at < len(b); at += window {
+		near := b[at:min(at+window, len(b))]
+		lf := bytes.IndexByte(near, '\n')
+		if lf >= 0 {
+			near = near[:lf]
+		}
+		if cr := bytes.IndexByte(near, '\r'); cr >= 0 {
+			return at + cr
+		}
+		if lf >= 0 {
+			return at + lf
+		}
 	}
-	if cr := bytes.IndexByte(b, '\r'); cr >= 0 {
-		return cr
-	}
-	return lf
+	return -1
 }
 
 // fill reads once more behind what is there, moving or growing the buffer.

@@ -1,0 +1,1894 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"compress/gzip"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	mathrand "math/rand/v2"
+	"net"
+	"net/http"
+	"net/url"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/iotest"
+	"testing/synctest"
+	"time"
+	"weak"
+)
+
+// The parser.
+
+// parsed is all events of a stream, and how it ended.
+func parsed(r io.Reader) (events []message, err error) {
+	p := newParser(r)
+	for {
+		m, err := p.next()
+		if err != nil {
+			return events, err
+		}
+		m.data = bytes.Clone(m.data)
+		events = append(events, m)
+	}
+}
+
+// shown is events in a form that compares.
+func shown(events []message) string {
+	var b strings.Builder
+	for _, m := range events {
+		fmt.Fprintf(&b, "%q %q %q\n", m.name, m.id, m.data)
+	}
+	return b.String()
+}
+
+// TestParser follows the HTML standard, section 9.2, its examples included.
+func TestParser(t *testing.T) {
+	event := func(name, id, data string) message { return message{name, id, []byte(data)} }
+	for _, tc := range []struct {
+		name, stream string
+		want         []message
+	}{
+		{"LF", "data: a\n\ndata: b\n\n", []message{event("message", "", "a"), event("message", "", "b")}},
+		{"CR", "data: a\r\rdata: b\r\r", []message{event("message", "", "a"), event("message", "", "b")}},
+		{"CRLF", "data: a\r\n\r\ndata: b\r\n\r\n", []message{event("message", "", "a"), event("message", "", "b")}},
+		{"CRLF within an event", "id: 1\r\ndata: a\r\ndata: b\r\n\r\n", []message{event("message", "1", "a\nb")}},
+		{"all three", "data: a\r\rdata: b\r\n\ndata: c\n\r\n", []message{event("message", "", "a"), event("message", "", "b"), event("message", "", "c")}},
+		{"LF CR is two ends", "data: a\n\rdata: b\n\n", []message{event("message", "", "a"), event("message", "", "b")}},
+		{"CR CRLF is two ends", "data: a\r\r\ndata: b\n\n", []message{event("message", "", "a"), event("message", "", "b")}},
+
+		{"byte order mark", "\ufeffdata: a\n\n", []message{event("message", "", "a")}},
+		{"one byte order mark", "\ufeff\ufeffdata: a\n\ndata: b\n\n", []message{event("message", "", "b")}},
+		{"a later byte order mark", "\n\ufeffdata: a\n\n", nil},
+		{"half a byte order mark", "\xef\xbbdata: a\n\ndata: b\n\n", []message{event("message", "", "b")}},
+		{"byte order mark alone", "\ufeff\ndata: a\n\n", []message{event("message", "", "a")}},
+
+		{"comments", ":\n: x\n:data: x\ndata: a\n:\n\n:\n\n", []message{event("message", "", "a")}},
+		{"fields without a colon", "data\nevent\nid\nretry\nx\n\n", []message{event("message", "", "")}},
+		{"one space goes", "data:a\ndata: b\ndata:  c\ndata:\td\n\n", []message{event("message", "", "a\nb\n c\n\td")}},
+		{"colons in values", "data: a: b:\n\n", []message{event("message", "", "a: b:")}},
+		{"no space in names", "data : a\n data: b\nDATA: c\nDate: d\n\n", nil},
+		{"several lines", "data: YHOO\ndata: +2\ndata: 10\n\n", []message{event("message", "", "YHOO\n+2\n10")}},
+		{"the standard's example of spaces", "data:test\n\ndata: test\n\n", []message{event("message", "", "test"), event("message", "", "test")}},
+		{"the standard's example of empty data", "data\n\ndata\ndata\n\ndata:", []message{event("message", "", ""), event("message", "", "\n")}},
+		{"the standard's example of ids", ": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third event\n\n",
+			[]message{event("message", "1", "first event"), event("message", "", "second event"), event("message", "", " third event")}},
+		{"unknown fields", "datax: a\nfoo: b\ndata: c\n\n", []message{event("message", "", "c")}},
+		{"retry", "retry: 99999999999999999999\nretry: x\ndata: a\n\n", []message{event("message", "", "a")}},
+
+		{"names", "event: add\ndata: 1\n\nevent: remove\ndata: 2\n\ndata: 3\n\n", []message{event("add", "", "1"), event("remove", "", "2"), event("message", "", "3")}},
+		{"the last name counts", "event: a\nevent: b\ndata: 1\n\nevent: a\nevent\ndata: 2\n\n", []message{event("b", "", "1"), event("message", "", "2")}},
+		{"a name without data is forgotten", "event: a\n\ndata: 1\n\n", []message{event("message", "", "1")}},
+		{"a long name", "event: " + strings.Repeat("x", 1000) + "\ndata: 1\n\n", []message{event(strings.Repeat("x", 64), "", "1")}},
+		{"sticky ids", "id: 1\ndata: a\n\ndata: b\n\nid: 2\n\ndata: c\n\n", []message{event("message", "1", "a"), event("message", "1", "b"), event("message", "2", "c")}},
+		{"ids with NUL", "id: 1\ndata: a\n\nid: \x002\ndata: b\n\n", []message{event("message", "1", "a"), event("message", "1", "b")}},
+		{"any bytes", "data: \x00\xff\u2028\u0085\v\f\n\n", []message{event("message", "", "\x00\xff\u2028\u0085\v\f")}},
+
+		{"nothing", "", nil},
+		{"empty lines", "\n\n\r\r\r\n\r\n", nil},
+		{"no data, no event", "event: a\nid: 1\n\n", nil},
+		{"cut in a line", "data: a\n\ndata: b", []message{event("message", "", "a")}},
+		{"cut behind a line", "data: a\n\ndata: b\n", []message{event("message", "", "a")}},
+		{"cut at the empty line", "data: a\r\n\r\ndata: b\r\n\r", []message{event("message", "", "a"), event("message", "", "b")}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			got, err := parsed(strings.NewReader(tc.stream))
+			if err != io.EOF || shown(got) != shown(tc.want) {
+				t.Errorf("got\n%s(%v), want\n%s", shown(got), err, shown(tc.want))
+			}
+			if book := byTheBook([]byte(tc.stream)); shown(book) != shown(tc.want) {
+				t.Errorf("the reference says\n%s", shown(book))
+			}
+		})
+	}
+}
+
+// byTheBook is the standard's algorithm as it is written there, over a whole
+// stream; only names and ids are cut as ours are.
+func byTheBook(stream []byte) (events []message) {
+	stream = bytes.TrimPrefix(stream, []byte("\ufeff"))
+	var data, name, id string
+	for {
+		end := bytes.IndexAny(stream, "\r\n")
+		if end < 0 {
+			return events // what has no end is discarded
+		}
+		line := string(stream[:end])
+		if bytes.HasPrefix(stream[end:], []byte("\r\n")) {
+			end++
+		}
+		stream = stream[end+1:]
+		if line == "" {
+			if data != "" {
+				events = append(events, message{cmp.Or(name[:min(len(name), 64)], "message"), id[:min(len(id), 256)], []byte(strings.TrimSuffix(data, "\n"))})
+			}
+			data, name = "", ""
+			continue
+		}
+		field, value := line, ""
+		if colon := strings.IndexByte(line, ':'); colon == 0 {
+			continue
+		} else if colon > 0 {
+			field, value = line[:colon], strings.TrimPrefix(line[colon+1:], " ")
+		}
+		switch field {
+		case "event":
+			name = value
+		case "data":
+			data += value + "\n"
+		case "id":
+			if !strings.Contains(value, "\x00") {
+				id = value
+			}
+		}
+	}
+}
+
+// choppy reads data in pieces of random sizes, as a network gives it.
+type choppy struct {
+	data []byte
+	rng  *mathrand.Rand
+}
+
+func (c *choppy) Read(p []byte) (int, error) {
+	if len(c.data) == 0 {
+		return 0, io.EOF
+	}
+	n := copy(p, c.data[:1+c.rng.IntN(min(len(c.data), 9))])
+	c.data = c.data[n:]
+	return n, nil
+}
+
+// FuzzParser: the same bytes give the same events however they are cut into
+// reads, those of the standard's own algorithm; and what is cut off is never
+// dispatched.
+func FuzzParser(f *testing.F) {
+	f.Add([]byte("\ufeffid: 1\r\nevent: x\rdata: a\ndata\r\n\r\n:c\n\ndata:  b\n\n\rid\x00\n"), uint64(1))
+	f.Add([]byte("data\n\ndata\ndata\n\ndata:"), uint64(2))
+	f.Add([]byte("data: a\r\ndata: b\r\n\r\n"), uint64(12))
+	f.Add([]byte("\r\n\r\rdata: \r\r\nevent\r\r\n"), uint64(3))
+	f.Add([]byte(readyFrame(time.Second)+string(heartbeatEvent.frame)), uint64(4))
+	f.Fuzz(func(t *testing.T, stream []byte, seed uint64) {
+		want := byTheBook(stream)
+		for name, r := range map[string]io.Reader{
+			"whole":       bytes.NewReader(stream),
+			"by bytes":    iotest.OneByteReader(bytes.NewReader(stream)),
+			"EOF at once": iotest.DataErrReader(bytes.NewReader(stream)),
+			"in pieces":   &choppy{bytes.Clone(stream), mathrand.New(mathrand.NewPCG(seed, 0))},
+		} {
+			if got, err := parsed(r); err != io.EOF || shown(got) != shown(want) {
+				t.Fatalf("%s:\n%s(%v), want\n%s", name, shown(got), err, shown(want))
+			}
+		}
+		cut := int(seed % uint64(len(stream)+1))
+		if got, _ := parsed(bytes.NewReader(stream[:cut])); !strings.HasPrefix(shown(want), shown(got)) {
+			t.Fatalf("cut at %d:\n%sis not the beginning of\n%s", cut, shown(got), shown(want))
+		}
+	})
+}
+
+// endless repeats a piece, or NULs, for longer than a parser may read, and
+// counts what was taken of it.
+type endless struct {
+	piece []byte
+	taken int
+}
+
+func (e *endless) Read(p []byte) (int, error) {
+	if e.taken > 2*lineLimit {
+		return 0, io.ErrUnexpectedEOF
+	}
+	n := min(len(p), 1<<20)
+	if e.piece != nil {
+		n = copy(p, e.piece[e.taken%len(e.piece):])
+	}
+	e.taken += n
+	return n, nil
+}
+
+// TestParserBounds: a source that never ends a line or an event costs about
+// twice the limit, and no more of it is read.
+func TestParserBounds(t *testing.T) {
+	for _, tc := range []struct {
+		name  string
+		piece []byte
+	}{
+		{"endless line", nil},
+		{"endless event", fmt.Appendf(nil, "data:%s\n", make([]byte, 4<<20))},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			source := &endless{piece: tc.piece}
+			p := newParser(source)
+			if _, err := p.next(); err != errTooLong {
+				t.Fatalf("error %v", err)
+			}
+			if source.taken > lineLimit+8<<20 || cap(p.buf)+cap(p.data) > 2*lineLimit+32<<20 {
+				t.Errorf("%d MiB were read, buffers have %d MiB", source.taken>>20, (cap(p.buf)+cap(p.data))>>20)
+			}
+		})
+	}
+}
+
+// TestParserShrinks: one large event must not keep its buffers for ever.
+func TestParserShrinks(t *testing.T) {
+	small := "data: x\n\n"
+	p := newParser(io.MultiReader(strings.NewReader("data: "+strings.Repeat("a", 4<<20)+"\n\n"), strings.NewReader(small), strings.NewReader(small)))
+	for _, want := range []int{4 << 20, 1, 1} {
+		if m, err := p.next(); err != nil || len(m.data) != want {
+			t.Fatalf("%d bytes of data, %v, want %d", len(m.data), err, want)
+		}
+	}
+	if cap(p.buf) > keepBuffer || cap(p.data) > keepBuffer {
+		t.Errorf("buffers of %d and %d bytes stay", cap(p.buf), cap(p.data))
+	}
+}
+
+// TestParserLineEnds: lines of CR cost what lines of LF cost, or a source could
+// stop a client with few bytes by making it search its buffer for every one.
+func TestParserLineEnds(t *testing.T) {
+	took := func(end string) time.Duration {
+		large := "data: " + strings.Repeat("a", 512<<10) + end + end // the buffer is as large from now on
+		p := newParser(strings.NewReader(large + strings.Repeat(":"+end, 128<<10)))
+		if _, err := p.next(); err != nil {
+			t.Fatal(err)
+		}
+		began := time.Now()
+		if _, err := p.next(); err != io.EOF {
+			t.Fatal(err)
+		}
+		return time.Since(began)
+	}
+	lf, cr := took("\n"), took("\r")
+	for range 5 { // whatever else runs on this machine only adds
+		lf, cr = min(lf, took("\n")), min(cr, took("\r"))
+		if cr <= 6*lf {
+			return
+		}
+	}
+	t.Errorf("%v for lines of CR, %v for lines of LF", cr, lf)
+}
+
+// The request to the target.
+
+func parseURL(t testing.TB, s string) *url.URL {
+	t.Helper()
+	u, err := url.Parse(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return u
+}
+
+// clientOf is a client for target that is not run.
+func clientOf(t testing.TB, target string) *Client {
+	c := NewClient(ClientOptions{
+		Source: parseURL(t, "http://source/subscribe/ci/"), Target: parseURL(t, target),
+		Timeout: time.Second, Concurrency: 1,
+	}, slog.New(slog.DiscardHandler))
+	c.target.Proxy = nil
+	return c
+}
+
+// onWire is req as a target gets it.
+func onWire(t testing.TB, req *http.Request) recorded {
+	t.Helper()
+	var b bytes.Buffer
+	if err := req.Write(&b); err != nil {
+		t.Fatal(err)
+	}
+	r := bufio.NewReader(&b)
+	got, err := readRecorded(r)
+	if err != nil || r.Buffered() > 0 {
+		t.Fatalf("request does not end where it says: %v, %d bytes more", err, r.Buffered())
+	}
+	return got
+}
+
+// FuzzTargetURL: whatever originalUrl a stream holds, the request goes to the
+// target's host, in one request line, byte for byte below the base.
+func FuzzTargetURL(f *testing.F) {
+	bases := []string{"http://target", "http://target/", "http://target/base/", "http://user:pass@target/a%20b/c"}
+	var clients, proxied []*Client
+	for _, base := range bases {
+		clients, proxied = append(clients, clientOf(f, base)), append(proxied, clientOf(f, base))
+		proxied[len(proxied)-1].target.Proxy = http.ProxyURL(parseURL(f, "http://proxy:3128"))
+	}
+	for _, tc := range pathCases {
+		f.Add(tc.path)
+		f.Add(tc.path + "?x=1;y=2&sig=%zz")
+		f.Add("http://evil" + tc.path)
+	}
+	for _, target := range []string{"//evil/x", "///evil", "http://evil//evil/x", "/\\evil", "/@evil/", "http:evil", "//evil:80/../x", "/x?//evil", "https://evil", "/x#frag", "/%2f%2fevil/x", "/;//evil"} {
+		f.Add(target)
+	}
+	f.Fuzz(func(t *testing.T, target string) {
+		data := append(appendLatin1([]byte(`{"id":"a","originalUrl":`), target), '}')
+		w, err := decodeWebhook(data)
+		if err != nil {
+			return
+		}
+		for i, c := range slices.Concat(clients, proxied) {
+			req := c.targetRequest(context.Background(), w, c.base+w.Path+w.Query)
+			if req.URL.Host != "target" || req.URL.Scheme != "http" {
+				t.Fatalf("%q: connects to %q", target, req.URL)
+			}
+			got := onWire(t, req)
+			if got.get("Host") != "target" {
+				t.Fatalf("%q: Host is %q", target, got.get("Host"))
+			}
+			line := strings.Split(got.line, " ")
+			if len(line) != 3 || line[0] != "POST" || line[2] != "HTTP/1.1" {
+				t.Fatalf("%q: request line %q", target, got.line)
+			}
+			sent, absolute := strings.CutPrefix(line[1], "http://target/")
+			if absolute {
+				sent = "/" + sent
+			}
+			if absolute != (i >= len(clients)) && !strings.HasPrefix(w.Path, "//") {
+				t.Fatalf("%q: request line %q, proxy %v", target, got.line, i >= len(clients))
+			}
+			if sent != c.base+w.Path+w.Query {
+				t.Fatalf("%q: request target %q, want %q below %q", target, line[1], w.Path+w.Query, c.base)
+			}
+			if !confined(c.base, w.Path) {
+				t.Fatalf("%q: %q leaves %q", target, sent, c.base)
+			}
+		}
+	})
+}
+
+// TestTargetRequest is what a target sees beside method, path and body:
+// nothing is invented, and nothing of the first hop stays.
+func TestTargetRequest(t *testing.T) {
+	for _, tc := range []struct {
+		name, target, method, lines, body string
+		line, want                        string
+	}{
+		{"least", "http://target:8080/base", "POST", "", "x", "POST /base/x HTTP/1.1", "Host: target:8080\nContent-Length: 1"},
+		{"no body", "http://target", "GET", "", "", "GET /x HTTP/1.1", "Host: target"},
+		{"POST without a body", "http://target", "POST", "", "", "POST /x HTTP/1.1", "Host: target\nContent-Length: 0"},
+		{"base with slashes", "http://target/base//", "POST", "", "", "POST /base/x HTTP/1.1", "Host: target\nContent-Length: 0"},
+		{"escaped base", "http://target/a%2Fb%20c", "DELETE", "", "", "DELETE /a%2Fb%20c/x HTTP/1.1", "Host: target"},
+		{"the original host", "http://target", "GET", "Host: hooks.example.com", "", "GET /x HTTP/1.1", "Host: target\nX-Forwarded-Host: hooks.example.com"},
+		{"of a proxy before", "http://target", "GET", "Host: relay\nX-Forwarded-Host: hooks.example.com", "", "GET /x HTTP/1.1", "Host: target\nX-Forwarded-Host: hooks.example.com"},
+		{"what the provider sent", "http://target", "PUT", "User-Agent: U\nAccept-Encoding: br\nContent-Type: a/b\nX-Dup: 1\nX-Dup: 2\nX-Latin: \xe9\xff", "\x00",
+			"PUT /x HTTP/1.1", "Host: target\nUser-Agent: U\nContent-Length: 1\nAccept-Encoding: br\nContent-Type: a/b\nX-Dup: 1\nX-Dup: 2\nX-Latin: \xe9\xff"},
+		{"first hop's framing", "http://target", "POST", "Transfer-Encoding: chunked\nContent-Length: 99\nExpect: 100-continue\nTE: trailers\nTrailer: X\nConnection: X-Hop\nX-Hop: 1\nKeep-Alive: x\nUpgrade: h2c", "ab",
+			"POST /x HTTP/1.1", "Host: target\nContent-Length: 2"},
+		{"forged names of the relay", "http://target", "GET", "X-Relay-Event-Id: forged\nX-Relay-Client: x", "", "GET /x HTTP/1.1", "Host: target"},
+		{"credentials of the base", "http://user:p%40ss@target", "GET", "", "", "GET /x HTTP/1.1", "Host: target\nAuthorization: Basic dXNlcjpwQHNz"},
+		{"credentials of the provider", "http://user:pass@target", "GET", "Authorization: Bearer t", "", "GET /x HTTP/1.1", "Host: target\nAuthorization: Bearer t"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			c := clientOf(t, tc.target)
+			w := &Webhook{ID: "id-1", Method: tc.method, Path: "/x", Body: []byte(tc.body), Headers: endToEnd(headersOf(tc.lines))}
+			for range 2 { // every attempt builds the same
+				got := onWire(t, c.targetRequest(t.Context(), w, c.base+w.Path))
+				var lines []string
+				for _, h := range got.headers {
+					lines = append(lines, h[0]+": "+h[1])
+				}
+				want := append(strings.Split(tc.want, "\n"), "X-Relay-Event-Id: id-1")
+				slices.Sort(lines)
+				slices.Sort(want)
+				if got.line != tc.line || string(got.body) != tc.body || !slices.Equal(lines, want) {
+					t.Errorf("%s\n%q\n%q, want %s\n%q\n%q", got.line, lines, got.body, tc.line, want, tc.body)
+				}
+			}
+		})
+	}
+}
+
+// TestRedirect: only a 307 or 308 that stays on scheme, host, port and below
+// the base is followed; any other is the provider's to see.
+func TestRedirect(t *testing.T) {
+	for _, tc := range []struct {
+		name, base, location, want string
+	}{
+		{"same host", "http://target/base", "http://target/base/y?b", "/base/y?b"},
+		{"the port spelt out", "http://target/base", "http://target:80/base/y", "/base/y"},
+		{"the port left out", "https://target:443/base", "https://target/base/y", "/base/y"},
+		{"another case", "http://target/base", "HTTP://TARGET/base/y", "/base/y"},
+		{"host of the base", "http://[::1]:8080/base", "http://[::1]:8080/base/y", "/base/y"},
+		{"path", "http://target/base", "/base/y//z%2F?b=%zz", "/base/y//z%2F?b=%zz"},
+		{"base itself", "http://target/base", "/base", "/base"},
+		{"relative", "http://target/base", "y", "/base/hook/y"},
+		{"relative with dot segments that stay", "http://target/base", "../y/./z", "/base/y/z"},
+		{"fragment", "http://target/base", "/base/y#f", "/base/y"},
+		{"query", "http://target/base", "?b", "/base/hook/x?b"},
+		{"no base", "http://target", "/anywhere", "/anywhere"},
+		{"scheme left out", "http://target/base", "//target/base/y", "/base/y"},
+
+		{"other host", "http://target/base", "http://evil/base/y", ""},
+		{"host with the target's as user", "http://target/base", "http://target@evil/base/y", ""},
+		{"host that begins alike", "http://target/base", "http://target.evil/base/y", ""},
+		{"other host, scheme left out", "http://target/base", "//evil/base/y", ""},
+		{"other port", "http://target/base", "http://target:81/base/y", ""},
+		{"other scheme", "http://target/base", "https://target/base/y", ""},
+		{"other scheme, same port", "http://target:443/base", "https://target:443/base/y", ""},
+		{"opaque", "http://target/base", "http:base/y", ""},
+		{"no web address", "http://target/base", "mailto:x", ""},
+		{"outside", "http://target/base", "/other", ""},
+		{"outside, begins alike", "http://target/base", "/baseball", ""},
+		{"outside by dot segments", "http://target/base", "../../other", ""},
+		{"outside by dot segments of an absolute path", "http://target/base", "/base/../other", ""},
+		{"outside by escapes", "http://target/base", "/base/%2e%2e/other", ""},
+		{"outside by an escaped slash", "http://target/base", "/base/..%2fother", ""},
+		{"outside by parameters", "http://target/base", "/base/..;/other", ""},
+		{"outside by a backslash", "http://target/base", "/base/..\\other", ""},
+		{"base with another spelling", "http://target/base", "/%62ase/y", ""},
+		{"control character", "http://target/base", "/base/\x01", ""},
+		{"broken escape", "http://target/base", "/base/%zz", ""},
+		{"no location", "http://target/base", "", ""},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			c := clientOf(t, tc.base)
+			for _, status := range []int{301, 302, 303, 307, 308, 200} {
+				resp := &http.Response{StatusCode: status, Header: http.Header{"Location": {tc.location}}}
+				got, ok := c.redirect(resp, c.base+"/hook/x?a=1")
+				want := tc.want
+				if status < 307 {
+					want = ""
+				}
+				if ok != (want != "") || got != want {
+					t.Errorf("%d: %q, %v, want %q", status, got, ok, want)
+				}
+			}
+		})
+	}
+}
+
+// A client in a bubble.
+
+// refuse makes dialling fail, or no more; connections stay.
+func (p *pipes) refuse(down bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.down = down
+}
+
+// world is a client between a source and a target, in a bubble.
+type world struct {
+	*Client
+	t              *testing.T
+	options        ClientOptions
+	log            *logBuffer
+	source, target *pipes
+
+	respond func(rw http.ResponseWriter, r *http.Request, n int) // answers the n-th request to the target; nil: 200
+	reply   func(n int) int                                      // the status for the n-th report; nil: 204
+
+	feeds    chan *outlet
+	finished chan struct{} // Run has returned
+	sigterm  context.CancelFunc
+
+	mu    sync.Mutex
+	calls []call           // guarded by mu: requests to the target
+	said  []said           // guarded by mu: reports
+	began []time.Time      // guarded by mu: requests to subscribe
+	other http.HandlerFunc // guarded by mu: answers them with something else; nil: with a stream
+}
+
+type call struct {
+	id, method, uri, body string
+	at                    time.Time
+}
+
+type said struct {
+	uri, body string
+	at        time.Time
+}
+
+// outlet is one stream, which its test writes and closes.
+type outlet struct {
+	net.Conn
+	gone chan struct{} // closed when the client has left it
+	at   time.Time
+}
+
+// send is one write. It fails once the client has gone, and waits while that
+// does not read.
+func (f *outlet) send(parts ...string) error {
+	_, err := io.WriteString(f, strings.Join(parts, ""))
+	return err
+}
+
+// inWorld runs test with a world that it has to start.
+func inWorld(t *testing.T, test func(*testing.T, *world)) {
+	t.Helper()
+	inBubble(t, func(t *testing.T) {
+		w := &world{
+			t: t, log: &logBuffer{}, source: newPipes(), target: newPipes(), feeds: make(chan *outlet, 1000), finished: make(chan struct{}),
+			options: ClientOptions{
+				Source: parseURL(t, "http://source/subscribe/ci/"), Token: "secret", ReconnectInterval: time.Second, HandlerTimeout: 10 * time.Second,
+				Target: parseURL(t, "http://target/base"), Timeout: 30 * time.Second, RetryWindow: time.Minute, Concurrency: 32,
+			},
+		}
+		test(t, w)
+	})
+}
+
+// start runs the client until the test ends.
+func (w *world) start() {
+	ctx, cancel := context.WithCancel(context.Background())
+	w.sigterm = cancel
+	w.Client = NewClient(w.options, slog.New(slog.NewJSONHandler(w.log, &slog.HandlerOptions{Level: slog.LevelDebug})))
+	for transport, p := range map[*http.Transport]*pipes{w.Client.source: w.source, w.Client.target: w.target} {
+		transport.DialContext, transport.Proxy = p.dial, nil
+	}
+	serveOn(w.t, &http.Server{Handler: http.HandlerFunc(w.serveSource)}, w.source)
+	go func() {
+		defer close(w.finished)
+		w.Client.Run(ctx)
+	}()
+	w.t.Cleanup(func() {
+		cancel()
+		<-w.finished
+		if w.t.Failed() {
+			w.t.Logf("log:\n%s", w.log)
+		}
+	})
+}
+
+// startAll is start with a target that answers by w.respond.
+func (w *world) startAll() {
+	serveOn(w.t, &http.Server{Handler: http.HandlerFunc(w.serveTarget)}, w.target)
+	w.start()
+}
+
+func (w *world) serveSource(rw http.ResponseWriter, r *http.Request) {
+	if r.Header.Get("X-Auth-Token") != "secret" || r.Header.Get("X-Relay-Client") == "" {
+		w.t.Errorf("%s %s without token or name", r.Method, r.URL)
+	}
+	if r.Method == "POST" {
+		body, _ := io.ReadAll(r.Body)
+		w.mu.Lock()
+		w.said = append(w.said, said{r.RequestURI, string(body), time.Now()})
+		n := len(w.said)
+		w.mu.Unlock()
+		status := http.StatusNoContent
+		if w.reply != nil {
+			status = w.reply(n)
+		}
+		rw.WriteHeader(status)
+		return
+	}
+	w.mu.Lock()
+	w.began = append(w.began, time.Now())
+	other := w.other
+	w.mu.Unlock()
+	if other != nil {
+		other(rw, r)
+		return
+	}
+	if r.RequestURI != w.options.Source.RequestURI() || r.Header.Get("Accept") != "text/event-stream" || r.Header.Get("X-Relay-Features") != "respond, drain" {
+		w.t.Errorf("subscribes to %s with %q", r.URL, r.Header)
+	}
+	conn, _, err := http.NewResponseController(rw).Hijack()
+	if err != nil {
+		w.t.Error(err)
+		return
+	}
+	f := &outlet{conn, make(chan struct{}), time.Now()}
+	go func() { // ends with the connection
+		defer close(f.gone)
+		io.Copy(io.Discard, conn)
+	}()
+	f.send("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n\r\n")
+	w.feeds <- f
+}
+
+func (w *world) serveTarget(rw http.ResponseWriter, r *http.Request) {
+	body, _ := io.ReadAll(r.Body)
+	w.mu.Lock()
+	w.calls = append(w.calls, call{r.Header.Get("X-Relay-Event-Id"), r.Method, r.RequestURI, string(body), time.Now()})
+	n := len(w.calls)
+	w.mu.Unlock()
+	if w.respond != nil {
+		w.respond(rw, r, n)
+	}
+}
+
+// next is the next stream that the client opens.
+func (w *world) next() *outlet {
+	w.t.Helper()
+	select {
+	case f := <-w.feeds:
+		return f
+	case <-time.After(time.Hour):
+		w.t.Fatal("the client opens no stream")
+		return nil
+	}
+}
+
+// ready is the next stream, ready and with a heartbeat of five seconds.
+func (w *world) ready() *outlet {
+	w.t.Helper()
+	f := w.next()
+	if err := f.send(readyFrame(5 * time.Second)); err != nil {
+		w.t.Fatal(err)
+	}
+	synctest.Wait()
+	return f
+}
+
+// until lets time pass until ok.
+func (w *world) until(what string, ok func() bool) {
+	w.t.Helper()
+	for range 100_000 {
+		if synctest.Wait(); ok() {
+			return
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	w.t.Fatalf("never: %s", what)
+}
+
+// forwarded and reported are what has come so far.
+func (w *world) forwarded() []call {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Clone(w.calls)
+}
+
+func (w *world) reported() []said {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Clone(w.said)
+}
+
+// subscribe makes the source answer with something else than a stream.
+func (w *world) subscribe(other http.HandlerFunc) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.other = other
+}
+
+// tries is when the client asked for a stream.
+func (w *world) tries() []time.Time {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Clone(w.began)
+}
+
+// ids is the events that reached the target, in order.
+func (w *world) ids() (ids []string) {
+	for _, c := range w.forwarded() {
+		ids = append(ids, c.id)
+	}
+	return ids
+}
+
+// answer is the report on the only event that was sent.
+func (w *world) answer() (Answer, said) {
+	w.t.Helper()
+	w.until("a report", func() bool { return len(w.reported()) > 0 })
+	time.Sleep(time.Minute)
+	list := w.reported()
+	a, err := decodeAnswer([]byte(list[0].body))
+	if err != nil || len(list) != 1 {
+		w.t.Errorf("reports %+v: %v", list, err)
+	}
+	return a, list[0]
+}
+
+// hook is the frame of an event that nobody waits for, asking that of one
+// whose sender waits so long.
+func hook(id string) string { return string(newEvent("ci", bodyHook(id, 0)).frame) }
+
+func asking(id string, timeout time.Duration) string {
+	return string(newEvent("ci", bodyHook(id, timeout)).frame)
+}
+
+func bodyHook(id string, timeout time.Duration) *Webhook {
+	return &Webhook{ID: id, Method: "POST", Path: "/webhooks/ci/x", Query: "?a=1", Body: []byte("body of " + id), Time: wireTime, Respond: timeout > 0, Timeout: timeout}
+}
+
+// at fails unless d is within 50 milliseconds of want: what memory and pipes
+// add to a time is nothing in a bubble.
+func at(t *testing.T, what string, d, want time.Duration) {
+	t.Helper()
+	if d < want || d > want+50*time.Millisecond {
+		t.Errorf("%s after %v, want %v", what, d, want)
+	}
+}
+
+// TestWatchdog: a stream that goes silent is cut after two heartbeats and a
+// second, and one that never becomes ready after its own time.
+func TestWatchdog(t *testing.T) {
+	for _, tc := range []struct {
+		name  string
+		ready string // what the stream begins with
+		want  time.Duration
+	}{
+		{"five seconds", readyFrame(5 * time.Second), 11 * time.Second},
+		{"one second", readyFrame(time.Second), 3 * time.Second},
+		{"no interval", "event: ready\ndata: {}\n\n", silenceDefault},
+		{"no JSON", "event: ready\ndata: x\n\n", silenceDefault},
+		{"not a number", "event: ready\ndata: {\"heartbeatInterval\":\"5000\"}\n\n", silenceDefault},
+		{"zero", "event: ready\ndata: {\"heartbeatInterval\":0}\n\n", silenceDefault},
+		{"negative", "event: ready\ndata: {\"heartbeatInterval\":-1}\n\n", silenceDefault},
+		{"tiny", "event: ready\ndata: {\"heartbeatInterval\":0.001}\n\n", silenceDefault},
+		{"huge", "event: ready\ndata: {\"heartbeatInterval\":1e300}\n\n", silenceDefault},
+		{"a second ready changes nothing", readyFrame(5*time.Second) + readyFrame(time.Minute), 11 * time.Second},
+		{"never ready", ": hello\n\nevent: heartbeat\ndata: {}\n\n", readyTimeout},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				w.startAll()
+				f := w.next()
+				f.send(tc.ready)
+				<-f.gone
+				at(t, "cut", time.Since(f.at), tc.want)
+				synctest.Wait()
+				if w.Check(t.Context()) == nil {
+					t.Error("ready without a stream")
+				}
+				w.ready()
+				if err := w.Check(t.Context()); err != nil {
+					t.Errorf("after it: %v", err)
+				}
+			})
+		})
+	}
+	t.Run("any byte keeps it open", func(t *testing.T) {
+		inWorld(t, func(t *testing.T, w *world) {
+			w.startAll()
+			f := w.ready()
+			for range 30 {
+				time.Sleep(10 * time.Second)
+				if err := f.send(":\n"); err != nil {
+					t.Fatal(err)
+				}
+				synctest.Wait()
+				if err := w.Check(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+			}
+			sent := time.Now()
+			<-f.gone
+			at(t, "cut", time.Since(sent), 11*time.Second)
+		})
+	})
+	t.Run("a source that accepts and says nothing", func(t *testing.T) {
+		inWorld(t, func(t *testing.T, w *world) {
+			w.subscribe(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
+			w.startAll()
+			time.Sleep(5 * time.Minute)
+			if n := len(w.tries()); n < 7 || n > 13 {
+				t.Errorf("%d tries in five minutes", n)
+			}
+		})
+	})
+}
+
+// TestWatchdogWhileFull: a client that is full does not read, and must not
+// take its own silence for the source's.
+func TestWatchdogWhileFull(t *testing.T) {
+	for _, together := range []bool{false, true} {
+		t.Run(fmt.Sprintf("events come with ready %v", together), func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				release := make(chan struct{})
+				w.respond = func(_ http.ResponseWriter, _ *http.Request, n int) { <-release }
+				w.options.Concurrency = 1
+				w.options.Timeout = time.Hour
+				w.startAll()
+				f := w.next()
+				begin := []string{readyFrame(5 * time.Second), hook("1"), hook("2"), hook("3")}
+				if together {
+					begin = []string{strings.Join(begin, "")}
+				}
+				go func() {
+					for _, part := range begin {
+						f.send(part)
+					}
+					for n := 4; n < 50; n++ { // a pipe holds nothing: this waits
+						if f.send(hook(strconv.Itoa(n)), string(heartbeatEvent.frame)) != nil {
+							return
+						}
+					}
+				}()
+				time.Sleep(10 * time.Minute)
+				if len(w.tries()) != 1 {
+					t.Errorf("%d streams were opened while the client was full", len(w.tries()))
+				}
+				if got := w.ids(); !slices.Equal(got, []string{"1"}) {
+					t.Errorf("forwarded %q at once", got)
+				}
+				if w.Events.Load() > 2 {
+					t.Errorf("%d events were taken, room is for one", w.Events.Load())
+				}
+				close(release)
+				w.until("all events", func() bool { return len(w.ids()) == 49 })
+				for i, id := range w.ids() {
+					if id != strconv.Itoa(i+1) {
+						t.Fatalf("order %q", w.ids())
+					}
+				}
+				sent := time.Now()
+				<-f.gone // and from now on it watches again
+				if silent := time.Since(sent); silent > 12*time.Second {
+					t.Errorf("cut after %v", silent)
+				}
+			})
+		})
+	}
+}
+
+// TestReconnectBackoff: pauses are jittered, grow to their longest, and only
+// ready makes them short again.
+func TestReconnectBackoff(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		var cuts []time.Time // ends of streams that were not ready
+		w.subscribe(func(rw http.ResponseWriter, _ *http.Request) {
+			n := len(w.tries())
+			if n == 12 {
+				w.subscribe(nil)
+			}
+			cuts = append(cuts, time.Now())
+			if n%2 == 0 { // open, but not ready: no reason for haste either
+				rw.Header().Set("Content-Type", "text/event-stream")
+				io.WriteString(rw, ": hello\n\n"+hook("never"))
+			} else {
+				rw.WriteHeader(503)
+			}
+		})
+		w.startAll()
+		f := w.ready()
+		pause := func(n int, ended time.Time, longest time.Duration) float64 {
+			d := w.tries()[n].Sub(ended)
+			if d < longest/2 || d > longest+50*time.Millisecond {
+				t.Errorf("pause %d is %v, want between %v and %v", n, d, longest/2, longest)
+			}
+			return float64(d) / float64(longest)
+		}
+		var low, high float64 = 1, 0
+		for n := 1; n <= 12; n++ {
+			share := pause(n, cuts[n-1], min(time.Second<<(n-1), reconnectMax))
+			low, high = min(low, share), max(high, share)
+		}
+		if high-low < 0.05 {
+			t.Errorf("pauses are all between %v and %v of the longest: no jitter", low, high)
+		}
+		time.Sleep(time.Second)
+		f.Close()
+		ended := time.Now()
+		w.until("another try", func() bool { return len(w.tries()) == 14 })
+		pause(13, ended, time.Second)
+		if n := w.Reconnects.Load(); n != 1 {
+			t.Errorf("%d reconnects counted, want that of the stream that was ready", n)
+		}
+	})
+}
+
+// TestReconnectForEver: nothing that a source says ends the client.
+func TestReconnectForEver(t *testing.T) {
+	answer := func(status int, headers ...string) func(*world) {
+		return func(w *world) {
+			w.subscribe(func(rw http.ResponseWriter, _ *http.Request) {
+				for i := 0; i < len(headers); i += 2 {
+					rw.Header().Set(headers[i], headers[i+1])
+				}
+				rw.WriteHeader(status)
+			})
+		}
+	}
+	for name, break_ := range map[string]func(*world){
+		"200 with HTML":     answer(200, "Content-Type", "text/html"),
+		"200 without type":  answer(200, "Content-Type", ""),
+		"202 with a stream": answer(202, "Content-Type", "text/event-stream"),
+		"204":               answer(204),
+		"301":               answer(301, "Location", "http://evil/subscribe/ci/"),
+		"307":               answer(307, "Location", "/subscribe/other/"),
+		"400":               answer(400),
+		"401":               answer(401),
+		"403":               answer(403),
+		"404":               answer(404),
+		"429":               answer(429, "Retry-After", "86400"),
+		"500":               answer(500),
+		"503":               answer(503),
+		"nobody listens":    func(w *world) { w.source.refuse(true) },
+		"closes without answer": func(w *world) {
+			w.subscribe(func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) })
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				break_(w)
+				w.startAll()
+				time.Sleep(10 * time.Minute)
+				records := w.log.lines("subscribe ended")
+				if n := len(records); n < 15 || n > 60 {
+					t.Errorf("%d tries in ten minutes", n)
+				}
+				if level := records[0]["level"]; (level == "ERROR") != (name == "401" || name == "403") {
+					t.Errorf("logged as %v", level)
+				}
+				if err := w.Alive(t.Context()); err != nil || w.Check(t.Context()) == nil {
+					t.Errorf("alive: %v, ready: %v", err, w.Check(t.Context()))
+				}
+				w.subscribe(nil)
+				w.source.refuse(false)
+				w.ready().send(hook("last"))
+				w.until("a webhook", func() bool { return len(w.ids()) == 1 })
+			})
+		})
+	}
+}
+
+// TestDrain: make before break. The first stream is read until the second
+// is ready, and on for a while; what comes on both is forwarded once.
+func TestDrain(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		w.startAll()
+		first := w.ready()
+		drain := string(drainEvent.frame)
+		time.Sleep(5 * time.Second)
+		first.send(drain)
+		second := w.next()
+		at(t, "second stream", time.Since(first.at), 5*time.Second)
+		first.send(drain, drain) // asking again opens no third
+		time.Sleep(5 * time.Second)
+		first.send(hook("before"))
+		second.send(readyFrame(5*time.Second), hook("both"))
+		moved := time.Now()
+		synctest.Wait()
+		if err := w.Check(t.Context()); err != nil {
+			t.Error(err)
+		}
+		first.send(hook("both"), hook("after"))
+		<-first.gone
+		at(t, "first stream left", time.Since(moved), linger)
+		second.send(hook("alone"))
+		synctest.Wait()
+		got := w.ids()
+		slices.Sort(got)
+		if !slices.Equal(got, []string{"after", "alone", "before", "both"}) || w.Duplicates.Load() != 1 {
+			t.Errorf("forwarded %q, %d duplicates", got, w.Duplicates.Load())
+		}
+		if len(w.tries()) != 2 || w.Reconnects.Load() != 0 {
+			t.Errorf("%d streams, %d reconnects", len(w.tries()), w.Reconnects.Load())
+		}
+		second.send(drain) // and once more: drain is for every stream
+		w.ready()
+	})
+}
+
+// TestDrainWithoutSuccessor: a stream that was asked to move stays the one
+// there is while no other comes up, and when it ends only a new one counts.
+func TestDrainWithoutSuccessor(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		w.startAll()
+		first := w.ready()
+		w.subscribe(func(rw http.ResponseWriter, _ *http.Request) { rw.WriteHeader(503) })
+		first.send(string(drainEvent.frame))
+		for n := range 60 {
+			time.Sleep(5 * time.Second)
+			if err := first.send(string(heartbeatEvent.frame), hook(strconv.Itoa(n))); err != nil {
+				t.Fatal(err)
+			}
+		}
+		synctest.Wait()
+		if n := len(w.ids()); n != 60 || w.Check(t.Context()) != nil {
+			t.Errorf("%d of 60 webhooks came over the first stream; %v", n, w.Check(t.Context()))
+		}
+		if n := len(w.tries()); n < 10 || n > 40 {
+			t.Errorf("%d tries in five minutes", n)
+		}
+		first.Close()
+		synctest.Wait()
+		if w.Check(t.Context()) == nil {
+			t.Error("ready without a stream")
+		}
+		w.subscribe(nil)
+		w.ready().send(hook("last"))
+		w.until("a webhook over the new stream", func() bool { return len(w.ids()) == 61 })
+	})
+}
+
+// TestDrainWhileFull: an event that came over the old stream and waits for
+// its turn is not lost with that stream.
+func TestDrainWhileFull(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		release := make(chan struct{})
+		w.respond = func(http.ResponseWriter, *http.Request, int) { <-release }
+		w.options.Concurrency = 1
+		w.startAll()
+		first := w.ready()
+		first.send(hook("1"))
+		synctest.Wait()
+		first.send(string(drainEvent.frame))
+		go func() {
+			first.send(hook("2"))
+			<-release
+			time.Sleep(300 * time.Millisecond) // a round trip until what the network held comes
+			first.send(hook("3"))
+		}()
+		w.ready()
+		time.Sleep(5 * linger)
+		close(release)
+		w.until("the target is free", func() bool { return w.Forwarded.Load() > 0 })
+		time.Sleep(linger)
+		synctest.Wait()
+		if got := w.ids(); !slices.Equal(got, []string{"1", "2", "3"}) {
+			t.Errorf("forwarded %q, want what was sent before the move too", got)
+		}
+	})
+}
+
+// TestDrainAtOnce: a source that asks every stream to move as soon as it is
+// ready gets no more of them than one that cuts them.
+func TestDrainAtOnce(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		w.startAll()
+		go func() {
+			for range 200 { // an end, or a bubble's clock would stand still for ever
+				select {
+				case f := <-w.feeds:
+					f.send(readyFrame(5*time.Second), string(drainEvent.frame))
+				case <-w.finished:
+					return
+				}
+			}
+		}()
+		time.Sleep(10 * time.Second)
+		if n := len(w.tries()); n > 25 || n < 2 {
+			t.Errorf("%d streams in ten seconds", n)
+		}
+	})
+}
+
+// TestClientShutdown: at SIGTERM the client takes nothing more, finishes what it
+// has, and abandons it only when its time is over.
+func TestClientShutdown(t *testing.T) {
+	for _, tc := range []struct {
+		name       string
+		takes      time.Duration // the target
+		want       time.Duration
+		delivered  bool
+		retryFirst bool
+	}{
+		{"idle target", 0, 0, true, false},
+		{"slow target", 8 * time.Second, 8 * time.Second, true, false},
+		{"a target that needs another try", 0, retryInitial, true, true},
+		{"stuck target", time.Hour, 10 * time.Second, false, false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				w.respond = func(rw http.ResponseWriter, r *http.Request, n int) {
+					if tc.retryFirst && n == 1 {
+						rw.WriteHeader(503)
+						return
+					}
+					select {
+					case <-time.After(tc.takes):
+					case <-r.Context().Done():
+					}
+				}
+				w.startAll()
+				f := w.ready()
+				f.send(asking("1", time.Minute))
+				synctest.Wait()
+				began := time.Now()
+				w.sigterm()
+				synctest.Wait()
+				if !isClosed(f.gone) {
+					t.Error("the stream stays open")
+				}
+				<-w.finished
+				if d := time.Since(began); d > tc.want+50*time.Millisecond || d < tc.want/2 {
+					t.Errorf("ended after %v, want %v", d, tc.want)
+				}
+				if got := len(w.reported()) == 1; got != tc.delivered {
+					t.Errorf("reports %+v", w.reported())
+				}
+				if len(w.tries()) != 1 {
+					t.Error("subscribed again while ending")
+				}
+				if w.Check(context.Background()) == nil {
+					t.Error("ready after the end")
+				}
+			})
+		})
+	}
+}
+
+// TestRetries: what is worth another try, when it comes, and what is final.
+// The sender waits for two minutes, so that its report shows the end.
+func TestRetries(t *testing.T) {
+	const whole = 2 * time.Minute
+	const window = whole - 500*time.Millisecond // the rest is for the report
+	status := func(list ...int) func(http.ResponseWriter, *http.Request, int) {
+		return func(rw http.ResponseWriter, _ *http.Request, n int) { rw.WriteHeader(list[min(n, len(list))-1]) }
+	}
+	with := func(status int, header string) func(http.ResponseWriter, *http.Request, int) {
+		return func(rw http.ResponseWriter, _ *http.Request, n int) {
+			if n == 1 {
+				rw.Header().Set("Retry-After", header)
+				rw.WriteHeader(status)
+			}
+		}
+	}
+	hang := func(_ http.ResponseWriter, r *http.Request, _ int) { <-r.Context().Done() }
+	for _, tc := range []struct {
+		name     string
+		respond  func(http.ResponseWriter, *http.Request, int)
+		set      func(*world)
+		attempts int           // how many reach the target; 0: any number above 10
+		status   int           // what is reported
+		err      string        // likewise
+		least    time.Duration // until the report
+		most     time.Duration
+	}{
+		{"200", status(200), nil, 1, 200, "", 0, 0},
+		{"400", status(400), nil, 1, 400, "", 0, 0},
+		{"401", status(401), nil, 1, 401, "", 0, 0},
+		{"404", status(404), nil, 1, 404, "", 0, 0},
+		{"408", status(408), nil, 1, 408, "", 0, 0},
+		{"500", status(500), nil, 1, 500, "", 0, 0},
+		{"501", status(501), nil, 1, 501, "", 0, 0},
+		{"302", status(302), nil, 1, 302, "", 0, 0},
+		{"each that passes", status(429, 502, 503, 504, 204), nil, 5, 204, "", retryInitial * 11 / 2, retryInitial * 11}, // pauses of 1, 2, 4 and 4
+		{"until the last moment", status(503), nil, 0, 503, "", window - retryHeld, window},
+		{"Retry-After in seconds", with(429, "17"), nil, 2, 200, "", 17 * time.Second, 17 * time.Second},
+		{"Retry-After as a date", with(503, "Sat, 01 Jan 2000 00:00:42 GMT"), nil, 2, 200, "", 41 * time.Second, 42 * time.Second},
+		{"Retry-After in the past", with(503, "Fri, 31 Dec 1999 00:00:00 GMT"), nil, 2, 200, "", retryInitial / 2, retryInitial},
+		{"Retry-After that is neither", with(503, "-5"), nil, 2, 200, "", retryInitial / 2, retryInitial},
+		{"Retry-After beyond the window", with(503, "120"), nil, 1, 503, "", 0, 0},
+		{"Retry-After beyond all numbers", with(503, "99999999999999999999"), nil, 2, 200, "", retryInitial / 2, retryInitial},
+		{"Retry-After of a final answer", with(400, "17"), nil, 1, 400, "", 0, 0},
+		{"silence", hang, nil, 4, 0, answerTimeout, window - retryHeld, window},
+		{"silence after a status", func(rw http.ResponseWriter, r *http.Request, n int) {
+			if n > 1 {
+				hang(rw, r, n)
+			}
+			rw.WriteHeader(503)
+		}, nil, 5, 503, "", window - retryHeld, window},
+		{"a status after silence", func(rw http.ResponseWriter, r *http.Request, n int) {
+			if n == 1 {
+				hang(rw, r, n)
+			}
+			rw.WriteHeader(502)
+		}, nil, 0, 502, "", window - retryHeld, window},
+		{"connections that break", func(http.ResponseWriter, *http.Request, int) { panic(http.ErrAbortHandler) }, nil, 0, 0, answerUnreachable, window - retryHeld, window},
+		{"nobody listens", nil, func(w *world) { w.target.refuse(true) }, -1, 0, answerUnreachable, window - retryHeld, window},
+		{"comes up late", nil, func(w *world) {
+			w.target.refuse(true)
+			time.AfterFunc(time.Minute, func() { w.target.refuse(false) })
+		}, 1, 200, "", time.Minute - time.Second, time.Minute + retryHeld},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				w.respond = tc.respond
+				w.startAll()
+				f := w.ready()
+				if tc.set != nil {
+					tc.set(w)
+				}
+				stop := w.heartbeats(f)
+				defer stop()
+				sent := time.Now()
+				f.send(asking("1", whole))
+				a, report := w.answer()
+				if a.Status != tc.status || a.Err != tc.err {
+					t.Errorf("reported %+v, want %d %q", a, tc.status, tc.err)
+				}
+				if d := report.at.Sub(sent); d < tc.least || d > tc.most+50*time.Millisecond {
+					t.Errorf("reported after %v, want %v to %v", d, tc.least, tc.most)
+				}
+				calls := w.forwarded()
+				if n := len(calls); tc.attempts > 0 && n != tc.attempts || tc.attempts == 0 && n < 11 {
+					t.Errorf("%d attempts, want %d", n, tc.attempts)
+				}
+				for _, c := range calls {
+					if c.id != "1" || c.method != "POST" || c.uri != "/base/webhooks/ci/x?a=1" || c.body != "body of 1" {
+						t.Errorf("attempt %+v", c)
+					}
+				}
+			})
+		})
+	}
+}
+
+// heartbeats keeps f alive until stop; they come from a goroutine of their own.
+func (w *world) heartbeats(f *outlet) (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	var done sync.WaitGroup
+	done.Go(func() {
+		for ctx.Err() == nil {
+			if f.send(string(heartbeatEvent.frame)) != nil {
+				return
+			}
+			select {
+			case <-time.After(5 * time.Second):
+			case <-ctx.Done():
+			}
+		}
+	})
+	return func() {
+		cancel()
+		done.Wait()
+	}
+}
+
+// TestRetryWindow: without a sender that waits, the window is the setting's.
+func TestRetryWindow(t *testing.T) {
+	for _, tc := range []struct {
+		window      time.Duration
+		least, most int
+	}{{0, 1, 1}, {time.Second, 2, 4}, {time.Minute, 8, 20}} {
+		t.Run(tc.window.String(), func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				w.respond = func(rw http.ResponseWriter, _ *http.Request, _ int) { rw.WriteHeader(503) }
+				w.options.RetryWindow = tc.window
+				w.startAll()
+				w.ready().send(hook("1"))
+				w.until("giving up", func() bool { return w.Failed.Load() == 1 })
+				calls := w.forwarded()
+				if n := len(calls); n < tc.least || n > tc.most || w.Retries.Load() != int64(n-1) {
+					t.Errorf("%d attempts, %d retries counted, want %d to %d", n, w.Retries.Load(), tc.least, tc.most)
+				}
+				if took := calls[len(calls)-1].at.Sub(calls[0].at); took > tc.window {
+					t.Errorf("last attempt after %v", took)
+				}
+			})
+		})
+	}
+}
+
+// TestRetryWindowBegins: the window is from the first attempt, so that an
+// event that had to wait for its turn is not worth less.
+func TestRetryWindowBegins(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		w.respond = func(rw http.ResponseWriter, _ *http.Request, n int) {
+			switch n {
+			case 1:
+				time.Sleep(20 * time.Second)
+			case 2:
+				rw.WriteHeader(503)
+			}
+		}
+		w.options.Concurrency = 1
+		w.options.RetryWindow = 10 * time.Second
+		w.startAll()
+		w.ready().send(hook("1"), hook("2"))
+		w.until("both are done", func() bool { return w.Forwarded.Load()+w.Failed.Load() == 2 })
+		if got := w.ids(); !slices.Equal(got, []string{"1", "2", "2"}) {
+			t.Errorf("forwarded %q, want another try of the second", got)
+		}
+	})
+}
+
+// TestConcurrency: so many forwards at once and no more; one keeps the order.
+func TestConcurrency(t *testing.T) {
+	for _, limit := range []int{1, 3} {
+		t.Run(strconv.Itoa(limit), func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				var now, most atomic.Int32
+				w.respond = func(rw http.ResponseWriter, _ *http.Request, n int) {
+					if at := now.Add(1); at > most.Load() {
+						most.Store(at)
+					}
+					defer now.Add(-1)
+					time.Sleep(time.Duration(n%3) * time.Second)
+					if n == 4 {
+						rw.WriteHeader(503) // whoever comes later still waits
+					}
+				}
+				w.options.Concurrency = limit
+				w.startAll()
+				f := w.ready()
+				go func() {
+					for n := range 12 {
+						f.send(hook(strconv.Itoa(n)))
+					}
+				}()
+				w.until("all", func() bool { return w.Forwarded.Load() == 12 })
+				if int(most.Load()) != limit {
+					t.Errorf("%d at once, want %d", most.Load(), limit)
+				}
+				if want := []string{"0", "1", "2", "3", "3", "4", "5", "6", "7", "8", "9", "10", "11"}; limit == 1 && !slices.Equal(w.ids(), want) {
+					t.Errorf("order %q", w.ids())
+				}
+			})
+		})
+	}
+}
+
+// TestDuplicates: an id is forwarded once, whatever the mode; a sender that
+// waits still hears the answer, from memory.
+func TestDuplicates(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		w.respond = func(rw http.ResponseWriter, _ *http.Request, n int) {
+			time.Sleep(time.Second)
+			rw.WriteHeader(200 + n)
+		}
+		w.startAll()
+		f := w.ready()
+		f.send(hook("a"), hook("a"), asking("b", time.Minute), asking("b", time.Minute))
+		time.Sleep(2 * time.Second)
+		if got := w.ids(); len(got) != 2 || w.Duplicates.Load() != 2 || len(w.reported()) != 1 {
+			t.Fatalf("forwarded %q, %d duplicates, reports %+v", got, w.Duplicates.Load(), w.reported())
+		}
+		f.send(hook("a"), asking("b", 30*time.Second))
+		synctest.Wait()
+		reports := w.reported()
+		if len(w.ids()) != 2 || len(reports) != 2 || reports[0].body != reports[1].body || reports[1].uri != "/subscribe/ci/responses/b" {
+			t.Errorf("forwarded %q, reports %+v", w.ids(), reports)
+		}
+		// A legacy server's events have no id: two alike are two webhooks.
+		legacy := `data: {"originalUrl":"/webhooks/ci/x","body":"","headers":{}}` + "\n\n"
+		f.send("id: 7\n"+legacy, "id: 7\n"+legacy)
+		time.Sleep(2 * time.Second)
+		if got := w.ids(); len(got) != 4 || got[2] == got[3] || len(got[2]) < 26 {
+			t.Errorf("forwarded %q", got)
+		}
+	})
+}
+
+// TestClientReports: a report is repeated while its failure may pass and its event
+// has time, and no longer.
+func TestClientReports(t *testing.T) {
+	status := func(list ...int) func(int) int {
+		return func(n int) int { return list[min(n, len(list))-1] }
+	}
+	for _, tc := range []struct {
+		name    string
+		reply   func(n int) int
+		set     func(*world)
+		reports int // 0: any number above 5
+		counted int64
+	}{
+		{"taken", status(204), nil, 1, 1},
+		{"nobody waits", status(404), nil, 1, 0},
+		{"wrong token", status(401), nil, 1, 0},
+		{"not allowed", status(403), nil, 1, 0},
+		{"refused", status(400), nil, 1, 0},
+		{"passing failures", status(503, 502, 500, 504, 429, 204), nil, 6, 1},
+		{"failing to the end", status(503), nil, 0, 0},
+		{"gone after a failure", status(503, 404), nil, 2, 0},
+		{"connection refused", status(204), func(w *world) {
+			w.source.refuse(true)
+			time.AfterFunc(10*time.Second, func() { w.source.refuse(false) })
+		}, 1, 1},
+		{"connection broken", func(n int) int {
+			if n < 3 {
+				panic(http.ErrAbortHandler)
+			}
+			return 204
+		}, nil, 3, 1},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				w.reply = tc.reply
+				w.startAll()
+				f := w.ready()
+				if tc.set != nil {
+					tc.set(w)
+				}
+				stop := w.heartbeats(f)
+				defer stop()
+				sent := time.Now()
+				f.send(asking("id-1", 30*time.Second))
+				time.Sleep(5 * time.Minute)
+				reports := w.reported()
+				if n := len(reports); tc.reports > 0 && n != tc.reports || tc.reports == 0 && n < 6 || w.Reports.Load() != tc.counted {
+					t.Fatalf("%d reports, %d counted, want %d and %d", n, w.Reports.Load(), tc.reports, tc.counted)
+				}
+				for _, r := range reports {
+					if r.uri != "/subscribe/ci/responses/id-1" || r.body != reports[0].body || r.at.Sub(sent) > 30*time.Second {
+						t.Errorf("report %+v after %v", r, r.at.Sub(sent))
+					}
+				}
+				if n := len(w.forwarded()); n != 1 {
+					t.Errorf("%d forwards", n)
+				}
+			})
+		})
+	}
+}
+
+// TestAnswers is what of a target's answer a provider may see.
+func TestAnswers(t *testing.T) {
+	large := strings.Repeat("a", answerLimit+1)
+	for _, tc := range []struct {
+		name   string
+		brief  bool
+		answer string // raw
+		want   string // the report
+	}{
+		{"response", false, "HTTP/1.1 201 Created\r\nContent-Type: text/plain\r\nX-Dup: 1\r\nX-Dup: 2\r\nConnection: X-Hop\r\nX-Hop: 1\r\nKeep-Alive: x\r\nX-Relay-Client: x\r\nContent-Length: 5\r\n\r\nhi\r\n\xc3", `{"status":201,"headers":{"content-type":"text/plain","x-dup":["1","2"]},"bodyBase64":"aGkNCsM="}`},
+		{"status", true, "HTTP/1.1 201 Created\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nhi", `{"status":201}`},
+		{"chunked", false, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n", `{"status":200,"headers":{},"body":"hi"}`},
+		{"without a length", false, "HTTP/1.0 200 OK\r\n\r\nhi", `{"status":200,"headers":{},"body":"hi"}`},
+		{"empty", false, "HTTP/1.1 204 No Content\r\n\r\n", `{"status":204,"headers":{},"body":""}`},
+		{"a failure too", false, "HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\nno", `{"status":404,"headers":{},"body":"no"}`},
+		{"compressed stays compressed", false, "HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\nabcd", `{"status":200,"headers":{"content-encoding":"gzip"},"body":"abcd"}`},
+		{"as large as may be", false, "HTTP/1.1 200 OK\r\nContent-Length: " + strconv.Itoa(answerLimit) + "\r\n\r\n" + large[1:], `{"status":200,"headers":{},"body":"` + large[1:] + `"}`},
+		{"too large", false, "HTTP/1.1 200 OK\r\nX-A: b\r\nContent-Length: " + strconv.Itoa(answerLimit+1) + "\r\n\r\n" + large, `{"status":200,"headers":{"x-a":"b"},"body":""}`},
+		{"too large and nobody reads it", true, "HTTP/1.1 200 OK\r\nContent-Length: " + strconv.Itoa(answerLimit+1) + "\r\n\r\n" + large, `{"status":200}`},
+		{"names that are no tokens", false, "HTTP/1.1 200 OK\r\nX-A : b\r\nContent-Length: 2\r\n\r\nhi", `{"status":200,"headers":{},"body":"hi"}`},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				w.serveRaw(func(conn net.Conn, _ recorded) { io.WriteString(conn, tc.answer) })
+				w.start()
+				hook := bodyHook("1", 9*time.Second)
+				hook.Brief = tc.brief
+				w.ready().send(string(newEvent("ci", hook).frame))
+				_, report := w.answer()
+				if report.body != tc.want {
+					t.Errorf("reported %.200q, want %.200q", report.body, tc.want)
+				}
+			})
+		})
+	}
+}
+
+// serveRaw answers every request to the target by serve, and then closes its
+// connection.
+func (w *world) serveRaw(serve func(net.Conn, recorded)) {
+	var conns sync.WaitGroup
+	conns.Go(func() {
+		for {
+			conn, err := w.target.Accept()
+			if err != nil {
+				return
+			}
+			conns.Go(func() {
+				defer conn.Close()
+				if req, err := readRecorded(bufio.NewReader(conn)); err == nil {
+					w.mu.Lock()
+					w.calls = append(w.calls, call{id: req.get("X-Relay-Event-Id"), at: time.Now()})
+					w.mu.Unlock()
+					serve(conn, req)
+				}
+			})
+		}
+	})
+	w.t.Cleanup(func() {
+		w.target.Close()
+		conns.Wait()
+	})
+}
+
+// TestHTTPProxy: behind a proxy the request target has to name the host.
+func TestHTTPProxy(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		lines := make(chan string, 1)
+		w.serveRaw(func(conn net.Conn, req recorded) {
+			lines <- req.line + " for " + req.get("Host")
+			io.WriteString(conn, ok200)
+		})
+		w.start()
+		w.Client.target.Proxy = http.ProxyURL(parseURL(t, "http://proxy:3128"))
+		w.ready().send(hook("1"))
+		if got := <-lines; got != "POST http://target/base/webhooks/ci/x?a=1 HTTP/1.1 for target" {
+			t.Errorf("the proxy got %q", got)
+		}
+	})
+}
+
+// TestRedirected: 307 and 308 repeat the request as it was, so often and no
+// more.
+func TestRedirected(t *testing.T) {
+	for redirects, status := range map[int]int{2: 200, redirectLimit: 200, redirectLimit + 1: 0} {
+		t.Run(strconv.Itoa(redirects), func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				w.respond = func(rw http.ResponseWriter, r *http.Request, n int) {
+					if n <= redirects {
+						http.Redirect(rw, r, fmt.Sprintf("/base/other?n=%d", n), 307+n%2)
+					}
+				}
+				w.startAll()
+				w.ready().send(asking("1", 100*time.Millisecond)) // too short for a second attempt
+				if a, _ := w.answer(); a.Status != status {
+					t.Errorf("reported %+v, want %d", a, status)
+				}
+				for n, c := range w.forwarded() {
+					want := call{"1", "POST", fmt.Sprintf("/base/other?n=%d", n), "body of 1", c.at}
+					if n == 0 {
+						want.uri = "/base/webhooks/ci/x?a=1"
+					}
+					if c != want {
+						t.Errorf("request %+v, want %+v", c, want)
+					}
+				}
+			})
+		})
+	}
+}
+
+// TestReportURL: a report goes below the stream's own URL, whatever that is.
+func TestReportURL(t *testing.T) {
+	for source, want := range map[string]string{
+		"http://source/subscribe/ci/":              "/subscribe/ci/responses/id-1",
+		"http://source/subscribe/ci":               "/subscribe/ci/responses/id-1",
+		"http://source/prefix/subscribe/ci/":       "/prefix/subscribe/ci/responses/id-1",
+		"http://source/subscribe/ci/?tenant=a%2Fb": "/subscribe/ci/responses/id-1?tenant=a%2Fb",
+		"http://source/a%2Fb/subscribe/ci/":        "/a%2Fb/subscribe/ci/responses/id-1",
+	} {
+		t.Run(source, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				w.options.Source = parseURL(t, source)
+				w.startAll()
+				w.ready().send(asking("id-1", time.Second))
+				if _, report := w.answer(); report.uri != want {
+					t.Errorf("reported to %q, want %q", report.uri, want)
+				}
+			})
+		})
+	}
+}
+
+// TestHostileTarget: whatever stands at the target costs a bounded amount for
+// a bounded time, and the client lives on.
+func TestHostileTarget(t *testing.T) {
+	var bomb bytes.Buffer
+	z := gzip.NewWriter(&bomb)
+	z.Write(make([]byte, 16<<20))
+	z.Close()
+	head := "HTTP/1.1 200 OK\r\n"
+	repeat := func(start, piece string) func(net.Conn, recorded) {
+		return func(conn net.Conn, _ recorded) {
+			_, err := io.WriteString(conn, start)
+			for piece = strings.Repeat(piece, 1+4096/len(piece)); err == nil; {
+				_, err = io.WriteString(conn, piece)
+			}
+		}
+	}
+	trickle := func(start, piece string) func(net.Conn, recorded) {
+		return func(conn net.Conn, _ recorded) {
+			_, err := io.WriteString(conn, start)
+			for err == nil {
+				time.Sleep(time.Second)
+				_, err = io.WriteString(conn, piece)
+			}
+		}
+	}
+	once := func(answer string) func(net.Conn, recorded) {
+		return func(conn net.Conn, _ recorded) { io.WriteString(conn, answer) }
+	}
+	const unread = "endless body that nobody waits for"
+	for _, tc := range []struct {
+		name   string
+		serve  func(net.Conn, recorded)
+		status int
+		err    string
+	}{
+		{unread, repeat(head+"\r\n", "a"), 200, ""},
+		{"endless body", repeat(head+"\r\n", "a"), 200, ""},
+		{"endless chunks", repeat(head+"Transfer-Encoding: chunked\r\n\r\n", "1\r\na\r\n"), 200, ""},
+		{"endless chunk extension", repeat(head+"Transfer-Encoding: chunked\r\n\r\n1;", "a"), 0, answerUnreachable},
+		{"endless header", repeat(head, "X-A: b\r\n"), 0, answerUnreachable},
+		{"endless header line", repeat(head+"X-A: ", "b"), 0, answerUnreachable},
+		{"endless status line", repeat("HTTP/1.1 200 ", "b"), 0, answerUnreachable},
+		{"endless 1xx", repeat("", "HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"), 0, answerUnreachable},
+		{"endless trailer", repeat(head+"Transfer-Encoding: chunked\r\n\r\n0\r\n", "X-A: b\r\n"), 0, answerUnreachable},
+		{"a body that trickles", trickle(head+"\r\n", "a"), 0, answerTimeout},
+		{"a header that trickles", trickle(head, "X-A: b\r\n"), 0, answerTimeout},
+		{"1xx that trickle", trickle("", "HTTP/1.1 100 Continue\r\n\r\n"), 0, answerTimeout},
+		{"silence", func(conn net.Conn, _ recorded) { io.Copy(io.Discard, conn) }, 0, answerTimeout},
+		{"redirect loop", once("HTTP/1.1 307 x\r\nLocation: /base/x\r\nContent-Length: 0\r\n\r\n"), 0, answerUnreachable},
+		{"redirect with an endless body", repeat("HTTP/1.1 308 x\r\nLocation: /base/x\r\n\r\n", "a"), 0, answerUnreachable},
+		{"redirect elsewhere", once("HTTP/1.1 307 x\r\nLocation: http://evil/base/x\r\nContent-Length: 0\r\n\r\n"), 307, ""},
+		{"decompression bomb", once(head + "Content-Encoding: gzip\r\nContent-Length: " + strconv.Itoa(bomb.Len()) + "\r\n\r\n" + bomb.String()), 200, ""},
+		{"switching protocols", once("HTTP/1.1 101 x\r\nUpgrade: evil\r\nConnection: Upgrade\r\n\r\n"), 0, answerUnreachable},
+		{"status below", once("HTTP/1.1 99 x\r\n\r\n"), 0, answerUnreachable},
+		{"status above", once("HTTP/1.1 999 x\r\nContent-Length: 0\r\n\r\n"), 0, answerUnreachable},
+		{"no HTTP", once("\x00\xff" + canary + "\r\n\r\n"), 0, answerUnreachable},
+		{"a body cut short", once(head + "Content-Length: 10\r\n\r\nabc"), 0, answerUnreachable},
+		{"two lengths", once(head + "Content-Length: 1\r\nContent-Length: 2\r\n\r\nab"), 0, answerUnreachable},
+		{"NUL in a header", once(head + "X-A: " + canary + "\x00\r\n\r\n"), 0, answerUnreachable},
+		{"folded header", once(head + "X-A: b\r\n c\r\nContent-Length: 0\r\n\r\n"), 200, ""},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				var before, after runtime.MemStats
+				w.serveRaw(func(conn net.Conn, req recorded) {
+					if req.get("X-Relay-Event-Id") == "after" {
+						io.WriteString(conn, ok200)
+					} else {
+						tc.serve(conn, req)
+					}
+				})
+				w.options.Timeout = 3 * time.Second
+				w.start()
+				f := w.ready()
+				runtime.ReadMemStats(&before)
+				sent := time.Now()
+				hostile := bodyHook("1", 9*time.Second)
+				hostile.Brief = tc.name == unread
+				f.send(string(newEvent("ci", hostile).frame))
+				synctest.Wait()
+				stop := w.heartbeats(f)
+				defer stop()
+				a, report := w.answer()
+				runtime.ReadMemStats(&after)
+				if a.Status != tc.status || a.Err != tc.err {
+					t.Errorf("reported %+v, want %d %q", a, tc.status, tc.err)
+				}
+				if d := report.at.Sub(sent); d > 9*time.Second {
+					t.Errorf("reported after %v", d)
+				}
+				if mib := (after.TotalAlloc - before.TotalAlloc) >> 20; mib > 32 {
+					t.Errorf("%d MiB were allocated", mib)
+				}
+				if len(report.body) > 64<<10 {
+					t.Errorf("the report has %d bytes", len(report.body))
+				}
+				f.send(hook("after"))
+				w.until("a webhook after it", func() bool { return slices.Contains(w.ids(), "after") })
+				if strings.Contains(w.log.String(), canary) {
+					t.Errorf("the log quotes the target:\n%s", w.log)
+				}
+			})
+		})
+	}
+}
+
+// TestHostileStream: whatever a source sends, nothing of it leaves the
+// target's base, the client stays within its bounds, and the next good event
+// is forwarded.
+func TestHostileStream(t *testing.T) {
+	many := strings.Repeat("data:x\n\n", 4096)
+	for _, tc := range []struct {
+		name    string
+		piece   string
+		repeat  int   // 0: until the client ends the stream
+		invalid int64 // events refused
+	}{
+		{"endless line", strings.Repeat("a", 1<<20), 0, 0},
+		{"tiny events", many, 4, 4 * 4096},
+		{"empty lines", strings.Repeat("\n", 64<<10), 16, 0},
+		{"comments", strings.Repeat(":\r", 64<<10), 8, 0},
+		{"bad JSON", "data: {\n\ndata: null\n\ndata: []\n\ndata: {\"originalUrl\":5}\n\n", 1, 4},
+		{"huge retry", "retry: 999999999999999999999\nretry: 0\n\n", 1, 0},
+		{"outside the base", `data: {"originalUrl":"/../x"}` + "\n\n" + `data: {"originalUrl":"/%2e%2e/x"}` + "\n\n" + `data: {"originalUrl":"@evil/x"}` + "\n\n" + `data: {"originalUrl":"/x\\y"}` + "\n\n", 1, 4},
+		{"split requests", `data: {"originalUrl":"/x HTTP/1.1\r\nA: b"}` + "\n\n" + `data: {"originalUrl":"/x","method":"A B"}` + "\n\n" + `data: {"originalUrl":"/x","headers":{"a":"b\r\nc: d"}}` + "\n\n" + `data: {"originalUrl":"/x","headers":{"a\r\nb":"c"}}` + "\n\n", 1, 4},
+		{"ids for paths", `data: {"originalUrl":"/x","id":"../../other","respond":true,"timeout":9000}` + "\n\n", 1, 1},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				w.startAll()
+				f := w.ready()
+				var err error
+				for n := 0; err == nil && (tc.repeat == 0 || n < tc.repeat); n++ {
+					err = f.send(tc.piece)
+				}
+				if tc.repeat == 0 {
+					f = w.ready()
+				} else if err != nil {
+					t.Fatalf("the client left the stream: %v", err)
+				}
+				f.send(hook("after"))
+				w.until("a webhook after it", func() bool { return len(w.ids()) > 0 })
+				if got := w.ids(); !slices.Equal(got, []string{"after"}) || w.Invalid.Load() != tc.invalid {
+					t.Errorf("forwarded %q, %d events refused, want %d", got, w.Invalid.Load(), tc.invalid)
+				}
+			})
+		})
+	}
+}
+
+// TestMemory: ids are remembered within bounds of count, bytes and age, the
+// oldest forgotten first.
+func TestMemory(t *testing.T) {
+	known := func(m *memory, id string) bool {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		return m.entries[id] != nil
+	}
+	check := func(t *testing.T, m *memory) {
+		t.Helper()
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		bytes := 0
+		for _, e := range m.entries {
+			bytes += e.size
+		}
+		if bytes != m.bytes || len(m.entries) > memoryEvents || len(m.order) > memoryEvents || m.bytes > memoryBytes {
+			t.Errorf("%d entries, %d in order, %d bytes, %d counted", len(m.entries), len(m.order), bytes, m.bytes)
+		}
+	}
+	t.Run("once", func(t *testing.T) {
+		var m memory
+		if first, a := m.begin("a"); !first || a != nil {
+			t.Errorf("new: %v, %v", first, a)
+		}
+		if first, a := m.begin("a"); first || a != nil {
+			t.Errorf("under way: %v, %v", first, a)
+		}
+		m.finish("a", &Answer{Status: 201})
+		m.finish("a", &Answer{Status: 500})
+		m.finish("b", &Answer{Status: 500}) // forgotten meanwhile
+		if first, a := m.begin("a"); first || a == nil || a.Status != 201 {
+			t.Errorf("answered: %v, %v", first, a)
+		}
+		m.forget("a")
+		m.forget("a")
+		if first, _ := m.begin("a"); !first {
+			t.Error("not forgotten")
+		}
+		m.finish("a", &Answer{Status: 202})
+		check(t, &m)
+	})
+	t.Run("count", func(t *testing.T) {
+		var m memory
+		for n := range memoryEvents + 100 {
+			m.begin(strconv.Itoa(n))
+			if n%3 == 0 {
+				m.forget(strconv.Itoa(n))
+			}
+		}
+		if known(&m, "98") || !known(&m, "101") || !known(&m, strconv.Itoa(memoryEvents+97)) {
+			t.Error("not the oldest were forgotten")
+		}
+		check(t, &m)
+	})
+	t.Run("bytes", func(t *testing.T) {
+		var m memory
+		body := make([]byte, 1<<20)
+		for n := range 40 {
+			id := strconv.Itoa(n)
+			m.begin(id)
+			m.finish(id, &Answer{Status: 200, Body: body, Headers: []Header{{"A", []string{strings.Repeat("b", 1000)}}}})
+		}
+		if known(&m, "24") || !known(&m, "25") || !known(&m, "39") {
+			t.Errorf("%d large answers remembered", len(m.entries))
+		}
+		check(t, &m)
+	})
+	t.Run("age", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			var m memory
+			m.begin("old")
+			time.Sleep(memoryAge / 2)
+			m.begin("young")
+			time.Sleep(memoryAge/2 + time.Second)
+			m.begin("new")
+			if known(&m, "old") || !known(&m, "young") {
+				t.Error("age does not count")
+			}
+			check(t, &m)
+		})
+	})
+	t.Run("what is forgotten is freed", func(t *testing.T) {
+		var m memory
+		var answers []weak.Pointer[Answer]
+		for n := range 2000 { // so many that the queue of ids has room to hide in
+			m.begin(strconv.Itoa(n))
+		}
+		body := make([]byte, 1<<20)
+		for n := range 200 {
+			id := "large" + strconv.Itoa(n)
+			a := &Answer{Status: 200, Body: body}
+			answers = append(answers, weak.Make(a))
+			m.begin(id)
+			m.finish(id, a)
+		}
+		runtime.GC()
+		held := 0
+		for _, p := range answers {
+			if p.Value() != nil {
+				held++
+			}
+		}
+		if held > memoryBytes/len(body) {
+			t.Errorf("%d answers of 1 MiB are held, memory counts %d bytes", held, m.bytes)
+		}
+		runtime.KeepAlive(&m)
+	})
+}
+
+// TestAlive: a probe tells a client that waits from one that hangs.
+func TestAlive(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		w.startAll()
+		if err := w.Check(t.Context()); err == nil {
+			t.Error("ready before the stream is")
+		}
+		w.ready()
+		if err := errors.Join(w.Check(t.Context()), w.Alive(t.Context())); err != nil {
+			t.Error(err)
+		}
+		w.sigterm()
+		<-w.finished
+		ctx, cancel := context.WithTimeout(t.Context(), checkTimeout)
+		defer cancel()
+		if w.Alive(ctx) == nil {
+			t.Error("alive without a loop")
+		}
+	})
+}
+
+// Benchmarks.
+
+// pushStream is n push events as they come over the network, in bursts.
+func pushStream(n int) []byte { return bytes.Repeat(newEvent("github", pushHook()).frame, n) }
+
+// lines is the least that a reader of events must do: find the lines.
+func lines(data []byte, each func(line []byte)) {
+	r := bufio.NewReaderSize(bytes.NewReader(data), 64<<10)
+	for {
+		line, err := r.ReadSlice('\n')
+		if err != nil {
+			return
+		}
+		each(line)
+	}
+}
+
+// BenchmarkParse: events of 10 KiB off a stream, beside bufio finding their lines.
+func BenchmarkParse(b *testing.B) {
+	const n = 500
+	data := pushStream(n)
+	read := func() {
+		p := newParser(bytes.NewReader(data))
+		for range n {
+			if _, err := p.next(); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+	duel(b, "event", n, read, func() { lines(data, func([]byte) {}) })
+	began := time.Now()
+	read()
+	b.ReportMetric(float64(len(data))/1e6/time.Since(began).Seconds(), "MB/s")
+}
+
+// BenchmarkReceive: from the stream to a webhook, beside encoding/json alone
+// on lines that bufio finds.
+func BenchmarkReceive(b *testing.B) {
+	const n = 100
+	data := pushStream(n)
+	duel(b, "event", n, func() {
+		p := newParser(bytes.NewReader(data))
+		for range n {
+			m, err := p.next()
+			if err != nil {
+				b.Fatal(err)
+			}
+			if _, err := decodeWebhook(m.data); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}, func() {
+		lines(data, func(line []byte) {
+			if rest, ok := bytes.CutPrefix(line, []byte("data: ")); ok {
+				var plain plainHook
+				json.Unmarshal(rest, &plain)
+			}
+		})
+	})
+}
