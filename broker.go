@@ -172,9 +172,6 @@ func (w *Webhook) check() error {
 	if err := checkPath(w.Path); err != nil {
 		return err
 	}
-	if strings.HasPrefix(w.Path, "//") { // with no base path before it, an authority
-		return errors.New("path begins with two slashes")
-	}
 	for i := range len(w.Query) {
 		if c := w.Query[i]; c <= ' ' || c == 0x7f {
 			return errors.New("query has a control character or a space")

@@ -632,26 +632,35 @@ func retryAfterOf(v string) time.Duration {
 // hold the authority too (RFC 9112 section 3.2.2).
 func (c *Client) targetRequest(ctx context.Context, w *Webhook, target string) *http.Request {
 	t := c.opts.Target
+	u := &url.URL{Scheme: t.Scheme, Host: t.Host, User: t.User, Opaque: target}
+	if strings.HasPrefix(target, "//") { // which Opaque would take for an authority
+		path, query := splitTarget(target)
+		u.Opaque, u.RawPath = "", path
+		u.Path, _ = url.PathUnescape(path)
+		u.RawQuery, u.ForceQuery = strings.TrimPrefix(query, "?"), query == "?"
+	}
 	req := (&http.Request{
 		Method:        w.Method,
-		URL:           &url.URL{Scheme: t.Scheme, Host: t.Host, User: t.User, Opaque: target},
+		URL:           u,
 		Header:        make(http.Header, len(w.Headers)+4),
+		Body:          http.NoBody,
 		ContentLength: int64(len(w.Body)),
-		GetBody:       func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(w.Body)), nil },
 	}).WithContext(ctx)
 	if len(w.Body) > 0 {
+		req.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(w.Body)), nil }
 		req.Body, _ = req.GetBody()
-	} else {
-		req.Body, req.GetBody = http.NoBody, nil
 	}
-	if t.Scheme == "http" && c.target.Proxy != nil {
+	if t.Scheme == "http" && u.Opaque != "" && c.target.Proxy != nil {
 		if proxy, _ := c.target.Proxy(req); proxy != nil {
-			req.URL.Opaque = "//" + t.Host + target
+			u.Opaque = "//" + t.Host + target
 		}
 	}
-	req.Header["User-Agent"] = nil // net/http must not send its own
 	for _, h := range w.Headers {
 		req.Header[h.Name] = h.Values
+	}
+	if agent := req.Header["User-Agent"]; len(agent) != 1 || agent[0] == "" {
+		// net/http sends one that is not empty, its own if need be, unless the name is spelled otherwise.
+		req.Header["User-Agent"], req.Header["user-agent"] = nil, agent
 	}
 	if host := req.Header["Host"]; host != nil {
 		delete(req.Header, "Host")

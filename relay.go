@@ -68,6 +68,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/rand"
@@ -77,6 +78,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	stdlog "log"
 	"log/slog"
 	"maps"
 	"math"
@@ -130,6 +132,7 @@ func main() {
 		fmt.Fprintf(os.Stderr, "webhook-relay: unexpected argument %q: everything is set by environment variables, see -help\n", flags.Arg(0))
 		os.Exit(2)
 	}
+	stdlog.SetOutput(io.Discard) // net/http would quote what a target sends unasked
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	again := make(chan os.Signal, 1)
 	context.AfterFunc(ctx, func() { // the second signal does not wait for anything
@@ -183,7 +186,7 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 	}
 	server, err := NewServer(c.Server, hub, bus, log)
 	if err != nil {
-		return configError{fmt.Sprintf("AUTH_TOKENS_FILE: %v", err)}
+		return fmt.Errorf("read tokens: %w", err)
 	}
 	health := &Health{
 		Info:    map[string]string{"role": c.Role, "version": version},
@@ -202,7 +205,7 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 		cert := &certificate{certFile: c.CertFile, keyFile: c.KeyFile, log: log}
 		if _, err := cert.get(nil); err != nil {
 			listener.Close()
-			return configError{fmt.Sprintf("SERVER_TLS_CERT_FILE, SERVER_TLS_KEY_FILE: %v", err)}
+			return fmt.Errorf("read TLS certificate: %w", err)
 		}
 		web.TLSConfig = &tls.Config{GetCertificate: cert.get, MinVersion: tls.VersionTLS12}
 		serve = func(l net.Listener) error { return web.ServeTLS(l, "", "") }
@@ -298,8 +301,21 @@ func webServer(handler http.Handler, log *slog.Logger) *http.Server {
 		WriteTimeout:      bodyTimeout + replyTimeout, // likewise
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    headerLimit,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		ErrorLog:          stdlog.New(httpLog{log}, "", 0),
 	}
+}
+
+// httpLog takes what net/http has to say: the doings of strangers, or a bug of
+// ours.
+type httpLog struct{ *slog.Logger }
+
+func (l httpLog) Write(p []byte) (int, error) {
+	level := slog.LevelDebug
+	if bytes.Contains(p, []byte("panic")) {
+		level = slog.LevelError
+	}
+	l.Log(context.Background(), level, "net/http", "err", strings.TrimSpace(string(p)))
+	return len(p), nil
 }
 
 // serveHealth listens for probes when the health service runs; serve and stop
@@ -538,21 +554,21 @@ func settings(c *Config) []setting {
 	return []setting{
 		{"RELAY_MODE", "", "both", "the role, server or client; required", oneOf(&c.Role, "server", "client"), nil},
 		{"AUTH_TOKEN", "", "both", "subscribers must send it as X-Auth-Token or Authorization: Bearer", header(&s.Token), hidden},
-		{"AUTH_TOKENS_FILE", "", "server", "lines of channel and token, * for any channel, several per channel for rotation, # comments; re-read when it changes; with AUTH_TOKEN set too, either is enough", text(&s.TokensFile), nil},
+		{"AUTH_TOKENS_FILE", "", "server", "lines of channel and token, * for any channel, several per channel for rotation, # comments; re-read when it changes; with AUTH_TOKEN set too, either is enough", readable(&s.TokensFile), nil},
 		{"LOG_LEVEL", "info", "both", "debug, info, warn or error", level(&c.LogLevel), nil},
 		{"LOG_FORMAT", "", "both", "text or json; by default text on a terminal, else json", oneOf(&c.LogFormat, "text", "json"), nil},
 		{"HEALTH_SERVICE_PORT", "9000", "both", "port of /live, /ready, /health and /metrics", port(&c.HealthPort), nil},
 		{"HEALTH_SERVICE_DETECT_KUBERNETES", "true", "both", "outside Kubernetes, start the health service only when its port is set", boolean(&c.DetectKubernetes), nil},
-		{"HEALTH_SERVICE_SHUTDOWN_DELAY", "5000", "both", "server: time between turning unready and refusing webhooks, when the health service runs", duration(&c.ShutdownDelay, 0), nil},
-		{"HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT", "10000", "both", "time to finish what is under way at the end", duration(&c.HandlerTimeout, time.Millisecond), nil},
+		{"HEALTH_SERVICE_SHUTDOWN_DELAY", "5000", "both", "server: time between turning unready and refusing webhooks, when the health service runs", duration(&c.ShutdownDelay, 0, maxDuration), nil},
+		{"HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT", "10000", "both", "time to finish what is under way at the end", duration(&c.HandlerTimeout, time.Millisecond, maxDuration), nil},
 		{"SERVER_PORT", "3000", "server", "port for webhooks and streams", port(&c.Port), nil},
 		{"SERVER_MAX_PAYLOAD_SIZE_LIMIT", "3mb", "server", "largest webhook body", size(&s.MaxPayload), nil},
-		{"SERVER_HEARTBEAT_INTERVAL", "5000", "server", "time between heartbeats on a stream", duration(&s.Heartbeat, heartbeatMinimum), nil},
+		{"SERVER_HEARTBEAT_INTERVAL", "5000", "server", "time between heartbeats on a stream", duration(&s.Heartbeat, heartbeatMinimum, heartbeatMaximum), nil},
 		{"SERVER_MAX_SUBSCRIBERS", "10000", "server", "most streams at once", integer(&l.Subscribers, 1, 10_000_000), nil},
 		{"SERVER_MAX_SUBSCRIBERS_PER_ADDRESS", "5000", "server", "most streams at once from one remote address", integer(&l.PerAddress, 1, 10_000_000), nil},
 		{"SERVER_SUBSCRIBER_BUFFER", "16mb", "server", "undelivered bytes of one subscriber before it is evicted", size(&l.Buffer), nil},
 		{"SERVER_HELD_BUFFER", "256mb", "server", "bytes of all requests held in status and response mode", size(&s.HeldBuffer), nil},
-		{"SERVER_STREAM_MAX_AGE", "", "server", "age at which streams are asked to move; none by default", duration(&s.StreamMaxAge, time.Second), nil},
+		{"SERVER_STREAM_MAX_AGE", "", "server", "age at which streams are asked to move; none by default", duration(&s.StreamMaxAge, time.Second, maxDuration), nil},
 		{"SERVER_TLS_CERT_FILE", "", "server", "PEM certificate chain; re-read when it changes", text(&c.CertFile), nil},
 		{"SERVER_TLS_KEY_FILE", "", "server", "PEM private key", text(&c.KeyFile), nil},
 		{"RESPONSE_MODE", "accept", "server", "accept, status or response, and exceptions by channel: accept, slack=response", perChannel(&s.Modes, parseMode), nil},
@@ -563,8 +579,8 @@ func settings(c *Config) []setting {
 		{"REDIS_URL", "", "server", "redis:// or rediss:// with user, password and db: makes replicas one relay", redisURL(&r.URL), redacted},
 		{"REDIS_CHANNEL_PREFIX", "webhook-relay:", "server", "begins the names of all Redis channels", text(&r.Prefix), nil},
 		{"REDIS_RECONNECT_BACKOFF_FACTOR", "2", "server", "growth of the pause between tries to connect", number(&r.Backoff.Factor, 1, 100), nil},
-		{"REDIS_RECONNECT_BACKOFF_INITIAL_TIMEOUT", "100", "server", "first pause", duration(&r.Backoff.Initial, time.Millisecond), nil},
-		{"REDIS_RECONNECT_BACKOFF_MAX_TIMEOUT", "1000", "server", "longest pause", duration(&r.Backoff.Max, time.Millisecond), nil},
+		{"REDIS_RECONNECT_BACKOFF_INITIAL_TIMEOUT", "100", "server", "first pause", duration(&r.Backoff.Initial, time.Millisecond, maxDuration), nil},
+		{"REDIS_RECONNECT_BACKOFF_MAX_TIMEOUT", "1000", "server", "longest pause", duration(&r.Backoff.Max, time.Millisecond, maxDuration), nil},
 		{"REDIS_RECONNECT_BACKOFF_RANDOMIZE", "true", "server", "shorten each pause by a random part, up to half", boolean(&r.Backoff.Jitter), nil},
 		{"REDIS_MAX_RECONNECT_ATTEMPTS", "-1", "server", "tries in a row before the server exits with 1; -1: unlimited", integer(&r.MaxAttempts, -1, math.MaxInt32), nil},
 		{"REDIS_MAX_RETRIES_PER_REQUEST", "", "server", "accepted for compatibility, has no effect", ignored, nil},
@@ -572,9 +588,9 @@ func settings(c *Config) []setting {
 		{"REDIS_ENABLE_READY_CHECK", "", "server", "accepted for compatibility, has no effect", ignored, nil},
 		{"SOURCE_URL", "", "client", "the stream: https://relay.example.com/subscribe/{channel}/; required", webURL(&c.Client.Source, true), redacted},
 		{"TARGET_BASE_URL", "", "client", "where webhooks go: path and query are appended; required", webURL(&c.Client.Target, false), redacted},
-		{"RECONNECT_INTERVAL", "1000", "client", "first pause before the stream is opened again; grows to 30s", duration(&c.Client.ReconnectInterval, time.Millisecond), nil},
-		{"TARGET_TIMEOUT", "30s", "client", "time for one attempt at the target", duration(&c.Client.Timeout, time.Millisecond), nil},
-		{"TARGET_RETRY_WINDOW", "60s", "client", "time in which attempts are repeated; 0: one attempt", duration(&c.Client.RetryWindow, 0), nil},
+		{"RECONNECT_INTERVAL", "1000", "client", "first pause before the stream is opened again; grows to 30s", duration(&c.Client.ReconnectInterval, time.Millisecond, maxDuration), nil},
+		{"TARGET_TIMEOUT", "30s", "client", "time for one attempt at the target", duration(&c.Client.Timeout, time.Millisecond, maxDuration), nil},
+		{"TARGET_RETRY_WINDOW", "60s", "client", "time in which attempts are repeated; 0: one attempt", duration(&c.Client.RetryWindow, 0, maxDuration), nil},
 		{"TARGET_CONCURRENCY", "32", "client", "forwards at once; 1 keeps the order", integer(&c.Client.Concurrency, 1, 100_000), nil},
 		{"CA_FILE", "", "both", "PEM roots trusted for source, target and Redis, besides the system's", roots(&c.Client.Roots), nil},
 		{"TARGET_INSECURE_SKIP_VERIFY", "false", "client", "do not verify the target's certificate", boolean(&c.Client.Insecure), nil},
@@ -605,7 +621,7 @@ func loadConfig(environ []string) (*Config, []warning, error) {
 	var mistakes []string
 	var shown []slog.Attr
 	var warnings []warning
-	mode := env["RELAY_MODE"]
+	mode := strings.ToLower(env["RELAY_MODE"])
 	if mode == "" {
 		mistakes = append(mistakes, "RELAY_MODE: required, server or client")
 	}
@@ -646,6 +662,10 @@ func loadConfig(environ []string) (*Config, []warning, error) {
 	case "server":
 		if (c.CertFile == "") != (c.KeyFile == "") {
 			mistakes = append(mistakes, "SERVER_TLS_CERT_FILE, SERVER_TLS_KEY_FILE: set both or neither")
+		} else if c.CertFile != "" {
+			if _, err := tls.LoadX509KeyPair(c.CertFile, c.KeyFile); err != nil {
+				mistakes = append(mistakes, fmt.Sprintf("SERVER_TLS_CERT_FILE, SERVER_TLS_KEY_FILE: %v", err))
+			}
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(env)) {
@@ -711,6 +731,15 @@ func text(dst *string) func(string) error {
 	return func(v string) error {
 		*dst = v
 		return nil
+	}
+}
+
+// readable is the name of a tokens file that loadKeys can read.
+func readable(dst *string) func(string) error {
+	return func(v string) error {
+		*dst = v
+		_, err := loadKeys(ServerOptions{TokensFile: v})
+		return err
 	}
 }
 
@@ -800,9 +829,9 @@ func parseDuration(v string, least, most time.Duration) (time.Duration, error) {
 	return d, nil
 }
 
-func duration(dst *time.Duration, least time.Duration) func(string) error {
+func duration(dst *time.Duration, least, most time.Duration) func(string) error {
 	return func(v string) (err error) {
-		*dst, err = parseDuration(v, least, maxDuration)
+		*dst, err = parseDuration(v, least, most)
 		return err
 	}
 }

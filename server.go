@@ -348,12 +348,15 @@ func (s *Server) capture(w http.ResponseWriter, r *http.Request, channel, mode s
 	webhook := &Webhook{
 		ID:      newID(s.opts.Replica),
 		Method:  r.Method,
-		Headers: append(endToEnd(r.Header), Header{"Host", []string{r.Host}}),
+		Headers: endToEnd(r.Header),
 		Body:    buf.Bytes(),
 		Time:    time.Now(),
 		Respond: mode != modeAccept,
 		Brief:   mode == modeStatus,
 		Timeout: s.opts.Timeouts.of(channel),
+	}
+	if r.Host != "" {
+		webhook.Headers = append(webhook.Headers, Header{"Host", []string{r.Host}})
 	}
 	webhook.Path, webhook.Query = splitTarget(r.RequestURI)
 	return newEvent(channel, webhook), nil
