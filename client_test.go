@@ -825,6 +825,9 @@ func TestWatchdogWhileFull(t *testing.T) {
 				if got := w.ids(); !slices.Equal(got, []string{"1"}) {
 					t.Errorf("forwarded %q at once", got)
 				}
+				if w.Check(t.Context()) == nil {
+					t.Error("ready, but nothing was read for minutes")
+				}
 				if w.Events.Load() > 2 {
 					t.Errorf("%d events were taken, room is for one", w.Events.Load())
 				}
@@ -900,6 +903,7 @@ func TestReconnectForEver(t *testing.T) {
 					rw.Header().Set(headers[i], headers[i+1])
 				}
 				rw.WriteHeader(status)
+				io.WriteString(rw, readyFrame(time.Second)+hook("unasked"))
 			})
 		}
 	}
@@ -929,10 +933,13 @@ func TestReconnectForEver(t *testing.T) {
 				time.Sleep(10 * time.Minute)
 				records := w.log.lines("subscribe ended")
 				if n := len(records); n < 15 || n > 60 {
-					t.Errorf("%d tries in ten minutes", n)
+					t.Fatalf("%d tries in ten minutes", n)
 				}
 				if level := records[0]["level"]; (level == "ERROR") != (name == "401" || name == "403") {
 					t.Errorf("logged as %v", level)
+				}
+				if got := w.ids(); got != nil || w.log.lines("stream ready") != nil {
+					t.Errorf("took %q from what is no stream", got)
 				}
 				if err := w.Alive(t.Context()); err != nil || w.Check(t.Context()) == nil {
 					t.Errorf("alive: %v, ready: %v", err, w.Check(t.Context()))
@@ -980,7 +987,14 @@ func TestDrain(t *testing.T) {
 			t.Errorf("%d streams, %d reconnects", len(w.tries()), w.Reconnects.Load())
 		}
 		second.send(drain) // and once more: drain is for every stream
-		w.ready()
+		third := w.next()
+		second.Close() // which is no reason for a fourth
+		time.Sleep(5 * time.Second)
+		third.send(readyFrame(5*time.Second), hook("last"))
+		w.until("a webhook over the third", func() bool { return len(w.ids()) == 5 })
+		if len(w.tries()) != 3 {
+			t.Errorf("%d streams were opened, want three", len(w.tries()))
+		}
 	})
 }
 
@@ -1190,13 +1204,7 @@ func TestRetries(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			inWorld(t, func(t *testing.T, w *world) {
 				w.respond = tc.respond
-				w.startAll()
-				f := w.ready()
-				if tc.set != nil {
-					tc.set(w)
-				}
-				stop := w.heartbeats(f)
-				defer stop()
+				f := w.steady(tc.set)
 				sent := time.Now()
 				f.send(asking("1", whole))
 				a, report := w.answer()
@@ -1220,25 +1228,33 @@ func TestRetries(t *testing.T) {
 	}
 }
 
-// heartbeats keeps f alive until stop; they come from a goroutine of their own.
-func (w *world) heartbeats(f *outlet) (stop func()) {
+// heartbeats keeps f alive until the test ends.
+func (w *world) heartbeats(f *outlet) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var done sync.WaitGroup
 	done.Go(func() {
-		for ctx.Err() == nil {
-			if f.send(string(heartbeatEvent.frame)) != nil {
-				return
-			}
+		for ctx.Err() == nil && f.send(string(heartbeatEvent.frame)) == nil {
 			select {
 			case <-time.After(5 * time.Second):
 			case <-ctx.Done():
 			}
 		}
 	})
-	return func() {
+	w.t.Cleanup(func() {
 		cancel()
 		done.Wait()
+	})
+}
+
+// steady is startAll and a ready stream that stays alive, with set behind it.
+func (w *world) steady(set func(*world)) *outlet {
+	w.startAll()
+	f := w.ready()
+	if set != nil {
+		set(w)
 	}
+	w.heartbeats(f)
+	return f
 }
 
 // TestRetryWindow: without a sender that waits, the window is the setting's.
@@ -1391,13 +1407,7 @@ func TestClientReports(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			inWorld(t, func(t *testing.T, w *world) {
 				w.reply = tc.reply
-				w.startAll()
-				f := w.ready()
-				if tc.set != nil {
-					tc.set(w)
-				}
-				stop := w.heartbeats(f)
-				defer stop()
+				f := w.steady(tc.set)
 				sent := time.Now()
 				f.send(asking("id-1", 30*time.Second))
 				time.Sleep(5 * time.Minute)
@@ -1631,8 +1641,7 @@ func TestHostileTarget(t *testing.T) {
 				hostile.Brief = tc.name == unread
 				f.send(string(newEvent("ci", hostile).frame))
 				synctest.Wait()
-				stop := w.heartbeats(f)
-				defer stop()
+				w.heartbeats(f)
 				a, report := w.answer()
 				runtime.ReadMemStats(&after)
 				if a.Status != tc.status || a.Err != tc.err {

@@ -3,15 +3,40 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"compress/gzip"
 	"context"
+	"crypto/hmac"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/hex"
 	"encoding/json"
+	"encoding/pem"
+	"errors"
 	"fmt"
+	"go/ast"
+	goparser "go/parser"
+	gotoken "go/token"
+	"go/types"
 	"io"
+	"log"
+	"maps"
 	"net"
 	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -186,7 +211,10 @@ type target struct {
 	wg       sync.WaitGroup
 }
 
-const ok200 = "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+const (
+	ok200  = "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+	hangUp = "hang up" // instead of an answer: close the connection
+)
 
 // newTarget starts a target; answer gives the raw response, nil means 200.
 // It runs in the connection's goroutine and may block.
@@ -230,7 +258,11 @@ func (tg *target) serve(conn net.Conn) {
 			return
 		}
 		tg.got <- req
-		if _, err := io.WriteString(conn, tg.answer(req)); err != nil {
+		answer := tg.answer(req)
+		if answer == hangUp {
+			return
+		}
+		if _, err := io.WriteString(conn, answer); err != nil {
 			return
 		}
 	}
@@ -255,7 +287,8 @@ func readRecorded(r *bufio.Reader) (req recorded, err error) {
 	}
 	if strings.EqualFold(req.get("Transfer-Encoding"), "chunked") {
 		for {
-			n, convErr := strconv.ParseInt(line(), 16, 64)
+			size, _, _ := strings.Cut(line(), ";")
+			n, convErr := strconv.ParseInt(size, 16, 64)
 			if err != nil || convErr != nil {
 				return req, fmt.Errorf("chunk: %v %v", err, convErr)
 			}
@@ -308,16 +341,24 @@ func send(t testing.TB, method, url, body string, headers ...string) (status int
 	return resp.StatusCode, string(b), resp.Header
 }
 
-// raw writes request bytes to addr and reads the answer to the end of the
-// connection, or, with keep-alive connections, until nothing more comes.
-func raw(t testing.TB, addr, request string) string {
+// connect dials addr for as long as patience lasts, at most until the test ends.
+func connect(t testing.TB, addr string) net.Conn {
 	t.Helper()
 	conn, err := net.Dial("tcp", addr)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer conn.Close()
+	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(patience))
+	return conn
+}
+
+// raw writes request bytes to addr and reads the answer to the end of the
+// connection, or, with keep-alive connections, until nothing more comes.
+func raw(t testing.TB, addr, request string) string {
+	t.Helper()
+	conn := connect(t, addr)
+	defer conn.Close()
 	if _, err := io.WriteString(conn, request); err != nil {
 		t.Fatal(err)
 	}
@@ -337,5 +378,2585 @@ func TestMainPath(t *testing.T) {
 	got := target.next(t)
 	if got.line != "POST /webhooks/demo/push?x=1 HTTP/1.1" || string(got.body) != `{"hello":"world"}` {
 		t.Fatalf("target got %q with %q", got.line, got.body)
+	}
+}
+
+// wire sends the bytes of one request on a connection of its own and returns
+// the answer. A body announced by Expect waits for the 100, as curl does.
+func wire(t testing.TB, addr, request string) (status int, answer string, header http.Header) {
+	t.Helper()
+	conn := connect(t, addr)
+	defer conn.Close()
+	method, _, _ := strings.Cut(request, " ")
+	head, rest, _ := strings.Cut(request, "\r\n\r\n")
+	r := bufio.NewReader(conn)
+	exchange := func(bytes string) *http.Response {
+		if _, err := io.WriteString(conn, bytes); err != nil {
+			t.Fatal(err)
+		}
+		resp, err := http.ReadResponse(r, &http.Request{Method: method})
+		if err != nil {
+			t.Fatalf("answer to %.80q: %v", request, err)
+		}
+		return resp
+	}
+	var resp *http.Response
+	if strings.Contains(head, "Expect: 100-continue") {
+		if resp = exchange(head + "\r\n\r\n"); resp.StatusCode == 100 {
+			resp = exchange(rest)
+		}
+	} else {
+		resp = exchange(request)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp.StatusCode, string(b), resp.Header
+}
+
+// compose is a request for channel m as bytes. It has a Host, and the
+// Content-Length of its body unless a header line gives another framing.
+func compose(line, body string, headers ...string) string {
+	head := line + "\r\nHost: relay.example.com\r\n"
+	framed := body == ""
+	for _, h := range headers {
+		head += h + "\r\n"
+		framed = framed || strings.HasPrefix(h, "Transfer-Encoding:")
+	}
+	if !framed {
+		head += fmt.Sprintf("Content-Length: %d\r\n", len(body))
+	}
+	return head + "\r\n" + body
+}
+
+// webhook is compose for a body whose path does not matter.
+func webhook(body string, headers ...string) string {
+	return compose("POST /webhooks/m/x HTTP/1.1", body, headers...)
+}
+
+// everyByte is all values a byte can have.
+var everyByte = func() string {
+	b := make([]byte, 256)
+	for i := range b {
+		b[i] = byte(i)
+	}
+	return string(b)
+}()
+
+func gzipped(t testing.TB, text string) string {
+	t.Helper()
+	var b bytes.Buffer
+	z := gzip.NewWriter(&b)
+	io.WriteString(z, text)
+	if err := z.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return b.String()
+}
+
+// fields lists r's headers as "name: value" with lower-case names, sorted by
+// name; the values of one name stay in their order. Names in skip are left out.
+func (r recorded) fields(skip ...string) (list []string) {
+	for _, h := range r.headers {
+		if name := strings.ToLower(h[0]); !slices.Contains(skip, name) {
+			list = append(list, name+": "+h[1])
+		}
+	}
+	slices.SortStableFunc(list, func(a, b string) int {
+		nameA, _, _ := strings.Cut(a, ":")
+		nameB, _, _ := strings.Cut(b, ":")
+		return strings.Compare(nameA, nameB)
+	})
+	return list
+}
+
+// crossing is fields without what belongs to the first hop: RFC 9110 section
+// 7.6.1, framing, Host, and the names that are the relay's own. The original
+// Host goes where receivers behind proxies look for it.
+func (r recorded) crossing() []string {
+	hop := []string{
+		"connection", "proxy-connection", "keep-alive", "te", "transfer-encoding", "upgrade", "trailer",
+		"proxy-authenticate", "proxy-authorization", "content-length", "expect", "host",
+		"x-relay-event-id", "x-relay-features",
+	}
+	for name := range strings.SplitSeq(r.get("Connection"), ",") {
+		hop = append(hop, strings.ToLower(strings.TrimSpace(name)))
+	}
+	if host := r.get("Host"); host != "" && r.get("X-Forwarded-Host") == "" {
+		r.headers = append(slices.Clone(r.headers), [2]string{"x-forwarded-host", host})
+	}
+	return r.fields(hop...)
+}
+
+// checkArrival compares what reached a target with what was sent to the relay.
+// The target's base path is base.
+func checkArrival(t testing.TB, base string, sent, got recorded) {
+	t.Helper()
+	method, rest, _ := strings.Cut(sent.line, " ")
+	requestTarget := rest[:strings.LastIndex(rest, " HTTP/")]
+	if scheme, after, ok := strings.Cut(requestTarget, "://"); ok && scheme == "http" {
+		requestTarget = after[strings.IndexByte(after, '/'):] // the absolute form of the same target
+	}
+	if want := method + " " + base + requestTarget + " HTTP/1.1"; got.line != want {
+		t.Errorf("request line %q, want %q", got.line, want)
+	}
+	if !bytes.Equal(got.body, sent.body) {
+		t.Errorf("body of %d bytes begins %.200q, want %d bytes, %.200q", len(got.body), got.body, len(sent.body), sent.body)
+	}
+	if got, want := got.fields("host", "content-length", "x-relay-event-id"), sent.crossing(); !slices.Equal(got, want) {
+		t.Errorf("headers\n%q\nwant\n%q", got, want)
+	}
+	var ids, lengths []string
+	for _, h := range got.headers {
+		switch strings.ToLower(h[0]) {
+		case "x-relay-event-id":
+			ids = append(ids, h[1])
+		case "content-length":
+			lengths = append(lengths, h[1])
+		case "host":
+			if strings.Contains(h[1], "example") {
+				t.Errorf("Host %q is not the target's own", h[1])
+			}
+		}
+	}
+	if len(ids) != 1 || len(ids[0]) < 26 { // 128 bits take 26 characters of base32
+		t.Errorf("X-Relay-Event-Id %q, want one of 128 random bits", ids)
+	}
+	if length := strconv.Itoa(len(sent.body)); len(lengths) > 1 || len(lengths) == 1 && lengths[0] != length || len(lengths) == 0 && length != "0" {
+		t.Errorf("Content-Length %q, want %s", lengths, length)
+	}
+}
+
+// TestFidelity is the promise of the relay: bytes go in at a raw socket and
+// the same bytes come out at one.
+func TestFidelity(t *testing.T) {
+	server := startServer(t)
+	target := newTarget(t, nil)
+	startClient(t, server.addr, "m", target.url)
+	chunked := "Transfer-Encoding: chunked"
+	latin1 := everyByte[0x80:]
+	form := "Content-Type: application/x-www-form-urlencoded"
+	jsonType := "Content-Type: application/json; charset=utf-8"
+
+	tests := []struct{ name, request string }{
+		// Bodies.
+		{"all byte values", webhook(everyByte, "Content-Type: application/octet-stream")},
+		{"all byte values without a type", webhook(everyByte)},
+		{"invalid UTF-8 as JSON", webhook("{\"a\":\"\xff\xc3\x28\xed\xa0\x80\"}", jsonType)},
+		{"latin1 text", webhook("caf\xe9", "Content-Type: text/plain; charset=iso-8859-1")},
+		{"JSON with odd spacing", webhook("{ \"b\" : 1.0e0,\t\"a\":\"\\u00e9\\/\" }", jsonType)},
+		{"JSON that is none", webhook("{", jsonType)},
+		{"byte order mark", webhook("\uFEFF{}", jsonType)},
+		{"gzip", webhook(gzipped(t, `{"hello":"world"}`), jsonType, "Content-Encoding: gzip")},
+		{"gzip that inflates to a second request", webhook(gzipped(t, strings.Repeat("x", 40)+"POST /admin HTTP/1.1\r\nHost: inner\r\nContent-Length: 0\r\n\r\n"), jsonType, "Content-Encoding: gzip")},
+		{"body that looks like a second request", webhook("POST /admin HTTP/1.1\r\nHost: inner\r\n\r\n", "Content-Type: text/plain")},
+		{"unknown encoding", webhook("\x28\xb5\x2f\xfd", "Content-Encoding: zstd")},
+		{"multipart", webhook("--b\r\nContent-Disposition: form-data; name=\"f\"; filename=\"x\"\r\n\r\n"+everyByte+"\r\n--b--\r\n", "Content-Type: multipart/form-data; boundary=b")},
+		{"form", webhook("x=1&x=2&a[b]=c&d=%e9+%zz&e;f", form)},
+		{"XML", webhook("<?xml version=\"1.0\"?>\r\n<a/>\r\n", "Content-Type: application/xml")},
+		{"cloudevents", webhook(`{"specversion":"1.0"}`, "Content-Type: application/cloudevents+json")},
+		{"trailing newlines", webhook("{}\n\r\n\n", jsonType)},
+		{"only a newline", webhook("\n", "Content-Type: text/plain")},
+		{"lines of an event stream", webhook("data: x\n\nevent: ready\ndata: {}\r\r", "Content-Type: text/plain")},
+		{"U+2028 and U+2029", webhook("{\"a\":\"\u2028\u2029\"}", jsonType)},
+		{"NUL", webhook("a\x00b", "Content-Type: text/plain")},
+		{"characters beyond the basic plane", webhook("😀\U0010FFFF", "Content-Type: text/plain")},
+		{"quotes and backslashes", webhook(`"\u0000\"<>&'`, "Content-Type: text/plain")},
+		{"3 MiB of binary, the default limit", webhook(strings.Repeat(everyByte, 3<<20/256))},
+		{"3 MiB of control characters", webhook(strings.Repeat("\x01", 3<<20), "Content-Type: text/plain")},
+
+		// Methods, with and without a body.
+		{"empty POST", webhook("")},
+		{"empty POST with its length", webhook("", "Content-Length: 0")},
+		{"GET", compose("GET /webhooks/m/x?hub.challenge=1 HTTP/1.1", "")},
+		{"GET with a body", compose("GET /webhooks/m/x HTTP/1.1", "{}", jsonType)},
+		{"HEAD", compose("HEAD /webhooks/m/x HTTP/1.1", "")},
+		{"OPTIONS", compose("OPTIONS /webhooks/m/x HTTP/1.1", "", "Origin: https://a.example", "Access-Control-Request-Method: POST")},
+		{"PUT", compose("PUT /webhooks/m/x HTTP/1.1", everyByte)},
+		{"empty PUT", compose("PUT /webhooks/m/x HTTP/1.1", "")},
+		{"PATCH", compose("PATCH /webhooks/m/x HTTP/1.1", "[]", "Content-Type: application/json-patch+json")},
+		{"empty PATCH", compose("PATCH /webhooks/m/x HTTP/1.1", "")},
+		{"DELETE", compose("DELETE /webhooks/m/x HTTP/1.1", "")},
+		{"DELETE with a body", compose("DELETE /webhooks/m/x HTTP/1.1", "{}", jsonType)},
+		{"TRACE", compose("TRACE /webhooks/m/x HTTP/1.1", "")},
+		{"CONNECT", compose("CONNECT /webhooks/m/x HTTP/1.1", "")},
+		{"a method of its own", compose("PROPFIND /webhooks/m/x HTTP/1.1", "<a/>", "Depth: 1")},
+		{"an empty method of its own", compose("M-SEARCH /webhooks/m/x HTTP/1.1", "")},
+		{"lower-case method", compose("post /webhooks/m/x HTTP/1.1", "{}", jsonType)},
+
+		// Headers.
+		{"nothing but Host", webhook("{}")},
+		{"header bytes from 80 to FF", webhook("{}", "X-Latin1: "+latin1, "X-Utf8: h\u00e9llo \u2028")},
+		{"repeated headers", webhook("{}", "X-Dup: b", "x-dup: a", "X-Other: 1", "X-DUP: b", "X-Dup: c, d")},
+		{"repeated cookies", webhook("{}", "Cookie: a=1", "Cookie: b=2; c=3", "Set-Cookie: s=1; Path=/", "Set-Cookie: t=2")},
+		{"empty values", webhook("{}", "X-Empty: ", "Accept-Encoding: ", "Content-Type: ")},
+		{"empty User-Agent", webhook("{}", "User-Agent: ")},
+		{"repeated User-Agent", webhook("{}", "User-Agent: a", "User-Agent: b")},
+		{"tabs and quotes inside", webhook("{}", "X-Text: a\tb  \"c\\\" ;,=")},
+		{"odd names", webhook("{}", "x_under: 1", "X!#$%&'*+.^`|~: 2", "1: 3", "x--y: 4")},
+		{"what net/http would add", webhook("{}", "User-Agent: GitHub-Hookshot/1", "Accept-Encoding: br;q=1.0, gzip", "Content-Type: ", "Date: yesterday")},
+		{"what proxies add", webhook("{}", "X-Forwarded-For: 192.0.2.1, 192.0.2.2", "X-Forwarded-Proto: https", "Forwarded: for=192.0.2.1", "Via: 1.1 a", "X-Real-Ip: 192.0.2.1")},
+		{"X-Forwarded-Host that is there", webhook("{}", "X-Forwarded-Host: outer.example")},
+		{"credentials", webhook("{}", "Authorization: Basic YTpi", "X-Auth-Token: t", "X-Api-Key: k")},
+		{"conditions and ranges", webhook("{}", "If-None-Match: \"x\"", "Range: bytes=0-1", "Cache-Control: no-cache", "Pragma: no-cache")},
+		{"names in Connection", webhook("{}", "Connection: X-Hop, close ,x-other-hop", "X-Hop: 1", "X-Other-Hop: 2", "X-Stays: 3")},
+		{"the fixed hop-by-hop list", webhook("{}", "Keep-Alive: timeout=5", "Proxy-Connection: keep-alive", "TE: trailers", "Upgrade: websocket", "Proxy-Authorization: Basic YTpi", "Proxy-Authenticate: Basic")},
+		{"names of the relay", webhook("{}", "X-Relay-Event-Id: forged", "X-Relay-Features: respond")},
+		{"a long value", webhook("{}", "X-Long: "+strings.Repeat("v", 32<<10))},
+		{"many headers", webhook("{}", slices.Repeat([]string{"X-Many: 1"}, 500)...)},
+
+		// Request targets.
+		{"missing tail", compose("POST /webhooks/m HTTP/1.1", "{}")},
+		{"empty tail", compose("POST /webhooks/m/ HTTP/1.1", "{}")},
+		{"doubled slashes", compose("POST /webhooks/m//a//b/ HTTP/1.1", "{}")},
+		{"escaped slash", compose("POST /webhooks/m/a%2Fb%2fc HTTP/1.1", "{}")},
+		{"parameters", compose("POST /webhooks/m/a;v=1/b;;c HTTP/1.1", "{}")},
+		{"reserved characters", compose("POST /webhooks/m/a:b@c!$&'()*+,= HTTP/1.1", "{}")},
+		{"characters that should be escaped", compose("POST /webhooks/m/\"<>^`{|} HTTP/1.1", "{}")},
+		{"needless escapes", compose("POST /webhooks/m/%41%7e%25%3F%23 HTTP/1.1", "{}")},
+		{"escaped bytes", compose("POST /webhooks/m/%E9%ff%C3%a9 HTTP/1.1", "{}")},
+		{"bare bytes", compose("POST /webhooks/m/\xc3\xa9\xff?q=\xe9\xff HTTP/1.1", "{}")},
+		{"dots that are no segments", compose("POST /webhooks/m/...//.a/a../..a/.well-known HTTP/1.1", "{}")},
+		{"raw query", compose("POST /webhooks/m/x?x=1;y=2&sig=%zz HTTP/1.1", "{}")},
+		{"query of arrays and objects", compose("POST /webhooks/m/x?x=1&x=2&a[b]=c&a[toString]=1&__proto__[x]=1 HTTP/1.1", "{}")},
+		{"trailing question mark", compose("POST /webhooks/m/x? HTTP/1.1", "{}")},
+		{"several question marks", compose("POST /webhooks/m?a=b?c=/../d&?? HTTP/1.1", "{}")},
+		{"query that should be escaped", compose("POST /webhooks/m/x?q=\"<>^`{|}\\#f%00%0d%0a HTTP/1.1", "{}")},
+		{"fragment", compose("POST /webhooks/m/x#frag HTTP/1.1", "{}")},
+		{"absolute form", compose("POST http://relay.example.com/webhooks/m/a%2fb?x=%zz HTTP/1.1", "{}")},
+		{"long target", compose("POST /webhooks/m/"+strings.Repeat("p/", 4<<10)+"?"+strings.Repeat("q=1&", 4<<10)+" HTTP/1.1", "{}")},
+
+		// Senders.
+		{"chunks", webhook("5\r\nhello\r\n6\r\n world\r\n0\r\n\r\n", chunked)},
+		{"chunks with extensions and a trailer", webhook("5;a=b\r\nhello\r\n0\r\nX-Checksum: 1\r\n\r\n", chunked, "Trailer: X-Checksum")},
+		{"empty chunked body", webhook("0\r\n\r\n", chunked)},
+		{"chunks of binary", webhook("100\r\n"+everyByte+"\r\n0\r\n\r\n", chunked)},
+		{"100-continue", webhook("{}", jsonType, "Expect: 100-continue")},
+		{"HTTP/1.0", compose("POST /webhooks/m/x?a HTTP/1.0", everyByte)},
+		{"HTTP/1.0 without Host", "POST /webhooks/m/x HTTP/1.0\r\nContent-Length: 2\r\n\r\n{}"},
+		{"empty Host", "POST /webhooks/m/x HTTP/1.1\r\nHost: \r\nContent-Length: 2\r\n\r\n{}"},
+		{"Host with a port", "POST /webhooks/m/x HTTP/1.1\r\nHost: relay.example.com:8443\r\nContent-Length: 2\r\n\r\n{}"},
+	}
+	ids := map[string]bool{}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			sent, err := readRecorded(bufio.NewReader(strings.NewReader(test.request)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if status, answer, _ := wire(t, server.addr, test.request); status != 200 || answer != "" {
+				t.Fatalf("answer %d %q, want 200 and nothing", status, answer)
+			}
+			got := target.next(t)
+			checkArrival(t, "", sent, got)
+			id := got.get("X-Relay-Event-Id")
+			if ids[id] {
+				t.Errorf("id %q came twice", id)
+			}
+			ids[id] = true
+		})
+	}
+	if n := len(target.got); n > 0 {
+		t.Errorf("%d requests more than were sent reached the target: %q", n, target.next(t).line)
+	}
+}
+
+// TestFidelityOverHTTP2 sends as an ingress does that speaks HTTP/2 without
+// TLS: with its length, and as a stream of unknown length.
+func TestFidelityOverHTTP2(t *testing.T) {
+	server := startServer(t)
+	target := newTarget(t, nil)
+	startClient(t, server.addr, "m", target.url)
+	var protocols http.Protocols
+	protocols.SetUnencryptedHTTP2(true)
+	transport := &http.Transport{Protocols: &protocols, DisableCompression: true}
+	t.Cleanup(transport.CloseIdleConnections)
+	requestTarget := "/webhooks/m/a%2Fb//c?x=1;y=2&sig=%zz"
+	header := http.Header{"Content-Type": {"application/octet-stream"}, "X-Dup": {"b", "a"}, "X-Latin1": {everyByte[0x80:]}, "User-Agent": {""}}
+	for name, body := range map[string]io.Reader{
+		"known length":   strings.NewReader(everyByte),
+		"unknown length": io.MultiReader(strings.NewReader(everyByte)),
+	} {
+		t.Run(name, func(t *testing.T) {
+			req, err := http.NewRequest("PUT", "http://"+server.addr+requestTarget, body)
+			if err != nil {
+				t.Fatal(err)
+			}
+			req.Host, req.Header = "relay.example.com", header
+			resp, err := transport.RoundTrip(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			resp.Body.Close()
+			if resp.StatusCode != 200 || resp.ProtoMajor != 2 {
+				t.Fatalf("%s %s, want 200 over HTTP/2", resp.Proto, resp.Status)
+			}
+			checkArrival(t, "", recorded{
+				line: "PUT " + requestTarget + " HTTP/1.1", body: []byte(everyByte),
+				headers: [][2]string{{"Content-Type", "application/octet-stream"}, {"X-Dup", "b"}, {"X-Dup", "a"}, {"X-Latin1", everyByte[0x80:]}, {"Host", "relay.example.com"}},
+			}, target.next(t))
+		})
+	}
+}
+
+// TestBasePath joins base and path with exactly one slash, byte for byte.
+func TestBasePath(t *testing.T) {
+	server := startServer(t)
+	target := newTarget(t, nil)
+	for base, want := range map[string]string{
+		"": "", "/": "", "/base": "/base", "/base/": "/base", "/a%2Fb;v=1/c": "/a%2Fb;v=1/c",
+	} {
+		channel := strconv.Itoa(len(base))
+		startClient(t, server.addr, channel, target.url+base)
+		for _, tail := range []string{"", "/", "//x", "/a%2Fb?"} {
+			request := compose("POST /webhooks/"+channel+tail+" HTTP/1.1", "{}")
+			if status, _, _ := wire(t, server.addr, request); status != 200 {
+				t.Fatalf("status %d", status)
+			}
+			sent, _ := readRecorded(bufio.NewReader(strings.NewReader(request)))
+			checkArrival(t, want, sent, target.next(t))
+		}
+	}
+}
+
+// TestBodyLimit: a body of the limit passes, one byte more is 413 however
+// it is framed, and an announced one is refused before it is sent.
+func TestBodyLimit(t *testing.T) {
+	server := startServer(t, "SERVER_MAX_PAYLOAD_SIZE_LIMIT=1kb")
+	stream := openStream(t, server.addr, "m")
+	stream.next(t)
+	fits := strings.Repeat("x", 1024)
+	for name, request := range map[string]string{
+		"length":       webhook(fits + "x"),
+		"chunks":       webhook("401\r\n"+fits+"x\r\n0\r\n\r\n", "Transfer-Encoding: chunked"),
+		"100-continue": "POST /webhooks/m HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 1025\r\n\r\n",
+	} {
+		status, body, header := wire(t, server.addr, request)
+		if want := `{"statusCode":413,"message":"payload too large"}`; status != 413 || body != want || header.Get("Content-Type") != "application/json" {
+			t.Errorf("%s: answer %d %q %q, want %s", name, status, body, header, want)
+		}
+	}
+	if status, _, _ := wire(t, server.addr, webhook(fits)); status != 200 {
+		t.Errorf("body of the limit: status %d, want 200", status)
+	}
+	if got := stream.message(t)["body"]; got != fits {
+		t.Errorf("the first webhook on the stream has the body %.40q", got)
+	}
+}
+
+// TestSignatures computes signatures as providers document them and verifies
+// each at the target over the bytes that arrived there.
+func TestSignatures(t *testing.T) {
+	server := startServer(t)
+	target := newTarget(t, nil)
+	startClient(t, server.addr, "m", target.url)
+	const secret, id, ts = "It's a Secret to Everybody", "msg_2KWPBgLlAfxdpx2AI54pPJ85f4W", "1700000000"
+	mac := func(content string) []byte {
+		h := hmac.New(sha256.New, []byte(secret))
+		io.WriteString(h, content)
+		return h.Sum(nil)
+	}
+	hexMAC := func(content string) string { return hex.EncodeToString(mac(content)) }
+	base64MAC := func(content string) string { return base64.StdEncoding.EncodeToString(mac(content)) }
+	providers := []struct {
+		name string
+		sign func(body string) []string // header lines
+	}{
+		{"GitHub", func(body string) []string { return []string{"X-Hub-Signature-256: sha256=" + hexMAC(body)} }},
+		{"GitLab token", func(string) []string { return []string{"X-Gitlab-Token: " + secret} }},
+		{"GitLab signature", func(body string) []string {
+			return []string{"webhook-id: " + id, "webhook-timestamp: " + ts, "webhook-signature: v1," + base64MAC(id+"."+ts+"."+body)}
+		}},
+		{"Bitbucket", func(body string) []string { return []string{"X-Hub-Signature: sha256=" + hexMAC(body)} }},
+		{"Gitea", func(body string) []string { return []string{"X-Gitea-Signature: " + hexMAC(body)} }},
+		{"Stripe", func(body string) []string {
+			return []string{"Stripe-Signature: t=" + ts + ",v1=" + hexMAC(ts+"."+body) + ",v0=" + strings.Repeat("0", 64)}
+		}},
+		{"Slack", func(body string) []string {
+			return []string{"X-Slack-Request-Timestamp: " + ts, "X-Slack-Signature: v0=" + hexMAC("v0:"+ts+":"+body)}
+		}},
+		{"Shopify", func(body string) []string { return []string{"X-Shopify-Hmac-Sha256: " + base64MAC(body)} }},
+		{"Standard Webhooks", func(body string) []string {
+			return []string{"Webhook-Id: " + id, "Webhook-Timestamp: " + ts, "Webhook-Signature: v1," + base64MAC("other") + " v1," + base64MAC(id+"."+ts+"."+body)}
+		}},
+	}
+	bodies := []struct{ kind, body string }{
+		{"application/json", "{ \"action\":\"opened\",\"title\":\"caf\u00e9 \\u2028 \u2028 <&>\", \"n\":1.0 }\n"},
+		{"application/x-www-form-urlencoded", "payload=%7B%22a%22%3A1%7D&b=x+y&b=%20&c[]=1&;="},
+		{"application/octet-stream", everyByte},
+		{"", ""},
+	}
+	for _, provider := range providers {
+		for _, b := range bodies {
+			headers := provider.sign(b.body)
+			if b.kind != "" {
+				headers = append(headers, "Content-Type: "+b.kind)
+			}
+			if status, _, _ := wire(t, server.addr, webhook(b.body, headers...)); status != 200 {
+				t.Fatalf("%s: status %d", provider.name, status)
+			}
+			got := target.next(t)
+			for _, line := range provider.sign(string(got.body)) {
+				name, want, _ := strings.Cut(line, ": ")
+				if value := got.get(name); value != want {
+					t.Errorf("%s over %q: %s is %q, the body that arrived asks for %q", provider.name, b.kind, name, value, want)
+				}
+			}
+		}
+	}
+}
+
+// legacyStream is an event stream read as a legacy client reads it.
+type legacyStream struct {
+	conn net.Conn
+	resp *http.Response
+	body *bufio.Reader
+}
+
+// block is one event on a stream, by its fields.
+type block struct{ id, event, data string }
+
+// openStream subscribes to channel, with header lines.
+func openStream(t testing.TB, addr, channel string, headers ...string) *legacyStream {
+	t.Helper()
+	conn := connect(t, addr)
+	io.WriteString(conn, compose("GET /subscribe/"+channel+"/ HTTP/1.1", "", append(headers, "Accept: text/event-stream")...))
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if resp.StatusCode != 200 {
+		t.Fatalf("subscribe to %s: %s", channel, resp.Status)
+	}
+	return &legacyStream{conn, resp, bufio.NewReader(resp.Body)}
+}
+
+// next is the next event. Every line must be one that a simple reader knows.
+func (s *legacyStream) next(t testing.TB) (b block) {
+	t.Helper()
+	s.conn.SetDeadline(time.Now().Add(patience))
+	for {
+		line, err := s.body.ReadString('\n')
+		if err != nil {
+			t.Fatalf("stream ended: %v", err)
+		}
+		field, value, _ := strings.Cut(strings.TrimSuffix(line, "\n"), ": ")
+		switch field {
+		case "id":
+			b.id = value
+		case "event":
+			b.event = value
+		case "data":
+			b.data += value
+		case "":
+			return b
+		default:
+			t.Fatalf("line %q", line)
+		}
+	}
+}
+
+// message is the next webhook on the stream.
+func (s *legacyStream) message(t testing.TB) (data map[string]any) {
+	t.Helper()
+	b := s.next(t)
+	for b.event != "" {
+		b = s.next(t)
+	}
+	if err := json.Unmarshal([]byte(b.data), &data); err != nil {
+		t.Fatalf("%v in %q", err, b.data)
+	}
+	return data
+}
+
+// ended waits for the end of the stream and returns what comes before it.
+func (s *legacyStream) ended(t testing.TB) string {
+	t.Helper()
+	s.conn.SetDeadline(time.Now().Add(patience))
+	rest, err := io.ReadAll(s.body)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatal("stream did not end")
+	}
+	return string(rest)
+}
+
+// newSource is a source under the test's control. serve answers the n-th
+// subscription, counted from 0; a stream ends when it returns.
+func newSource(t testing.TB, serve func(n int, w http.ResponseWriter, r *http.Request)) *httptest.Server {
+	t.Helper()
+	var n atomic.Int64
+	source := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		serve(int(n.Add(1)-1), w, r)
+	}))
+	t.Cleanup(source.Close)
+	return source
+}
+
+// probed turns the health service on, without its pause at the end.
+var probed = []string{"HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0"}
+
+// readyBlock announces an interval that lets a test wait in peace.
+const readyBlock = "id: 0\nevent: ready\ndata: {\"heartbeatInterval\":60000}\n\n"
+
+// tell writes blocks to a stream and flushes them.
+func tell(w http.ResponseWriter, blocks ...string) {
+	w.Header().Set("Content-Type", "text/event-stream")
+	for _, b := range blocks {
+		io.WriteString(w, b)
+	}
+	http.NewResponseController(w).Flush()
+}
+
+// dataBlock is a webhook as a source sends it.
+func dataBlock(message any) string {
+	data, _ := json.Marshal(message)
+	return "data: " + string(data) + "\n\n"
+}
+
+// steady is a source with one stream of blocks that then stays open.
+func steady(t testing.TB, blocks ...string) *httptest.Server {
+	t.Helper()
+	return newSource(t, func(_ int, w http.ResponseWriter, r *http.Request) {
+		tell(w, append([]string{readyBlock}, blocks...)...)
+		<-r.Context().Done()
+	})
+}
+
+// hostOf is the host:port of a URL of a test server.
+func hostOf(url string) string {
+	return strings.TrimPrefix(strings.TrimPrefix(url, "http://"), "https://")
+}
+
+// TestChannelsAreOnlyNames: no channel reaches anything inside the server,
+// whether somebody listens on it or not.
+func TestChannelsAreOnlyNames(t *testing.T) {
+	server := startServer(t)
+	names := []string{
+		"notReady", "ready", "error", "newListener", "removeListener", "message", "heartbeat", "drain",
+		"__proto__", "constructor", "toString", "responses", "~", "...", "A_b-9", strings.Repeat("c", 128),
+	}
+	for _, name := range names {
+		url := "http://" + server.addr + "/webhooks/" + name + "/x"
+		if status, _, _ := send(t, "POST", url, "unheard"); status != 200 {
+			t.Errorf("%s with nobody connected: status %d, want 200", name, status)
+		}
+		stream := openStream(t, server.addr, name)
+		if b := stream.next(t); b.event != "ready" {
+			t.Errorf("%s: the stream begins with %q", name, b)
+		}
+		if status, _, _ := send(t, "POST", url, name); status != 200 {
+			t.Errorf("%s: status %d, want 200", name, status)
+		}
+		if got := stream.message(t); got["body"] != name {
+			t.Errorf("%s: the first webhook has the body %q", name, got["body"])
+		}
+	}
+	for _, name := range []string{"", "a%20b", "%2e", "a:b", "@all", "caf%C3%A9", "caf\xe9", "a;b", strings.Repeat("c", 129)} {
+		for _, line := range []string{"POST /webhooks/%s/x", "GET /subscribe/%s/", "POST /subscribe/%s/responses/1"} {
+			if name == "" && strings.HasPrefix(line, "GET") {
+				continue // no channel at all is another page
+			}
+			status, answer, _ := wire(t, server.addr, compose(fmt.Sprintf(line, name)+" HTTP/1.1", ""))
+			if status != 400 || answer != `{"statusCode":400,"message":"invalid channel"}` {
+				t.Errorf("%s: answer %d %s, want 400", fmt.Sprintf(line, name), status, answer)
+			}
+		}
+	}
+}
+
+// TestRawRoutes: what is no endpoint is 404, a wrong method is 405 with Allow,
+// nothing is ever redirected, and a HEAD is no subscriber.
+func TestRawRoutes(t *testing.T) {
+	server := startServer(t, probed...)
+	const notFound, notAllowed = `{"statusCode":404,"message":"not found"}`, `{"statusCode":405,"message":"method not allowed"}`
+	tests := []struct {
+		line   string
+		status int
+		allow  string
+		answer string
+	}{
+		{"GET /", 404, "", notFound},
+		{"POST //webhooks/m", 404, "", notFound},
+		{"POST /webhooks", 404, "", notFound},
+		{"POST /Webhooks/m", 404, "", notFound},
+		{"POST /%77ebhooks/m", 404, "", notFound},
+		{"GET /subscribe", 404, "", notFound},
+		{"GET /subscribe/", 404, "", notFound},
+		{"GET /subscribe/m//", 404, "", notFound},
+		{"GET /subscribe/m/x", 404, "", notFound},
+		{"POST /subscribe/m/responses/1/2", 404, "", notFound},
+		{"POST /subscribe/m/responses/1", 400, "", `{"statusCode":400,"message":"invalid report"}`},
+		{"HEAD /subscribe/m/", 405, "GET", ""},
+		{"HEAD /subscribe/m", 405, "GET", ""},
+		{"POST /subscribe/m/", 405, "GET", notAllowed},
+		{"OPTIONS /subscribe/m/", 405, "GET", notAllowed},
+		{"GET /subscribe/m/responses/1", 405, "POST", notAllowed},
+	}
+	for _, test := range tests {
+		status, answer, header := wire(t, server.addr, compose(test.line+" HTTP/1.1", ""))
+		if status != test.status || header.Get("Allow") != test.allow || answer != test.answer || header.Get("Content-Type") != "application/json" {
+			t.Errorf("%s: %d %q %s, want %d, Allow %q, %s", test.line, status, header, answer, test.status, test.allow, test.answer)
+		}
+	}
+	if n := scrape(t, server)["relay_subscribers"]; n != 0 {
+		t.Errorf("%v subscribers after requests that are none", n)
+	}
+}
+
+// TestTraversalIsRefusedByTheServer: no webhook may leave the target's base
+// path in any reading of its own path. What follows still works.
+func TestTraversalIsRefusedByTheServer(t *testing.T) {
+	server := startServer(t)
+	stream := openStream(t, server.addr, "m")
+	for _, tail := range []string{
+		"/../../../etc/x", "/..", "/.", "/./x", "/x/..", "/x/../", "/%2e%2e/x", "/%2E./x", "/.%2e", "/%2e",
+		"/..%2fx", "/x%2f..%2f..%2fy", "/x%2F%2e%2e", "/..;/x", "/..;a=b/x", "/.;/x",
+		"/..\\x", "/a\\b", "/%5c..%5cx", "/a%5Cb", "/%00", "/a%0d%0ab", "/a%7f", "/a%1fb", "/a\x01b", "/a\x7fb", "/%", "/%zz", "/a%2",
+		"/a b",
+	} {
+		if status, answer, _ := wire(t, server.addr, compose("POST /webhooks/m"+tail+" HTTP/1.1", "bad")); status != 400 {
+			t.Errorf("%q: answer %d %s, want 400", tail, status, answer)
+		}
+	}
+	for _, line := range []string{"POST http://relay.example.com/webhooks/m/../x", "POST /webhooks/..", "POST /webhooks/../m/x", "POST /webhooks/%2e%2e/m"} {
+		if status, answer, _ := wire(t, server.addr, compose(line+" HTTP/1.1", "bad")); status != 400 {
+			t.Errorf("%q: answer %d %s, want 400", line, status, answer)
+		}
+	}
+	wire(t, server.addr, webhook("good"))
+	if got := stream.message(t)["body"]; got != "good" {
+		t.Errorf("a webhook with the body %q came through", got)
+	}
+}
+
+// TestHostileSource: a client does not trust its source. What it sends stays
+// at the target's host, below its base path, in a request of one reading.
+func TestHostileSource(t *testing.T) {
+	type object = map[string]any
+	tests := []struct {
+		name    string
+		message any
+		want    string // request line at a target with the base path /base; empty: refused
+	}{
+		{"dot segment", object{"originalUrl": "/../x"}, ""},
+		{"dot segment at the end", object{"originalUrl": "/a/.."}, ""},
+		{"escaped dot segment", object{"originalUrl": "/a/%2e%2E/x"}, ""},
+		{"dot segment behind an escaped slash", object{"originalUrl": "/a%2f..%2fx"}, ""},
+		{"dot segment with parameters", object{"originalUrl": "/..;a/x"}, ""},
+		{"dot segment behind a host", object{"originalUrl": "http://a/../x"}, ""},
+		{"backslash", object{"originalUrl": `/..\x`}, ""},
+		{"escaped backslash", object{"originalUrl": "/%5c%5cevil.example/x"}, ""},
+		{"NUL", object{"originalUrl": "/a\x00"}, ""},
+		{"escaped NUL", object{"originalUrl": "/a%00"}, ""},
+		{"line end in the path", object{"originalUrl": "/a HTTP/1.1\r\nHost: evil.example\r\n\r\n"}, ""},
+		{"space in the path", object{"originalUrl": "/a HTTP/1.1"}, ""},
+		{"line end in the query", object{"originalUrl": "/a?\r\nX: y"}, ""},
+		{"space in the query", object{"originalUrl": "/a?b c"}, ""},
+		{"broken escape", object{"originalUrl": "/%zz"}, ""},
+		{"code point that is no byte", object{"originalUrl": "/\u0142"}, ""},
+		{"no path", object{"originalUrl": "http://evil.example"}, ""},
+		{"nothing", object{}, ""},
+		{"asterisk", object{"originalUrl": "*"}, ""},
+		{"userinfo", object{"originalUrl": "@evil.example/x"}, ""},
+		{"authority", object{"originalUrl": "evil.example:80"}, ""},
+		{"userinfo behind a slash", object{"originalUrl": "/@evil.example/x"}, "POST /base/@evil.example/x"},
+		{"two slashes", object{"originalUrl": "//evil.example/x?y"}, "POST /base//evil.example/x?y"},
+		{"absolute form", object{"originalUrl": "http://evil.example/x?y"}, "POST /base/x?y"},
+		{"other scheme", object{"originalUrl": "file:///etc/passwd"}, "POST /base/etc/passwd"},
+		{"empty method", object{"originalUrl": "/m", "method": ""}, "POST /base/m"},
+		{"line end in the method", object{"originalUrl": "/m", "method": "GET / HTTP/1.1\r\nX: y\r\n\r\nGET"}, ""},
+		{"space in the method", object{"originalUrl": "/m", "method": "GET /admin"}, ""},
+		{"line end in a value", object{"originalUrl": "/h", "headers": object{"x": "a\r\nX-Evil: 1"}}, ""},
+		{"bare line feed in a value", object{"originalUrl": "/h", "headers": object{"x": []string{"a", "b\nc"}}}, ""},
+		{"NUL in a value", object{"originalUrl": "/h", "headers": object{"x": "a\x00"}}, ""},
+		{"line end in a name", object{"originalUrl": "/h", "headers": object{"x\r\nX-Evil": "1"}}, ""},
+		{"colon in a name", object{"originalUrl": "/h", "headers": object{"x: y": "1"}}, ""},
+		{"empty name", object{"originalUrl": "/h", "headers": object{"": "1"}}, ""},
+		{"code point in a value that is no byte", object{"originalUrl": "/h", "headers": object{"x": "\u0142"}}, ""},
+		{"framing", object{"originalUrl": "/f", "body": "ab", "headers": object{
+			"content-length": "9999", "Content-Length": []string{"1", "2"}, "transfer-encoding": "chunked", "Transfer-Encoding": "identity",
+			"host": "evil.example", "connection": "close, x-hop", "x-hop": "1", "upgrade": "h2c", "expect": "100-continue", "te": "gzip", "trailer": "X"}}, "POST /base/f"},
+		{"wrong types", object{"originalUrl": 1}, ""},
+		{"headers as a list", object{"originalUrl": "/h", "headers": []string{"x"}}, ""},
+		{"body as an object", object{"originalUrl": "/h", "body": object{"a": 1}}, ""},
+		{"body that is no base64", object{"originalUrl": "/h", "bodyBase64": "*"}, ""},
+		{"id that is no name", object{"originalUrl": "/h", "id": "a\r\nX-Evil: 1"}, ""},
+		{"null", nil, ""},
+		{"a number", 1, ""},
+	}
+	for _, base := range []string{"/base", ""} {
+		t.Run("base "+base, func(t *testing.T) {
+			refused := 3
+			blocks := []string{"data\n\n", "data: {\n\n", "data: {\"originalUrl\":\"/x\"} {\n\n"}
+			var want []string
+			for _, test := range tests {
+				blocks = append(blocks, dataBlock(test.message))
+				if test.want == "" {
+					refused++
+				} else {
+					want = append(want, strings.Replace(test.want, "/base", base, 1)+" HTTP/1.1")
+				}
+			}
+			blocks = append(blocks, "retry: 999999999999\n\n", dataBlock(object{"originalUrl": "/last"}))
+			want = append(want, "POST "+base+"/last HTTP/1.1")
+			target := newTarget(t, nil)
+			source := steady(t, blocks...)
+			client := startClient(t, hostOf(source.URL), "m", target.url+base, "TARGET_CONCURRENCY=1")
+			var got []string
+			for range want {
+				r := target.next(t)
+				got = append(got, r.line)
+				if host := r.get("Host"); host != hostOf(target.url) {
+					t.Errorf("%s: Host %q, want the target's", r.line, host)
+				}
+				for _, name := range []string{"X-Evil", "X-Hop", "Connection", "Transfer-Encoding", "Upgrade", "Expect", "Te", "Trailer"} {
+					if value := r.get(name); value != "" {
+						t.Errorf("%s: %s: %s reached the target", r.line, name, value)
+					}
+				}
+				if strings.Contains(r.line, "/f ") && string(r.body) != "ab" {
+					t.Errorf("%s: body %q, want its own two bytes", r.line, r.body)
+				}
+			}
+			if !slices.Equal(got, want) {
+				t.Errorf("target got\n%q\nwant\n%q", got, want)
+			}
+			if n := len(client.log.lines("event refused")); n != refused {
+				t.Errorf("%d events refused, want %d", n, refused)
+			}
+		})
+	}
+}
+
+// TestRedirects: 307 and 308 are followed on the target's own host and below
+// its base path, with the same method and body; everything else is an answer.
+func TestRedirects(t *testing.T) {
+	other := newTarget(t, nil)
+	var own string
+	target := newTarget(t, func(r recorded) string {
+		_, rest, _ := strings.Cut(r.line, "/base/webhooks/m/")
+		code, location, ok := strings.Cut(strings.TrimSuffix(rest, " HTTP/1.1"), "?")
+		if !ok {
+			return ok200
+		}
+		location = strings.NewReplacer("OWN", hostOf(own), "OTHER", hostOf(other.url)).Replace(location)
+		return "HTTP/1.1 " + code + " Redirect\r\nContent-Length: 0\r\nLocation: " + location + "\r\n\r\n"
+	})
+	own = target.url
+	server := startServer(t)
+	startClient(t, server.addr, "m", target.url+"/base", "TARGET_RETRY_WINDOW=0")
+	tests := []struct{ redirect, want string }{
+		{"307?/base/next", "/base/next"},
+		{"308?http://OWN/base//next", "/base//next"},
+		{"307?next", "/base/webhooks/m/next"},
+		{"301?/base/next", ""},
+		{"302?/base/next", ""},
+		{"303?/base/next", ""},
+		{"307?http://OTHER/base/next", ""},
+		{"307?https://OWN/base/next", ""},
+		{"307?//OTHER/base/next", ""},
+		{"307?/next", ""},
+		{"307?/base/../next", ""},
+		{"307?/base/%2e%2e/next", ""},
+		{"307?/basement", ""},
+	}
+	for _, test := range tests {
+		send(t, "PUT", "http://"+server.addr+"/webhooks/m/"+test.redirect, everyByte)
+		target.next(t)
+		if test.want == "" {
+			continue
+		}
+		if got := target.next(t); got.line != "PUT "+test.want+" HTTP/1.1" || string(got.body) != everyByte {
+			t.Errorf("%s: target got %q with %q, want %q and the same body", test.redirect, got.line, got.body, test.want)
+		}
+	}
+	send(t, "PUT", "http://"+server.addr+"/webhooks/m/last", "")
+	if got := target.next(t); got.line != "PUT /base/webhooks/m/last HTTP/1.1" {
+		t.Errorf("%s was followed", got.line)
+	}
+	if n := len(other.got); n > 0 {
+		t.Errorf("%d requests reached another host", n)
+	}
+}
+
+// TestTwoSlashesAreNoHost: "//host/path" behind an empty base path, from the
+// source or from a redirect, must not become a URL on another host.
+func TestTwoSlashesAreNoHost(t *testing.T) {
+	target := newTarget(t, func(r recorded) string {
+		if !strings.Contains(r.line, "/redirect ") {
+			return ok200
+		}
+		return "HTTP/1.1 307 Redirect\r\nContent-Length: 0\r\nLocation: http://" + r.get("Host") + "//evil.example/x\r\n\r\n"
+	})
+	var blocks []string
+	for _, url := range []string{"//evil.example/x", "/redirect", "/last"} {
+		blocks = append(blocks, dataBlock(map[string]string{"originalUrl": url}))
+	}
+	startClient(t, hostOf(steady(t, blocks...).URL), "m", target.url, "TARGET_RETRY_WINDOW=0", "TARGET_CONCURRENCY=1")
+	for {
+		line := target.next(t).line
+		if !strings.HasPrefix(line, "POST /") {
+			t.Errorf("target got %q: no path, but a URL on another host", line)
+		}
+		if line == "POST /last HTTP/1.1" {
+			return
+		}
+	}
+}
+
+// TestForwardsAreRetried: connections that break and passing statuses are tried again
+// with the same event id; a final status is not.
+func TestForwardsAreRetried(t *testing.T) {
+	t.Parallel()
+	answers := []string{
+		hangUp,
+		"HTTP/1.1 503 Busy\r\nContent-Length: 4\r\n\r\nbusy",
+		"HTTP/1.1 429 Slow\r\nRetry-After: 0\r\nContent-Length: 0\r\n\r\n",
+		"HTTP/1.1 500 Final\r\nContent-Length: 0\r\n\r\n",
+		ok200,
+	}
+	var n atomic.Int64
+	target := newTarget(t, func(recorded) string { return answers[n.Add(1)-1] })
+	server := startServer(t)
+	client := startClient(t, server.addr, "m", target.url)
+	send(t, "PATCH", "http://"+server.addr+"/webhooks/m/a?b", everyByte)
+	first := target.next(t)
+	for range 3 {
+		if r := target.next(t); r.line != first.line || !bytes.Equal(r.body, first.body) || !slices.Equal(r.fields(), first.fields()) {
+			t.Errorf("attempt differs from the first: %q %q, want %q %q", r.line, r.fields(), first.line, first.fields())
+		}
+	}
+	if records := client.wait("webhook forwarded"); records[0]["status"] != 500.0 || records[0]["attempt"] != 4.0 {
+		t.Errorf("logged %v, want status 500 at attempt 4", records[0])
+	}
+	send(t, "POST", "http://"+server.addr+"/webhooks/m", "")
+	if r := target.next(t); r.get("X-Relay-Event-Id") == first.get("X-Relay-Event-Id") {
+		t.Error("a final answer was tried again")
+	}
+}
+
+// TestClientNeverGivesUp: no answer of a source and no cut ends the client;
+// its token goes to no other host; what needs a human is logged as an error.
+func TestClientNeverGivesUp(t *testing.T) {
+	t.Parallel()
+	other := newSource(t, func(_ int, _ http.ResponseWriter, r *http.Request) {
+		t.Errorf("redirect followed with the token %q", r.Header.Get("X-Auth-Token"))
+	})
+	status := func(code int) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Location", other.URL+"/subscribe/m/")
+			w.WriteHeader(code)
+		}
+	}
+	ready := func(end http.HandlerFunc) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			tell(w, readyBlock)
+			end(w, r)
+		}
+	}
+	cut := func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }
+	answers := []http.HandlerFunc{
+		status(401), status(403), status(404), status(429), status(204), status(500),
+		ready(func(http.ResponseWriter, *http.Request) {}), // resets the pauses
+		status(301), status(302), status(307), status(308), cut,
+		ready(cut),
+		func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("Content-Type", "text/html") },
+		func(w http.ResponseWriter, _ *http.Request) {
+			tell(w, "event: ready\ndata: {\"heartbeatInterval\":5000}")
+		},
+		func(w http.ResponseWriter, r *http.Request) {
+			tell(w, readyBlock, dataBlock(map[string]string{"originalUrl": "/alive"}))
+			<-r.Context().Done()
+		},
+	}
+	source := newSource(t, func(n int, w http.ResponseWriter, r *http.Request) {
+		if got := r.Header.Get("X-Auth-Token"); got != "secret" {
+			t.Errorf("token %q", got)
+		}
+		answers[min(n, len(answers)-1)](w, r)
+	})
+	target := newTarget(t, nil)
+	client := startClient(t, hostOf(source.URL), "m", target.url, "RECONNECT_INTERVAL=1", "AUTH_TOKEN=secret")
+	if got := target.next(t).line; got != "POST /alive HTTP/1.1" {
+		t.Errorf("target got %q", got)
+	}
+	var errs []string
+	for _, record := range append(client.log.lines("subscribe ended"), client.log.lines("stream ended")...) {
+		errs = append(errs, fmt.Sprint(record["level"], " ", record["err"]))
+	}
+	logged := strings.Join(errs, "\n")
+	for _, want := range []string{"ERROR source answered 401", "ERROR source answered 403", "WARN source answered 404", "WARN source answered 429", "WARN source answered 204", "WARN source answered 302", "WARN source answered 307", "WARN source ended the stream"} {
+		if !strings.Contains(logged, want) {
+			t.Errorf("no %q in\n%s", want, logged)
+		}
+	}
+}
+
+// TestSilentStreamIsCut: the watchdog works on every stream, not only on the
+// first: two heartbeats and a second without a byte end it.
+func TestSilentStreamIsCut(t *testing.T) {
+	t.Parallel()
+	third := make(chan struct{})
+	source := newSource(t, func(n int, w http.ResponseWriter, r *http.Request) {
+		if n == 2 {
+			close(third)
+		}
+		tell(w, strings.Replace(readyBlock, "60000", "100", 1))
+		if n > 0 {
+			<-r.Context().Done()
+		}
+	})
+	client := startClient(t, hostOf(source.URL), "m", "http://127.0.0.1:1")
+	select {
+	case <-third:
+	case <-time.After(patience):
+		t.Fatal("silent stream was not replaced")
+	}
+	records := client.log.lines("stream ended")
+	if got := records[len(records)-1]["err"]; len(records) != 2 || got != "stream went silent" {
+		t.Errorf("streams ended %d times, at last because %q", len(records), got)
+	}
+}
+
+// writePEM writes a block to a file of the test and returns its name.
+func writePEM(t testing.TB, kind string, der []byte) string {
+	t.Helper()
+	name := filepath.Join(t.TempDir(), "pem")
+	if err := os.WriteFile(name, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return name
+}
+
+// newTLSServer is a server with a certificate that no root vouches for.
+func newTLSServer(t testing.TB, handler http.HandlerFunc) *httptest.Server {
+	t.Helper()
+	s := httptest.NewUnstartedServer(handler)
+	s.Config.ErrorLog = log.New(io.Discard, "", 0)
+	s.StartTLS()
+	t.Cleanup(s.Close)
+	return s
+}
+
+// TestCertificatesAreVerified: a token does not turn verification off, and
+// TARGET_INSECURE_SKIP_VERIFY is for the target alone.
+func TestCertificatesAreVerified(t *testing.T) {
+	forwarded := make(chan string, 10)
+	target := newTLSServer(t, func(_ http.ResponseWriter, r *http.Request) { forwarded <- r.URL.Path })
+	var subscriptions atomic.Int64
+	source := newTLSServer(t, func(w http.ResponseWriter, r *http.Request) {
+		subscriptions.Add(1)
+		tell(w, readyBlock, dataBlock(map[string]string{"originalUrl": "/x"}))
+		<-r.Context().Done()
+	})
+	env := []string{"RELAY_MODE=client", "SOURCE_URL=" + source.URL + "/subscribe/m/", "TARGET_BASE_URL=" + target.URL, "RECONNECT_INTERVAL=1", "TARGET_RETRY_WINDOW=0", "AUTH_TOKEN=secret"}
+	root := "CA_FILE=" + writePEM(t, "CERTIFICATE", source.Certificate().Raw) // both servers'
+
+	client := start(t, append(env, "TARGET_INSECURE_SKIP_VERIFY=true")...)
+	if err := fmt.Sprint(client.wait("subscribe ended")[0]["err"]); !strings.Contains(err, "certificate") {
+		t.Errorf("subscribe ended because %s, want a certificate that nobody vouches for", err)
+	}
+	client.stop()
+	if n := subscriptions.Load(); n > 0 {
+		t.Fatalf("%d requests with a token were sent to an unverified source", n)
+	}
+	client = start(t, append(env, root)...)
+	client.wait("stream ready")
+	if got := <-forwarded; got != "/x" {
+		t.Errorf("target got %q", got)
+	}
+	client.stop()
+
+	plain := steady(t, dataBlock(map[string]string{"originalUrl": "/y"}))
+	client = start(t, append(env, "SOURCE_URL="+plain.URL)...)
+	if err := fmt.Sprint(client.wait("webhook given up")[0]["err"]); !strings.Contains(err, "certificate") {
+		t.Errorf("forward ended because %s, want a certificate that nobody vouches for", err)
+	}
+	client.stop()
+	if n := len(forwarded); n > 0 {
+		t.Fatalf("%d webhooks were sent to an unverified target", n)
+	}
+	start(t, append(env, "SOURCE_URL="+plain.URL, "TARGET_INSECURE_SKIP_VERIFY=true")...)
+	if got := <-forwarded; got != "/y" {
+		t.Errorf("target got %q", got)
+	}
+}
+
+// TestServerTLS is the main path with the server's own certificate.
+func TestServerTLS(t *testing.T) {
+	certificate := newTLSServer(t, nil).TLS.Certificates[0]
+	key, err := x509.MarshalPKCS8PrivateKey(certificate.PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert := writePEM(t, "CERTIFICATE", certificate.Certificate[0])
+	server := startServer(t, "SERVER_TLS_CERT_FILE="+cert, "SERVER_TLS_KEY_FILE="+writePEM(t, "PRIVATE KEY", key))
+	target := newTarget(t, nil)
+	startClient(t, server.addr, "m", target.url, "SOURCE_URL=https://"+server.addr+"/subscribe/m", "CA_FILE="+cert)
+	conn, err := tls.Dial("tcp", server.addr, &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS10, MaxVersion: tls.VersionTLS11})
+	if err == nil {
+		conn.Close()
+		t.Error("TLS 1.1 was accepted")
+	}
+	transport := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, DisableKeepAlives: true}
+	req, _ := http.NewRequest("POST", "https://"+server.addr+"/webhooks/m/tls", nil)
+	resp, err := transport.RoundTrip(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if got := target.next(t).line; got != "POST /webhooks/m/tls HTTP/1.1" {
+		t.Errorf("target got %q", got)
+	}
+}
+
+// TestSlowSubscriberIsEvicted: a subscriber that never reads costs its queue
+// and no more, and is told apart in the log; others lose nothing.
+func TestSlowSubscriberIsEvicted(t *testing.T) {
+	server := startServer(t, append(probed, "SERVER_SUBSCRIBER_BUFFER=256kb", "LOG_LEVEL=info")...)
+	healthy := openStream(t, server.addr, "m")
+	slow := connect(t, server.addr)
+	io.WriteString(slow, compose("GET /subscribe/m/ HTTP/1.1", ""))
+	eventually(t, "second subscriber", func() bool { return scrape(t, server)["relay_subscribers"] == 2 })
+
+	heap := func() int64 {
+		var stats runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&stats)
+		return int64(stats.HeapAlloc)
+	}
+	before := heap()
+	body := strings.Repeat("x", 64<<10)
+	transport := &http.Transport{}
+	defer transport.CloseIdleConnections()
+	const webhooks = 320 // 20 MiB
+	for n := range webhooks {
+		req, _ := http.NewRequest("POST", fmt.Sprintf("http://%s/webhooks/m/%d", server.addr, n), strings.NewReader(body))
+		resp, err := transport.RoundTrip(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if got := healthy.message(t)["path"]; got != fmt.Sprintf("/webhooks/m/%d", n) {
+			t.Fatalf("healthy subscriber got %q, want webhook %d", got, n)
+		}
+	}
+	if grown := heap() - before; grown > 4<<20 {
+		t.Errorf("heap grew by %d bytes", grown)
+	}
+	records := server.log.lines("subscriber gone")
+	if len(records) != 1 || records[0]["level"] != "WARN" || records[0]["reason"] != "evicted: slow subscriber, its queue is full" {
+		t.Errorf("logged %v, want one eviction", records)
+	}
+	if m := scrape(t, server); m["relay_subscribers"] != 1 || m["relay_subscribers_evicted_total"] != 1 {
+		t.Errorf("metrics %v, want 1 subscriber and 1 evicted", m)
+	}
+	slow.SetDeadline(time.Now().Add(patience))
+	if _, err := io.Copy(io.Discard, slow); errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error("connection of the slow subscriber stays open")
+	}
+}
+
+// TestManySubscribers: everybody on a channel gets every webhook, and nothing
+// is said about their number.
+func TestManySubscribers(t *testing.T) {
+	server := startServer(t, "AUTH_TOKEN=t")
+	var streams []*legacyStream
+	for range 30 {
+		streams = append(streams, openStream(t, server.addr, "m", "Authorization: Bearer t"))
+		streams[len(streams)-1].next(t)
+	}
+	send(t, "POST", "http://"+server.addr+"/webhooks/m", "all")
+	id := ""
+	for _, s := range streams {
+		m := s.message(t)
+		if id == "" {
+			id = m["id"].(string)
+		}
+		if m["body"] != "all" || m["id"] != id {
+			t.Errorf("a subscriber got %v", m)
+		}
+	}
+	if logged := server.log.String(); strings.Contains(logged, `"level":"WARN"`) || strings.Contains(logged, `"level":"ERROR"`) {
+		t.Errorf("logged %s", logged)
+	}
+}
+
+// TestPortInUse: it is a failure of the machine, not of the configuration.
+func TestPortInUse(t *testing.T) {
+	l, err := net.Listen("tcp", ":0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	_, taken, _ := net.SplitHostPort(l.Addr().String())
+	for _, env := range [][]string{
+		{"RELAY_MODE=server", "SERVER_PORT=" + taken},
+		{"RELAY_MODE=server", "SERVER_PORT=0", "HEALTH_SERVICE_PORT=" + taken},
+		{"RELAY_MODE=client", "SOURCE_URL=http://127.0.0.1:1", "TARGET_BASE_URL=http://127.0.0.1:1", "HEALTH_SERVICE_PORT=" + taken},
+	} {
+		err := run(t.Context(), env, io.Discard)
+		if _, configuration := errors.AsType[configError](err); configuration || !errors.Is(err, syscall.EADDRINUSE) || !strings.HasPrefix(err.Error(), "listen for ") {
+			t.Errorf("%q: error %v, want the address in use", env, err)
+		}
+	}
+}
+
+// TestLegacyServerDrivesClient: the frames of the program this one succeeds.
+// Their ids count anew on every stream, there is no method, and the headers
+// describe the first hop.
+func TestLegacyServerDrivesClient(t *testing.T) {
+	const sample = `{"headers":{"host":"127.0.0.1:3000","user-agent":"probe/1.0","content-type":"application/json","x-dup":"one, two","set-cookie":["s1","s2"],"cookie":"c1; c2","content-length":"13"},"originalUrl":"/webhooks/x/push-github?a=1&b=2&b=3","path":"/webhooks/x/push-github","query":{"a":"1","b":["2","3"]},"body":"{\"test\":true}","timestamp":1700000000000}`
+	const inflated = `{"headers":{"host":"relay.example.com","content-encoding":"gzip","content-length":"3","x-latin1":"\u00e9\u00ff","transfer-encoding":"chunked","trailer":"X","expect":"100-continue","connection":"close"},"originalUrl":"http://relay.example.com/webhooks/x/\u00e9?q=%zz;r","path":"/webhooks/x/\u00e9","query":{},"body":"inflated","timestamp":1700000000000}`
+	const object = `{"headers":{"content-type":"text/plain","content-length":"99"},"originalUrl":"/webhooks/x/?","path":"/webhooks/x/","query":{},"body":"[object Object]","timestamp":1700000000000}`
+	first := make(chan http.Header, 10)
+	source := newSource(t, func(n int, w http.ResponseWriter, r *http.Request) {
+		if r.Method != "GET" || r.URL.Path != "/subscribe/x/" {
+			t.Errorf("%s %s, want GET /subscribe/x/", r.Method, r.URL.Path)
+		}
+		first <- r.Header
+		w.Header().Set("Cache-Control", "no-cache, no-transform")
+		tell(w, "id: 0\nevent: ready\ndata: {\"heartbeatInterval\":5000}\n\n", "id: 1\nevent: heartbeat\ndata: {}\n\n")
+		switch n {
+		case 0:
+			tell(w, "id: 2\ndata: "+sample+"\n\nid: 3\ndata: "+inflated+"\n\n")
+			panic(http.ErrAbortHandler) // it ends its streams without a last chunk
+		case 1:
+			tell(w, "id: 2\ndata: "+object+"\n\nid: 3\ndata: "+sample+"\n\n")
+			<-r.Context().Done()
+		}
+	})
+	target := newTarget(t, nil)
+	client := startClient(t, hostOf(source.URL), "x", target.url, "AUTH_TOKEN=tok\xe9n", "TARGET_CONCURRENCY=1")
+	push := recorded{
+		line: "POST /webhooks/x/push-github?a=1&b=2&b=3 HTTP/1.1", body: []byte(`{"test":true}`),
+		headers: [][2]string{{"host", "127.0.0.1:3000"}, {"user-agent", "probe/1.0"}, {"content-type", "application/json"}, {"x-dup", "one, two"}, {"set-cookie", "s1"}, {"set-cookie", "s2"}, {"cookie", "c1; c2"}},
+	}
+	ids := map[string]bool{}
+	for _, sent := range []recorded{
+		push,
+		{"POST /webhooks/x/\xe9?q=%zz;r HTTP/1.1", [][2]string{{"host", "relay.example.com"}, {"content-encoding", "gzip"}, {"x-latin1", "\xe9\xff"}}, []byte("inflated")},
+		{"POST /webhooks/x/? HTTP/1.1", [][2]string{{"content-type", "text/plain"}}, []byte("[object Object]")},
+		push,
+	} {
+		got := target.next(t)
+		checkArrival(t, "", sent, got)
+		ids[got.get("X-Relay-Event-Id")] = true
+	}
+	if len(ids) != 4 {
+		t.Errorf("%d ids for 4 webhooks", len(ids))
+	}
+	header := <-first
+	for name, want := range map[string]string{"X-Auth-Token": "tok\xe9n", "Accept": "text/event-stream", "X-Relay-Features": "respond, drain"} {
+		if got := header.Get(name); got != want {
+			t.Errorf("subscription has %s %q, want %q", name, got, want)
+		}
+	}
+	if records := client.log.lines("event refused"); len(records) > 0 {
+		t.Errorf("refused: %v", records)
+	}
+}
+
+// TestStreamForLegacyClient: what the predecessor's client needs of a stream.
+func TestStreamForLegacyClient(t *testing.T) {
+	server := startServer(t, "SERVER_HEARTBEAT_INTERVAL=100", "AUTH_TOKEN=secret", "LOG_LEVEL=info")
+	for _, header := range [][]string{{}, {"X-Auth-Token: wrong"}, {"X-Auth-Token: "}, {"Authorization: Basic c2VjcmV0"}, {"Authorization: Bearer wrong"}} {
+		status, answer, _ := wire(t, server.addr, compose("GET /subscribe/m/ HTTP/1.1", "", header...))
+		if status != 401 || answer != `{"statusCode":401,"message":"missing or wrong token"}` {
+			t.Errorf("%q: answer %d %s, want 401", header, status, answer)
+		}
+	}
+	s := openStream(t, server.addr, "m", "x-auth-token: secret")
+	for name, want := range map[string]string{"Content-Type": "text/event-stream", "Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no", "Content-Encoding": ""} {
+		if got := s.resp.Header.Get(name); got != want {
+			t.Errorf("%s: %q, want %q", name, got, want)
+		}
+	}
+	if b := s.next(t); b != (block{"0", "ready", `{"heartbeatInterval":100}`}) {
+		t.Errorf("stream begins with %+v", b)
+	}
+
+	before := time.Now().UnixMilli()
+	wire(t, server.addr, compose("PUT http://other.example/webhooks/m/a%2Fb?a=1&b=2&b=3&c=%E9 HTTP/1.1", "d\r\n{\"test\":true}\r\n0\r\n\r\n",
+		"Content-Type: application/json", "Transfer-Encoding: chunked", "X-Dup: one", "X-Dup: two", "Set-Cookie: s1", "Cookie: c1; c2", "X-Latin1: \xe9", "Connection: close"))
+	m := s.message(t)
+	id, _ := m["id"].(string)
+	timestamp, _ := m["timestamp"].(float64)
+	if len(id) < 26 || int64(timestamp) < before || int64(timestamp) > time.Now().UnixMilli() {
+		t.Errorf("id %q and timestamp %f", id, timestamp)
+	}
+	delete(m, "id")
+	delete(m, "timestamp")
+	type object = map[string]any
+	want := object{
+		"method": "PUT", "path": "/webhooks/m/a%2Fb", "originalUrl": "/webhooks/m/a%2Fb?a=1&b=2&b=3&c=%E9", "body": `{"test":true}`,
+		"query": object{"a": "1", "b": []any{"2", "3"}, "c": "\uFFFD"},
+		"headers": object{
+			"host": "other.example", "content-type": "application/json", "content-length": "13", "cookie": "c1; c2",
+			"set-cookie": []any{"s1"}, "x-dup": []any{"one", "two"}, "x-latin1": "\u00e9",
+		},
+	}
+	if !reflect.DeepEqual(m, want) {
+		t.Errorf("webhook is\n%v\nwant\n%v", m, want)
+	}
+	wire(t, server.addr, compose("POST /webhooks/m HTTP/1.1", ""))
+	if m := s.message(t); m["body"] != "" || !reflect.DeepEqual(m["query"], object{}) || m["headers"].(object)["content-length"] != "0" {
+		t.Errorf("empty webhook is %v", m)
+	}
+
+	// Heartbeats come while webhooks flow, named and with data, or the client
+	// thinks the stream dead one second after the first it misses.
+	stop := make(chan struct{})
+	var sender sync.WaitGroup
+	sender.Go(func() {
+		transport := &http.Transport{}
+		defer transport.CloseIdleConnections()
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			req, _ := http.NewRequest("POST", "http://"+server.addr+"/webhooks/m", strings.NewReader("{}"))
+			resp, err := transport.RoundTrip(req)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			resp.Body.Close()
+		}
+	})
+	last, beats, between := time.Now(), 0, 0
+	for beats < 5 {
+		switch b := s.next(t); b.event {
+		case "":
+			between++
+		case "heartbeat":
+			if b.data != "{}" {
+				t.Errorf("heartbeat with the data %q", b.data)
+			}
+			if gap := time.Since(last); gap > 1100*time.Millisecond {
+				t.Errorf("%s between two heartbeats", gap)
+			}
+			last = time.Now()
+			beats++
+		default:
+			t.Errorf("stream has a %q", b.event)
+		}
+	}
+	close(stop)
+	sender.Wait()
+	if between < 20 {
+		t.Errorf("only %d webhooks between the heartbeats", between)
+	}
+}
+
+// TestOverloadIs503: any other status ends a legacy client for good.
+func TestOverloadIs503(t *testing.T) {
+	for _, env := range []string{"SERVER_MAX_SUBSCRIBERS=1", "SERVER_MAX_SUBSCRIBERS_PER_ADDRESS=1"} {
+		server := startServer(t, env)
+		first := openStream(t, server.addr, "m")
+		first.next(t)
+		subscribe := func() (int, string, http.Header) {
+			return wire(t, server.addr, compose("GET /subscribe/other/ HTTP/1.1", "", "Connection: close"))
+		}
+		status, answer, header := subscribe()
+		if status != 503 || header.Get("Retry-After") == "" || !strings.HasPrefix(answer, `{"statusCode":503,`) {
+			t.Errorf("%s: answer %d %q %s, want 503 with Retry-After", env, status, header, answer)
+		}
+		first.conn.Close()
+		eventually(t, "place for one", func() bool { return len(server.log.lines("subscriber gone")) > 0 })
+		openStream(t, server.addr, "other").next(t)
+	}
+}
+
+// Configuration.
+
+// mistaken holds a value for each variable that can be wrong; free are those
+// that take any text.
+var (
+	mistaken = map[string]string{
+		"AUTH_TOKEN":                              "hunter2\x01",
+		"LOG_LEVEL":                               "loud",
+		"LOG_FORMAT":                              "xml",
+		"HEALTH_SERVICE_PORT":                     "65536",
+		"HEALTH_SERVICE_DETECT_KUBERNETES":        "maybe",
+		"HEALTH_SERVICE_SHUTDOWN_DELAY":           "-1",
+		"HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT": "0",
+		"SERVER_PORT":                             "http",
+		"SERVER_MAX_PAYLOAD_SIZE_LIMIT":           "abc",
+		"SERVER_HEARTBEAT_INTERVAL":               "abc",
+		"SERVER_MAX_SUBSCRIBERS":                  "0",
+		"SERVER_MAX_SUBSCRIBERS_PER_ADDRESS":      "1.5",
+		"SERVER_SUBSCRIBER_BUFFER":                "16 m",
+		"SERVER_HELD_BUFFER":                      "-1mb",
+		"SERVER_STREAM_MAX_AGE":                   "10ms",
+		"RESPONSE_MODE":                           "slack=maybe",
+		"RESPONSE_TIMEOUT":                        "9s, a b=1s",
+		"SUBSCRIBE_ALLOWED_IPS":                   "10.0.0.0/33",
+		"WEBHOOKS_ALLOWED_IPS":                    "relay.example.com",
+		"TRUSTED_PROXIES":                         "::ffff:0.0.0.0/1",
+		"REDIS_URL":                               "http://user:hunter2@redis",
+		"REDIS_RECONNECT_BACKOFF_FACTOR":          "0",
+		"REDIS_RECONNECT_BACKOFF_INITIAL_TIMEOUT": "0",
+		"REDIS_RECONNECT_BACKOFF_MAX_TIMEOUT":     "soon",
+		"REDIS_RECONNECT_BACKOFF_RANDOMIZE":       "2",
+		"REDIS_MAX_RECONNECT_ATTEMPTS":            "-2",
+		"SOURCE_URL":                              "wss://user:hunter2@relay/subscribe/m?token=hunter2",
+		"TARGET_BASE_URL":                         "http://user:hunter2@target/?token=hunter2",
+		"RECONNECT_INTERVAL":                      "0",
+		"TARGET_TIMEOUT":                          "30 s",
+		"TARGET_RETRY_WINDOW":                     "1y",
+		"TARGET_CONCURRENCY":                      "0",
+		"CA_FILE":                                 "/nonexistent",
+		"TARGET_INSECURE_SKIP_VERIFY":             "sometimes",
+	}
+	free = []string{
+		"RELAY_MODE", "AUTH_TOKENS_FILE", "SERVER_TLS_CERT_FILE", "SERVER_TLS_KEY_FILE", "REDIS_CHANNEL_PREFIX",
+		"REDIS_MAX_RETRIES_PER_REQUEST", "REDIS_ENABLE_OFFLINE_QUEUE", "REDIS_ENABLE_READY_CHECK", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY",
+	}
+)
+
+// refusal is what run says to env, which must be a mistake of configuration.
+func refusal(t testing.TB, env ...string) string {
+	t.Helper()
+	var log logBuffer
+	err := run(t.Context(), env, &log)
+	e, ok := errors.AsType[configError](err)
+	if !ok {
+		t.Fatalf("%q: error %v, want one of configuration; log:\n%s", env, err, &log)
+	}
+	return e.Error()
+}
+
+// TestMistakesAreReportedAtOnce: each variable on a line of its own, and no
+// secret in any.
+func TestMistakesAreReportedAtOnce(t *testing.T) {
+	for _, role := range []string{"server", "client"} {
+		env := []string{"RELAY_MODE=" + role}
+		want := map[string]bool{}
+		for _, s := range settings(&Config{}) {
+			bad, ok := mistaken[s.name]
+			if ok == slices.Contains(free, s.name) {
+				t.Errorf("%s is either mistaken or free", s.name)
+			}
+			if ok {
+				env = append(env, s.name+"="+bad)
+				if s.role == "both" || s.role == role {
+					want[s.name] = true
+				}
+			}
+		}
+		text := refusal(t, env...)
+		for line := range strings.SplitSeq(text, "\n") {
+			name, rest, _ := strings.Cut(line, ": ")
+			if !want[name] || !strings.Contains(rest, "must ") && !strings.Contains(rest, "range ") && !strings.Contains(rest, "channel is ") {
+				t.Errorf("%s: unexpected line %q", role, line)
+			}
+			delete(want, name)
+		}
+		if len(want) > 0 {
+			t.Errorf("%s: nothing is said about %v", role, want)
+		}
+		if strings.Contains(text, "hunter2") {
+			t.Errorf("%s: a secret in %q", role, text)
+		}
+	}
+}
+
+// TestMistakes: one at a time; exactly the variable that is wrong is named.
+func TestMistakes(t *testing.T) {
+	file := func(text string) string {
+		name := filepath.Join(t.TempDir(), "file")
+		if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return name
+	}
+	server, client := "RELAY_MODE=server", []string{"RELAY_MODE=client", "SOURCE_URL=http://relay/subscribe/m", "TARGET_BASE_URL=http://target"}
+	tests := []struct {
+		name string // of the variable
+		env  []string
+	}{
+		{"RELAY_MODE", nil},
+		{"RELAY_MODE", []string{"RELAY_MODE="}},
+		{"RELAY_MODE", []string{"RELAY_MODE=both"}},
+		{"SOURCE_URL", []string{"RELAY_MODE=client", "TARGET_BASE_URL=http://target"}},
+		{"TARGET_BASE_URL", []string{"RELAY_MODE=client", "SOURCE_URL=http://relay/subscribe/m"}},
+		{"SOURCE_URL", append(client, "SOURCE_URL=relay.example.com/subscribe/m")},
+		{"SOURCE_URL", append(client, "SOURCE_URL=http://")},
+		{"SOURCE_URL", append(client, "SOURCE_URL=http://:80/")},
+		{"SOURCE_URL", append(client, "SOURCE_URL=http://relay/#x")},
+		{"SOURCE_URL", append(client, "SOURCE_URL=http://relay/%zz")},
+		{"TARGET_BASE_URL", append(client, "TARGET_BASE_URL=http://target/a/../b")},
+		{"TARGET_BASE_URL", append(client, "TARGET_BASE_URL=http://target//a")},
+		{"TARGET_BASE_URL", append(client, "TARGET_BASE_URL=http://target?")},
+		{"CA_FILE", append(client, "CA_FILE="+file("no certificate"))},
+		{"SERVER_HEARTBEAT_INTERVAL", []string{server, "SERVER_HEARTBEAT_INTERVAL=0"}},
+		{"SERVER_HEARTBEAT_INTERVAL", []string{server, "SERVER_HEARTBEAT_INTERVAL=99"}},
+		{"SERVER_HEARTBEAT_INTERVAL", []string{server, "SERVER_HEARTBEAT_INTERVAL=1e3"}},
+		{"SERVER_HEARTBEAT_INTERVAL", []string{server, "SERVER_HEARTBEAT_INTERVAL=99999999999999999999"}},
+		{"SERVER_MAX_PAYLOAD_SIZE_LIMIT", []string{server, "SERVER_MAX_PAYLOAD_SIZE_LIMIT=0"}},
+		{"SERVER_MAX_PAYLOAD_SIZE_LIMIT", []string{server, "SERVER_MAX_PAYLOAD_SIZE_LIMIT=nan"}},
+		{"SERVER_MAX_PAYLOAD_SIZE_LIMIT", []string{server, "SERVER_MAX_PAYLOAD_SIZE_LIMIT=inf"}},
+		{"SERVER_MAX_PAYLOAD_SIZE_LIMIT", []string{server, "SERVER_MAX_PAYLOAD_SIZE_LIMIT=mb"}},
+		{"SERVER_PORT", []string{server, "SERVER_PORT=tcp://10.0.0.1:3000"}}, // a Service named server, by links
+		{"RESPONSE_MODE", []string{server, "RESPONSE_MODE=accept, status"}},
+		{"RESPONSE_MODE", []string{server, "RESPONSE_MODE=slack=response,"}},
+		{"RESPONSE_MODE", []string{server, "RESPONSE_MODE=a/b=status"}},
+		{"RESPONSE_TIMEOUT", []string{server, "RESPONSE_TIMEOUT=0"}},
+		{"RESPONSE_TIMEOUT", []string{server, "RESPONSE_TIMEOUT=1h"}},
+		{"TRUSTED_PROXIES", []string{server, "TRUSTED_PROXIES=10.0.0.1-10.0.0.9"}},
+		{"TRUSTED_PROXIES", []string{server, "TRUSTED_PROXIES=fe80::1%eth0"}},
+		{"REDIS_URL", []string{server, "REDIS_URL=redis:6379"}},
+		{"REDIS_URL", []string{server, "REDIS_URL=redis://redis/first"}},
+		{"SERVER_TLS_CERT_FILE", []string{server, "SERVER_TLS_CERT_FILE=/cert"}},
+		{"SERVER_TLS_CERT_FILE", []string{server, "SERVER_TLS_KEY_FILE=/key"}},
+		{"SERVER_TLS_CERT_FILE", []string{server, "SERVER_PORT=0", "SERVER_TLS_CERT_FILE=/nonexistent", "SERVER_TLS_KEY_FILE=/nonexistent"}},
+		{"AUTH_TOKENS_FILE", []string{server, "SERVER_PORT=0", "AUTH_TOKENS_FILE=/nonexistent"}},
+		{"AUTH_TOKENS_FILE", []string{server, "SERVER_PORT=0", "AUTH_TOKENS_FILE=" + file("m hunter2 hunter2\n")}},
+		{"AUTH_TOKENS_FILE", []string{server, "SERVER_PORT=0", "AUTH_TOKENS_FILE=" + file("# nothing\n")}},
+	}
+	for _, test := range tests {
+		text := refusal(t, test.env...)
+		if !strings.HasPrefix(text, test.name) || strings.Contains(text, "\n") || strings.Contains(text, "hunter2") {
+			t.Errorf("%q: %q, want one line about %s", test.env, text, test.name)
+		}
+	}
+	t.Run("files are read with the rest", func(t *testing.T) {
+		text := refusal(t, server, "SERVER_PORT=abc", "AUTH_TOKENS_FILE=/nonexistent", "SERVER_TLS_CERT_FILE=/nonexistent", "SERVER_TLS_KEY_FILE=/nonexistent")
+		for _, name := range []string{"SERVER_PORT", "AUTH_TOKENS_FILE", "SERVER_TLS_CERT_FILE"} {
+			if !strings.Contains(text, name) {
+				t.Errorf("%s is not in %q", name, text)
+			}
+		}
+	})
+}
+
+// TestRoleInAnyCase: a role that is accepted works, however it is written.
+func TestRoleInAnyCase(t *testing.T) {
+	c, _, err := loadConfig([]string{"RELAY_MODE=Server"})
+	if err != nil {
+		return // refusing it would be fine too
+	}
+	if c.Role != "server" || c.Server.MaxPayload != 3<<20 || c.Server.Heartbeat != 5*time.Second || c.Port != 3000 {
+		t.Errorf("role %q, port %d, limit %d, heartbeat %s: the server's settings are not read", c.Role, c.Port, c.Server.MaxPayload, c.Server.Heartbeat)
+	}
+}
+
+// TestValues: the forms in which values may be written.
+func TestValues(t *testing.T) {
+	payload := func(c *Config) any { return c.Server.MaxPayload }
+	heartbeat := func(c *Config) any { return c.Server.Heartbeat }
+	tests := []struct {
+		entry string
+		get   func(*Config) any
+		want  any
+	}{
+		{"SERVER_MAX_PAYLOAD_SIZE_LIMIT=", payload, int64(3 << 20)},
+		{"SERVER_MAX_PAYLOAD_SIZE_LIMIT=1", payload, int64(1)},
+		{"SERVER_MAX_PAYLOAD_SIZE_LIMIT=512b", payload, int64(512)},
+		{"SERVER_MAX_PAYLOAD_SIZE_LIMIT=100kb", payload, int64(100 << 10)},
+		{"SERVER_MAX_PAYLOAD_SIZE_LIMIT=1.5MB", payload, int64(3 << 19)},
+		{"SERVER_MAX_PAYLOAD_SIZE_LIMIT= 2 Gb ", payload, int64(2 << 30)},
+		{"SERVER_HEARTBEAT_INTERVAL=", heartbeat, 5 * time.Second},
+		{"SERVER_HEARTBEAT_INTERVAL=250", heartbeat, 250 * time.Millisecond},
+		{"SERVER_HEARTBEAT_INTERVAL=1m30s", heartbeat, 90 * time.Second},
+		{"SERVER_HEARTBEAT_INTERVAL= 1.5s ", heartbeat, 1500 * time.Millisecond},
+		{"HEALTH_SERVICE_SHUTDOWN_DELAY=0", func(c *Config) any { return c.ShutdownDelay }, time.Duration(0)},
+		{"RESPONSE_MODE=status", func(c *Config) any { return c.Server.Modes }, byChannel[string]{Default: "status"}},
+		{"RESPONSE_MODE=Accept, slack=response,ci = STATUS", func(c *Config) any { return c.Server.Modes }, byChannel[string]{"accept", map[string]string{"slack": "response", "ci": "status"}}},
+		{"RESPONSE_MODE=slack=response", func(c *Config) any { return c.Server.Modes }, byChannel[string]{"accept", map[string]string{"slack": "response"}}},
+		{"RESPONSE_TIMEOUT=slack=2500", func(c *Config) any { return c.Server.Timeouts }, byChannel[time.Duration]{9 * time.Second, map[string]time.Duration{"slack": 2500 * time.Millisecond}}},
+		{"TRUSTED_PROXIES=10.0.0.9/8, ::1,192.0.2.1  ::ffff:192.0.2.2", func(c *Config) any { return fmt.Sprint(c.Server.TrustedProxies) }, "[10.0.0.0/8 ::1/128 192.0.2.1/32 192.0.2.2/32]"},
+		{"SUBSCRIBE_ALLOWED_IPS=", func(c *Config) any { return c.Server.SubscribeAllowed == nil }, true},
+		{"HEALTH_SERVICE_DETECT_KUBERNETES=FALSE", func(c *Config) any { return c.healthRuns() }, true},
+		{"HEALTH_SERVICE_DETECT_KUBERNETES=1", func(c *Config) any { return c.healthRuns() }, false},
+		{"HEALTH_SERVICE_PORT=", func(c *Config) any { return c.healthRuns() }, false},
+		{"HEALTH_SERVICE_PORT=9000", func(c *Config) any { return c.healthRuns() }, true},
+		{"KUBERNETES_SERVICE_HOST=10.0.0.1", func(c *Config) any { return c.healthRuns() }, true},
+		{"REDIS_MAX_RECONNECT_ATTEMPTS=", func(c *Config) any { return c.Redis.MaxAttempts }, -1},
+		{"REDIS_RECONNECT_BACKOFF_RANDOMIZE=false", func(c *Config) any { return c.Redis.Backoff }, Backoff{Initial: 100 * time.Millisecond, Max: time.Second, Factor: 2}},
+	}
+	for _, test := range tests {
+		c, warnings, err := loadConfig([]string{"RELAY_MODE=server", test.entry})
+		if err != nil || len(warnings) > 0 {
+			t.Errorf("%s: %v %v", test.entry, err, warnings)
+		} else if got := test.get(c); !reflect.DeepEqual(got, test.want) {
+			t.Errorf("%s: %v, want %v", test.entry, got, test.want)
+		}
+	}
+}
+
+// TestHeartbeatsAreBelieved: a client derives its watchdog from what the
+// server announces, so the server must not accept what clients do not believe.
+func TestHeartbeatsAreBelieved(t *testing.T) {
+	for _, value := range []string{"100ms", "1s", "5m", "6m", "1h"} {
+		c, _, err := loadConfig([]string{"RELAY_MODE=server", "SERVER_HEARTBEAT_INTERVAL=" + value})
+		if err != nil {
+			continue
+		}
+		_, data, _ := strings.Cut(readyFrame(c.Server.Heartbeat), "data: ")
+		if got := announced([]byte(data)); got != c.Server.Heartbeat {
+			t.Errorf("an interval of %s is accepted, and clients take it for %s", value, got)
+		}
+	}
+}
+
+// TestEmptyMeansUnset: a variable set to nothing is as good as absent.
+func TestEmptyMeansUnset(t *testing.T) {
+	for _, env := range [][]string{
+		{"RELAY_MODE=server"},
+		{"RELAY_MODE=client", "SOURCE_URL=http://relay/subscribe/m", "TARGET_BASE_URL=http://target"},
+	} {
+		var empty []string
+		for _, s := range settings(&Config{}) {
+			empty = append(empty, s.name+"=", s.name+"= \t")
+		}
+		want, _, err := loadConfig(env)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, warnings, err := loadConfig(append(append(empty, "RELAY_TYPO="), env...))
+		if err != nil || len(warnings) != 1 {
+			t.Fatalf("%v, %v, want one warning", err, warnings)
+		}
+		if got.shown.String() != want.shown.String() {
+			t.Errorf("%s: settings %s, want %s", env[0], got.shown, want.shown)
+		}
+		if !reflect.DeepEqual(got, want) {
+			t.Errorf("%s: %+v, want %+v", env[0], got, want)
+		}
+	}
+}
+
+// TestStartupLog: the settings in force are logged once, without secrets;
+// names that a typo hides in are warned about, Kubernetes' own are not.
+func TestStartupLog(t *testing.T) {
+	server := startServer(t, "AUTH_TOKEN=hunter2", "REDIS_ENABLE_READY_CHECK=false", "RESPONSE_MODE=slack=response",
+		"SERVER_PROT=1", "RELAY_MODUS=hunter2", "TARGET_URL=x", "SERVER_MAX_PAYLOAD=1mb", "TARGET_TIMEOUT=1s",
+		"SERVER_SERVICE_HOST=10.0.0.1", "SERVER_SERVICE_PORT=3000", "SERVER_SERVICE_PORT_WEB=3000", "RELAY_SERVER_PORT=tcp://10.0.0.1:3000",
+		"RELAY_SERVER_PORT_3000_TCP=tcp://10.0.0.1:3000", "RELAY_SERVER_PORT_3000_TCP_ADDR=10.0.0.1", "TARGET_PORT_53_UDP_PROTO=udp", "OTHER=1", "PATH=/")
+	unused := "SOURCE_URL=http://user:hunter2@127.0.0.1:1/subscribe/m?token=hunter2"
+	client := start(t, "RELAY_MODE=client", "AUTH_TOKEN=hunter2", unused, "TARGET_BASE_URL=http://user:hunter2@127.0.0.1:1/base", "HTTPS_PROXY=http://user:hunter2@proxy:3128", "HTTP_PROXY=user:hunter2@proxy:3128")
+	for p, want := range map[*program]map[string]any{
+		server: {"RELAY_MODE": "server", "AUTH_TOKEN": "[redacted]", "SERVER_PORT": "0", "RESPONSE_MODE": "slack=response", "SERVER_HEARTBEAT_INTERVAL": "5000", "SOURCE_URL": nil, "REDIS_URL": nil},
+		client: {"RELAY_MODE": "client", "AUTH_TOKEN": "[redacted]", "SOURCE_URL": "http://redacted@127.0.0.1:1/subscribe/m", "TARGET_BASE_URL": "http://redacted@127.0.0.1:1/base", "HTTPS_PROXY": "http://redacted@proxy:3128", "HTTP_PROXY": "[redacted]", "SERVER_PORT": nil},
+	} {
+		records := p.log.lines("starting")
+		if len(records) != 1 || records[0]["version"] != version || records[0]["role"] != want["RELAY_MODE"] {
+			t.Fatalf("start-up log is %v", records)
+		}
+		shown := records[0]["settings"].(map[string]any)
+		for name, value := range want {
+			if shown[name] != value {
+				t.Errorf("%s is logged as %v, want %v", name, shown[name], value)
+			}
+		}
+		if strings.Contains(p.log.String(), "hunter2") {
+			t.Errorf("a secret in the log:\n%s", p.log)
+		}
+	}
+	var warned []string
+	for _, record := range append(server.log.lines("unknown variable"), server.log.lines("variable has no effect")...) {
+		warned = append(warned, record["variable"].(string))
+	}
+	if want := []string{"RELAY_MODUS", "SERVER_MAX_PAYLOAD", "SERVER_PROT", "TARGET_URL", "REDIS_ENABLE_READY_CHECK"}; !slices.Equal(warned, want) {
+		t.Errorf("warned about %q, want %q", warned, want)
+	}
+	if n := len(server.log.lines("anybody may subscribe: neither AUTH_TOKEN nor AUTH_TOKENS_FILE is set")); n != 0 {
+		t.Error("a server with a token says that anybody may subscribe")
+	}
+	open := startServer(t)
+	open.wait("anybody may subscribe: neither AUTH_TOKEN nor AUTH_TOKENS_FILE is set")
+}
+
+// TestResponseModeKeepsDefault: an exception leaves the other channels alone.
+func TestResponseModeKeepsDefault(t *testing.T) {
+	server := startServer(t, "RESPONSE_MODE=slack=response", "RESPONSE_TIMEOUT=slack=50")
+	if status, answer, _ := send(t, "POST", "http://"+server.addr+"/webhooks/ci", "{}"); status != 200 || answer != "" {
+		t.Errorf("ci: answer %d %q, want 200 at once", status, answer)
+	}
+	status, _, header := wire(t, server.addr, compose("POST /webhooks/slack HTTP/1.1", ""))
+	if status != 503 || header.Get("Retry-After") == "" {
+		t.Errorf("slack with nobody connected: answer %d %q, want 503 with Retry-After", status, header)
+	}
+}
+
+// Health.
+
+// scrape reads /metrics and checks its form: every family is described, every
+// line is a sample, and no name is there twice.
+func scrape(t testing.TB, p *program) map[string]float64 {
+	t.Helper()
+	status, text, header := send(t, "GET", "http://"+p.health+"/metrics", "")
+	if status != 200 || !strings.HasPrefix(header.Get("Content-Type"), "text/plain; version=0.0.4") {
+		t.Fatalf("/metrics: %d %q", status, header)
+	}
+	described, samples := map[string]int{}, map[string]float64{}
+	for line := range strings.Lines(text) {
+		if m := metricComment.FindStringSubmatch(line); m != nil {
+			described[m[2]]++
+			continue
+		}
+		m := metricSample.FindStringSubmatch(line)
+		if m == nil || described[m[1]] != 2 {
+			t.Errorf("/metrics has the line %q", line)
+			continue
+		}
+		if _, twice := samples[m[1]+m[2]]; twice {
+			t.Errorf("/metrics has %s twice", m[1]+m[2])
+		}
+		samples[m[1]+m[2]], _ = strconv.ParseFloat(m[3], 64)
+	}
+	return samples
+}
+
+var (
+	metricComment = regexp.MustCompile(`^# (HELP|TYPE) ([a-z_]+) [A-Za-z].*\n$`)
+	metricSample  = regexp.MustCompile(`^([a-z_]+)(\{[^}]*\})? (-?\d+)\n$`)
+)
+
+// probe is the status of a page of the health service.
+func probe(t testing.TB, p *program, page string) int {
+	t.Helper()
+	status, _, _ := send(t, "GET", "http://"+p.health+page, "")
+	return status
+}
+
+// checkProbes wants the statuses of /live, /ready and /health.
+func checkProbes(t testing.TB, p *program, when string, live, ready, health int) {
+	t.Helper()
+	if l, r, h := probe(t, p, "/live"), probe(t, p, "/ready"), probe(t, p, "/health"); l != live || r != ready || h != health {
+		t.Errorf("%s: /live %d, /ready %d, /health %d, want %d, %d, %d", when, l, r, h, live, ready, health)
+	}
+}
+
+// TestServerHealth: a draining server is not ready any more, but live and at
+// work until load balancers have noticed.
+func TestServerHealth(t *testing.T) {
+	t.Parallel()
+	server := startServer(t, "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=1500")
+	checkProbes(t, server, "at work", 200, 200, 200)
+	if status := probe(t, server, "/"); status != 404 {
+		t.Errorf("/: status %d, want 404", status)
+	}
+	if status, _, header := send(t, "POST", "http://"+server.health+"/live", ""); status != 405 || header.Get("Allow") != "GET, HEAD" {
+		t.Errorf("POST /live: status %d, Allow %q, want 405", status, header.Get("Allow"))
+	}
+	before := scrape(t, server)
+	stream := openStream(t, server.addr, "m")
+	stream.next(t)
+	for i := range 3 {
+		send(t, "POST", fmt.Sprintf("http://%s/webhooks/m%d/%d?label=x", server.addr, i, i), "{}", "X-Label", "x")
+	}
+	send(t, "POST", "http://"+server.addr+"/webhooks/m", "{}")
+	stream.message(t)
+	wire(t, server.addr, compose("POST /webhooks/a%20b HTTP/1.1", ""))
+	after := scrape(t, server)
+	if !slices.Equal(slices.Sorted(maps.Keys(before)), slices.Sorted(maps.Keys(after))) {
+		t.Errorf("metrics changed their names from %v to %v", before, after)
+	}
+	for name, want := range map[string]float64{
+		"relay_webhooks_total": 5, "relay_webhooks_unheard_total": 3, "relay_webhooks_refused_total": 1,
+		"relay_events_delivered_total": 1, "relay_subscribers": 1, "relay_channels": 1, "relay_held_requests": 0,
+	} {
+		if after[name] != want {
+			t.Errorf("%s is %v, want %v", name, after[name], want)
+		}
+	}
+	server.cancel()
+	eventually(t, "unready", func() bool { return probe(t, server, "/ready") == 503 })
+	checkProbes(t, server, "draining", 200, 503, 503)
+	if answer := raw(t, server.addr, compose("POST /webhooks/m HTTP/1.1", "late")); !strings.HasPrefix(answer, "HTTP/1.1 200 OK\r\nConnection: close\r\n") {
+		t.Errorf("answer to a webhook while draining: %q, want 200 and the end of the connection", answer)
+	}
+	if got := stream.message(t)["body"]; got != "late" {
+		t.Errorf("stream has the body %q, want the late webhook", got)
+	}
+	stream.ended(t)
+	if err := server.stop(); err != nil {
+		t.Errorf("run returned %v", err)
+	}
+}
+
+// TestClientHealth: ready means an open stream; a source that is away makes a
+// client unready and never dead.
+func TestClientHealth(t *testing.T) {
+	var up atomic.Bool
+	end := make(chan struct{})
+	source := newSource(t, func(_ int, w http.ResponseWriter, r *http.Request) {
+		if !up.Load() {
+			w.WriteHeader(503)
+			return
+		}
+		event := dataBlock(map[string]string{"id": "same", "originalUrl": "/x"})
+		tell(w, readyBlock, event, event, "data: {\n\n")
+		select {
+		case <-end:
+		case <-r.Context().Done():
+		}
+	})
+	target := newTarget(t, nil)
+	client := start(t, "RELAY_MODE=client", "SOURCE_URL="+source.URL, "TARGET_BASE_URL="+target.url, "RECONNECT_INTERVAL=1", "HEALTH_SERVICE_PORT=0")
+	client.wait("subscribe ended")
+	checkProbes(t, client, "before ready", 200, 503, 503)
+	up.Store(true)
+	client.wait("stream ready")
+	checkProbes(t, client, "ready", 200, 200, 200)
+	target.next(t)
+	client.wait("webhook forwarded")
+	client.wait("event refused")
+	m := scrape(t, client)
+	for name, want := range map[string]float64{
+		"relay_events_total": 3, "relay_events_duplicate_total": 1, "relay_events_invalid_total": 1, "relay_forwarded_total": 1, "relay_forward_failures_total": 0, "relay_stream_ends_total": 0,
+	} {
+		if m[name] != want {
+			t.Errorf("%s is %v, want %v", name, m[name], want)
+		}
+	}
+	up.Store(false)
+	close(end)
+	client.wait("stream ended")
+	checkProbes(t, client, "after the stream", 200, 503, 503)
+	if err := client.stop(); err != nil {
+		t.Errorf("run returned %v", err)
+	}
+}
+
+// TestHealthServiceDetection: outside Kubernetes it starts only when asked to.
+func TestHealthServiceDetection(t *testing.T) {
+	server := startServer(t)
+	if records := server.log.lines("health service listening"); len(records) > 0 {
+		t.Errorf("it runs: %v", records)
+	}
+}
+
+// TestShutdownAnswers503: while streams are asked to move, whatever is new is
+// sent to another replica with the one status that ends no legacy client.
+func TestShutdownAnswers503(t *testing.T) {
+	t.Parallel()
+	server := startServer(t, "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=1000")
+	legacy := openStream(t, server.addr, "m")
+	stream := openStream(t, server.addr, "m", "X-Relay-Features: respond, drain")
+	for _, s := range []*legacyStream{legacy, stream} {
+		s.next(t)
+	}
+	began := time.Now()
+	server.cancel()
+	if b := stream.next(t); b != (block{"", "drain", "{}"}) {
+		t.Errorf("the stream says %+v, want drain", b)
+	}
+	for _, line := range []string{"POST /webhooks/m HTTP/1.1", "GET /subscribe/m/ HTTP/1.1"} {
+		status, answer, header := wire(t, server.addr, compose(line, ""))
+		if status != 503 || answer != `{"statusCode":503,"message":"shutting down"}` || header.Get("Retry-After") == "" {
+			t.Errorf("%s: answer %d %q %s, want 503 with Retry-After", line, status, header, answer)
+		}
+	}
+	stream.ended(t)
+	if rest := legacy.ended(t); rest != "" {
+		t.Errorf("a legacy stream ends with %q", rest)
+	}
+	if err := server.stop(); err != nil {
+		t.Errorf("run returned %v", err)
+	}
+	if took := time.Since(began); took > 3*time.Second {
+		t.Errorf("shutdown took %s", took)
+	}
+}
+
+// TestServerRestart: a client outlives its server and finds the next one.
+func TestServerRestart(t *testing.T) {
+	quick := "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=200"
+	server := startServer(t, quick)
+	target := newTarget(t, nil)
+	client := startClient(t, server.addr, "m", target.url)
+	send(t, "POST", "http://"+server.addr+"/webhooks/m/1", "")
+	target.next(t)
+	if err := server.stop(); err != nil {
+		t.Errorf("run returned %v", err)
+	}
+	client.wait("stream ended")
+	_, port, _ := net.SplitHostPort(server.addr)
+	server = startServer(t, quick, "SERVER_PORT="+port)
+	eventually(t, "second stream", func() bool { return len(client.log.lines("stream ready")) == 2 })
+	send(t, "POST", "http://"+server.addr+"/webhooks/m/2", "")
+	if got := target.next(t).line; got != "POST /webhooks/m/2 HTTP/1.1" {
+		t.Errorf("target got %q", got)
+	}
+}
+
+// TestClientFinishesForwards: a client that is told to end takes nothing new
+// and brings what it has to its end.
+func TestClientFinishesForwards(t *testing.T) {
+	answer := make(chan string)
+	target := newTarget(t, func(recorded) string { return <-answer })
+	left := make(chan struct{})
+	source := newSource(t, func(_ int, w http.ResponseWriter, r *http.Request) {
+		tell(w, readyBlock, dataBlock(map[string]string{"originalUrl": "/1"}))
+		<-r.Context().Done()
+		close(left)
+	})
+	client := startClient(t, hostOf(source.URL), "m", target.url)
+	target.next(t)
+	client.cancel()
+	<-left
+	select {
+	case <-client.done:
+		t.Fatal("ended with a forward under way")
+	case answer <- ok200:
+	}
+	if err := client.stop(); err != nil {
+		t.Errorf("run returned %v", err)
+	}
+	if n := len(client.log.lines("webhook forwarded")); n != 1 {
+		t.Errorf("%d webhooks forwarded, want 1", n)
+	}
+}
+
+// TestNothingLeaks sends a secret through every field of every message, to
+// both roles, with targets and sources that fail in every way, and looks for
+// it in the logs at debug level and in every answer of the relay itself.
+func TestNothingLeaks(t *testing.T) {
+	secret := func(where string) string { return "canary-" + where + "-canary" }
+	const secretNumber = "6561737465726567.5"
+	var said []string // what somebody outside could read
+	note := func(where, text string) { said = append(said, where+": "+text) }
+
+	failures := map[string]string{
+		"status":    "HTTP/1.1 500 " + secret("reason") + "\r\nX: " + secret("reply-header") + "\r\nContent-Length: 2\r\n\r\n{}",
+		"broken":    hangUp,
+		"garbage":   secret("reply-line") + "\r\n\r\n",
+		"header":    "HTTP/1.1 200 OK\r\n" + secret("reply-field") + "\r\n\r\n",
+		"length":    "HTTP/1.1 200 OK\r\nContent-Length: " + secret("reply-length") + "\r\n\r\n",
+		"encoding":  "HTTP/1.1 200 OK\r\nTransfer-Encoding: " + secret("reply-encoding") + "\r\n\r\n",
+		"chunk":     "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + secret("reply-chunk") + "\r\n",
+		"redirect":  "HTTP/1.1 307 Redirect\r\nLocation: http://user:" + secret("location") + "@x\x7f/\r\nContent-Length: 0\r\n\r\n",
+		"long":      "HTTP/1.1 200 OK\r\nX: " + strings.Repeat(secret("reply-long"), 8<<10) + "\r\n\r\n",
+		"upgrade":   "HTTP/1.1 101 " + secret("reply-upgrade") + "\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n",
+		"truncated": "HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n" + secret("reply-body"),
+	}
+	target := newTarget(t, func(r recorded) string {
+		_, failure, _ := strings.Cut(strings.Fields(r.line)[1], "?fail=")
+		failure, _, _ = strings.Cut(failure, "&")
+		return failures[failure]
+	})
+	server := startServer(t, "AUTH_TOKEN="+secret("token"), "RESPONSE_MODE=held=status", "RESPONSE_TIMEOUT=150", "SERVER_MAX_PAYLOAD_SIZE_LIMIT=1kb", probed[0], probed[1])
+	credentials := func(where string) string { return secret(where+"-user") + ":" + secret(where+"-password") + "@" }
+	targetURL := "http://" + credentials("target") + hostOf(target.url)
+	client := startClient(t, server.addr, "held", targetURL, "AUTH_TOKEN="+secret("token"), "TARGET_RETRY_WINDOW=0", "TARGET_TIMEOUT=100", "HEALTH_SERVICE_PORT=0",
+		"SOURCE_URL=http://"+credentials("source")+server.addr+"/subscribe/held/?k="+secret("source-query"))
+	headers := []string{
+		"X-Secret: " + secret("header"), "Authorization: Bearer " + secret("authorization"), "Cookie: " + secret("cookie"),
+		"Referer: http://" + secret("referer") + "/", "User-Agent: " + secret("user-agent"), "X-Auth-Token: " + secret("wrong-token"),
+		"X-Forwarded-For: " + secret("forwarded"), "X-Relay-Client: " + secret("client-name") + "!", "Connection: close",
+	}
+	for failure := range failures {
+		line := "POST /webhooks/held/" + secret("path") + "?fail=" + failure + "&q=" + secret("query") + " HTTP/1.1"
+		status, answer, header := wire(t, server.addr, compose(line, secret("body"), headers...))
+		if failure != "status" && status != 502 && status != 504 && status/100 != 2 && status/100 != 3 {
+			t.Errorf("%s: status %d", failure, status)
+		}
+		note(failure, fmt.Sprint(header, answer))
+		target.next(t)
+	}
+	// Every answer that refuses.
+	bearer := "Authorization: Bearer " + secret("token")
+	for i, request := range []string{
+		compose("GET /subscribe/held/?q="+secret("query")+" HTTP/1.1", "", headers...),
+		compose("GET /subscribe/held/ HTTP/1.1", "", "Authorization: Bearer "+secret("wrong-token"), "Connection: close"),
+		compose("POST /subscribe/held/ HTTP/1.1", secret("body"), headers...),
+		compose("POST /subscribe/held/responses/x HTTP/1.1", secret("report"), headers...),
+		compose("POST /subscribe/held/responses/x HTTP/1.1", secret("report"), bearer),
+		compose("POST /subscribe/held/responses/x HTTP/1.1", `{"status":"`+secret("report")+`"}`, bearer),
+		compose("POST /subscribe/held/responses/x HTTP/1.1", `{"status":200,"body":{"`+secret("report-key")+`":1}}`, bearer),
+		compose("POST /subscribe/held/responses/x HTTP/1.1", `{"status":200,"headers":{"x":"`+secret("report-value")+`\u0000"}}`, bearer),
+		compose("POST /subscribe/held/responses/x HTTP/1.1", `{"error":"`+secret("report-error")+`"}`, bearer),
+		compose("POST /subscribe/held/responses/x HTTP/1.1", `{"status":200,"body":"`+secret("report")+`"}`, bearer),
+		compose("POST /webhooks/"+secret("channel")+"!/x HTTP/1.1", secret("body"), headers...),
+		compose("POST /webhooks/m/../"+secret("path")+" HTTP/1.1", secret("body"), headers...),
+		compose("POST /"+secret("path")+"?"+secret("query")+" HTTP/1.1", secret("body"), headers...),
+		compose("POST /webhooks/m HTTP/1.1", strings.Repeat(secret("body"), 100), headers...),
+		compose("POST /webhooks/m/%zz"+secret("path")+" HTTP/1.1", "", headers...),
+		compose("POST /webhooks/m HTTP/1.1", secret("chunk")+"\r\n", "Transfer-Encoding: chunked", "Connection: close"),
+		compose("POST /webhooks/m HTTP/1.1", "", "Content-Length: "+secret("length")),
+		compose("POST /webhooks/m HTTP/1.1", "", secret("field")+" : x"),
+		compose("POST /webhooks/m HTTP/1.1", "", "Host: "+secret("host")),
+		secret("line") + "\r\n\r\n",
+	} {
+		status, answer, header := wire(t, server.addr, request)
+		if status < 400 {
+			t.Errorf("%.60q: status %d, want a refusal", request, status)
+		}
+		note(fmt.Sprint("refusal ", i), fmt.Sprint(header, answer))
+	}
+	for _, page := range []string{"/health", "/ready", "/metrics", "/" + secret("path")} {
+		for _, p := range []*program{server, client} {
+			_, answer, header := send(t, "GET", "http://"+p.health+page, "")
+			note("page", fmt.Sprint(header, answer))
+		}
+	}
+
+	// Sources that fail.
+	malformed := steady(t,
+		"data: "+secret("event")+"\n\n", "data: {\"body\":\""+secret("event-body")+"\n\n", "event: "+secret("event-name")+"\ndata: {}\n\n",
+		dataBlock(map[string]any{"originalUrl": "/x", "headers": map[string]any{"x": secret("event-value") + "\r\n"}}),
+		dataBlock(map[string]any{"originalUrl": "/x", "headers": map[string]any{"x": map[string]any{secret("event-key"): secret("event-value")}}}),
+		dataBlock(map[string]any{"originalUrl": "/x", "headers": map[string]any{"x": secret("event-value") + "\u0142"}}),
+		dataBlock(map[string]any{"originalUrl": "/../" + secret("event-path") + "?" + secret("event-query")}),
+		dataBlock(map[string]any{"originalUrl": "/x? " + secret("event-query")}),
+		dataBlock(map[string]any{"originalUrl": "/x", "body": map[string]any{secret("event-key"): 1}}),
+		dataBlock(map[string]any{"originalUrl": "/x", "bodyBase64": secret("event-base64") + "*"}),
+		dataBlock(map[string]any{"originalUrl": "/x", "timestamp": secret("event-time")}),
+		"data: {\"originalUrl\":\"/x\",\"timestamp\":"+secretNumber+"}\n\n",
+		dataBlock(map[string]any{"originalUrl": "/x", "id": secret("event-id") + " "}),
+		dataBlock(map[string]any{"originalUrl": "/last?fail=broken"}),
+	)
+	refusing := newSource(t, func(n int, w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Location", "http://user:"+secret("source-location")+"@x/")
+		w.Header().Set("X", secret("source-header"))
+		w.Header().Set("Content-Type", secret("source-type"))
+		w.WriteHeader([]int{200, 302, 401, 503}[n%4])
+		io.WriteString(w, secret("source-body"))
+	})
+	garbage := newTarget(t, func(recorded) string { return "HTTP/1.1 200 OK\r\n" + secret("source-field") + "\r\n\r\n" })
+	programs := []*program{client, server}
+	for source, message := range map[string]string{malformed.URL: "webhook given up", refusing.URL: "subscribe ended", garbage.url: "subscribe ended"} {
+		p := start(t, "RELAY_MODE=client", "SOURCE_URL=http://"+credentials("source")+hostOf(source)+"/?k="+secret("source-query"), "TARGET_BASE_URL="+targetURL,
+			"AUTH_TOKEN="+secret("token"), "TARGET_RETRY_WINDOW=0", "RECONNECT_INTERVAL=1")
+		p.wait(message)
+		if source == refusing.URL {
+			eventually(t, "every refusal", func() bool { return len(p.log.lines(message)) >= 4 })
+		}
+		if source == malformed.URL {
+			if n := len(p.log.lines("event refused")); n != 12 {
+				t.Errorf("%d events refused, want 12", n)
+			}
+		}
+		programs = append(programs, p)
+	}
+	redis := startServer(t, "REDIS_URL=redis://"+credentials("redis")+"127.0.0.1:1/0", "AUTH_TOKEN="+secret("token"))
+	redis.wait("redis is down")
+	status, answer, header := wire(t, redis.addr, compose("POST /webhooks/m?"+secret("query")+" HTTP/1.1", secret("body"), headers...))
+	if status != 503 {
+		t.Errorf("redis is down: status %d, want 503", status)
+	}
+	note("redis is down", fmt.Sprint(header, answer))
+
+	for _, p := range append(programs, redis) {
+		p.stop()
+		note("log", p.log.String())
+	}
+	all := strings.Join(said, "\n")
+	leaked := map[string]bool{}
+	for _, m := range regexp.MustCompile(`canary-(.*?)-canary`).FindAllStringSubmatchIndex(all, -1) {
+		if where := all[m[2]:m[3]]; !leaked[where] {
+			leaked[where] = true
+			t.Errorf("%s leaks in …%q…", where, all[max(0, m[0]-200):min(len(all), m[1]+60)])
+		}
+	}
+	if strings.Contains(all, secretNumber) {
+		t.Error("a number of an event leaks")
+	}
+	for _, where := range []string{"source", "target"} {
+		user, password, _ := strings.Cut(strings.TrimSuffix(credentials(where), "@"), ":")
+		if strings.Contains(all, base64.StdEncoding.EncodeToString([]byte(user+":"+password))) {
+			t.Errorf("credentials of %s leak in base64", where)
+		}
+	}
+}
+
+// The program as a process.
+
+// process is the test binary as the program.
+type process struct {
+	cmd         *exec.Cmd
+	out, stderr logBuffer
+	exited      chan struct{} // closed when it has ended
+}
+
+// launch starts the program with env and args; it is killed when the test ends.
+func launch(t testing.TB, env []string, args ...string) *process {
+	t.Helper()
+	p := &process{cmd: exec.CommandContext(t.Context(), os.Args[0], args...), exited: make(chan struct{})}
+	p.cmd.Env = append([]string{"RELAY_TEST_MAIN=1", "GORACE=atexit_sleep_ms=0", "SERVER_PORT=0", "LOG_FORMAT=json", "LOG_LEVEL=debug"}, env...)
+	p.cmd.Stdout, p.cmd.Stderr = &p.out, &p.stderr
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		defer close(p.exited)
+		p.cmd.Wait()
+	}()
+	t.Cleanup(func() { <-p.exited })
+	return p
+}
+
+// code waits for the end and returns the exit code.
+func (p *process) code(t testing.TB) int {
+	t.Helper()
+	select {
+	case <-p.exited:
+	case <-time.After(patience):
+		t.Fatalf("process did not end:\n%s", &p.stderr)
+	}
+	return p.cmd.ProcessState.ExitCode()
+}
+
+// logged waits for a record.
+func (p *process) logged(t testing.TB, msg string) {
+	t.Helper()
+	eventually(t, msg, func() bool { return len(p.stderr.lines(msg)) > 0 })
+}
+
+// TestExitCodes: 0 in order, 1 for what failed at run time, 2 for a mistake
+// in how it was started; the second signal does not wait.
+func TestExitCodes(t *testing.T) {
+	t.Parallel()
+	l, err := net.Listen("tcp", ":0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	_, taken, _ := net.SplitHostPort(l.Addr().String())
+	tests := []struct {
+		name        string
+		env, args   []string
+		code        int
+		out, stderr string // beginnings; of stderr behind the name
+	}{
+		{"help", nil, []string{"-help"}, 0, "webhook-relay " + version, ""},
+		{"version", nil, []string{"-version"}, 0, "webhook-relay " + version + "\n", ""},
+		{"no environment", nil, nil, 2, "", "RELAY_MODE: required"},
+		{"two mistakes", []string{"RELAY_MODE=server", "SERVER_PORT=x", "LOG_LEVEL=x"}, nil, 2, "", `LOG_LEVEL: "x": must be`},
+		{"argument", []string{"RELAY_MODE=server"}, []string{"server"}, 2, "", `unexpected argument "server"`},
+		{"port in use", []string{"RELAY_MODE=server", "SERVER_PORT=" + taken}, nil, 1, "", "listen for webhooks: "},
+	}
+	for _, test := range tests {
+		p := launch(t, test.env, test.args...)
+		if code := p.code(t); code != test.code || !strings.HasPrefix(p.out.String(), test.out) || (test.out == "") != (p.out.String() == "") {
+			t.Errorf("%s: exit code %d, want %d; output %.80q, want %q", test.name, code, test.code, p.out.String(), test.out)
+		}
+		if _, said, _ := strings.Cut(p.stderr.String(), "webhook-relay: "); !strings.HasPrefix(said, test.stderr) || test.stderr == "" && p.stderr.String() != "" {
+			t.Errorf("%s: stderr %q, want %q", test.name, p.stderr.String(), test.stderr)
+		}
+		if test.name == "help" {
+			for _, s := range settings(&Config{}) {
+				if n := strings.Count(p.out.String(), "\n"+s.name+" "); n != 1 {
+					t.Errorf("%s is in the help %d times", s.name, n)
+				}
+			}
+		}
+	}
+	if code := launch(t, []string{"RELAY_MODE=server"}, "-verbose").code(t); code != 2 {
+		t.Errorf("unknown flag: exit code %d, want 2", code)
+	}
+
+	client := []string{"RELAY_MODE=client", "SOURCE_URL=http://127.0.0.1:1/subscribe/m", "TARGET_BASE_URL=http://127.0.0.1:1"}
+	for _, signal := range []os.Signal{syscall.SIGTERM, os.Interrupt} {
+		server := launch(t, []string{"RELAY_MODE=server"})
+		client := launch(t, client)
+		server.logged(t, "listening")
+		client.logged(t, "subscribe ended")
+		for name, p := range map[string]*process{"server": server, "client": client} {
+			p.cmd.Process.Signal(signal)
+			if code := p.code(t); code != 0 {
+				t.Errorf("%s after %v: exit code %d, want 0:\n%s", name, signal, code, &p.stderr)
+			}
+		}
+	}
+	p := launch(t, []string{"RELAY_MODE=server", "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=1h"})
+	p.logged(t, "listening")
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	p.logged(t, "shutting down")
+	eventually(t, "end at the second signal", func() bool { // which may come before the program listens for it
+		p.cmd.Process.Signal(syscall.SIGTERM)
+		select {
+		case <-p.exited:
+			return true
+		default:
+			return false
+		}
+	})
+	if code := p.code(t); code != 1 {
+		t.Errorf("second signal: exit code %d, want 1", code)
+	}
+}
+
+// TestStderrIsTheLogAlone: nothing but records of the log is written, not even
+// by net/http, which would quote what a target sends unasked.
+func TestStderrIsTheLogAlone(t *testing.T) {
+	t.Parallel()
+	target := newTarget(t, func(recorded) string { return ok200 + "canary" })
+	second := make(chan struct{})
+	source := newSource(t, func(_ int, w http.ResponseWriter, r *http.Request) {
+		tell(w, readyBlock, dataBlock(map[string]string{"originalUrl": "/1"}))
+		<-second
+		tell(w, dataBlock(map[string]string{"originalUrl": "/2"}))
+		<-r.Context().Done()
+	})
+	p := launch(t, []string{"RELAY_MODE=client", "SOURCE_URL=" + source.URL, "TARGET_BASE_URL=" + target.url})
+	target.next(t)
+	p.logged(t, "webhook forwarded")
+	close(second)
+	target.next(t)
+	eventually(t, "second forward", func() bool { return len(p.stderr.lines("webhook forwarded")) == 2 })
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	if code := p.code(t); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	for line := range strings.Lines(p.stderr.String()) {
+		if !json.Valid([]byte(line)) || strings.Contains(line, "canary") {
+			t.Errorf("stderr has the line %q", line)
+		}
+	}
+}
+
+// The repository.
+
+// readFile is a file of the repository.
+func readFile(t testing.TB, name string) string {
+	t.Helper()
+	b, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+// TestReadme holds the tables of variables to the program's.
+func TestReadme(t *testing.T) {
+	rows := map[string][]string{}
+	for _, m := range regexp.MustCompile("(?m)^\\| *`([A-Z][A-Z0-9_]+)` *\\| *([^|]*?) *\\|").FindAllStringSubmatch(readFile(t, "README.md"), -1) {
+		rows[m[1]] = append(rows[m[1]], strings.Trim(m[2], "`"))
+	}
+	for _, s := range settings(&Config{}) {
+		want := s.fallback
+		if want == "" {
+			want = "none"
+		}
+		if got := rows[s.name]; !slices.Equal(got, []string{want}) {
+			t.Errorf("%s has the rows %q, want one with the default %s", s.name, got, want)
+		}
+		delete(rows, s.name)
+	}
+	for name := range rows {
+		t.Errorf("%s is no variable of the program", name)
+	}
+}
+
+// node is a value in YAML: a mapping, a list or a scalar.
+type node struct {
+	fields map[string]*node
+	items  []*node
+	text   string
+}
+
+// at walks fields by name and items by number; it is never nil.
+func (n *node) at(path ...string) *node {
+	for _, key := range path {
+		next := n.fields[key]
+		if i, err := strconv.Atoi(key); err == nil && i < len(n.items) {
+			next = n.items[i]
+		}
+		if next == nil {
+			return &node{}
+		}
+		n = next
+	}
+	return n
+}
+
+func (n *node) number(t testing.TB) int {
+	t.Helper()
+	i, err := strconv.Atoi(n.text)
+	if err != nil {
+		t.Errorf("%q is no number", n.text)
+	}
+	return i
+}
+
+var (
+	yamlField   = regexp.MustCompile(`^([^\s:"'#-][^\s:]*):(?: +(.*))?$`)
+	yamlComment = regexp.MustCompile(`(^|\s+)#.*$`)
+)
+
+// yamlReader reads the plain block form of YAML that the manifests keep to.
+type yamlReader struct {
+	t     testing.TB
+	lines []string // without blanks and comments
+}
+
+func indentOf(line string) int { return len(line) - len(strings.TrimLeft(line, " ")) }
+
+// block reads the value whose lines begin at column indent.
+func (y *yamlReader) block(indent int) *node {
+	n := &node{fields: map[string]*node{}}
+	for len(y.lines) > 0 && indentOf(y.lines[0]) == indent {
+		line := y.lines[0][indent:]
+		if item, ok := strings.CutPrefix(line, "- "); ok {
+			if yamlField.MatchString(item) {
+				y.lines[0] = strings.Repeat(" ", indent+2) + item
+				n.items = append(n.items, y.block(indent+2))
+			} else {
+				y.lines = y.lines[1:]
+				n.items = append(n.items, y.scalar(item))
+			}
+			continue
+		}
+		m := yamlField.FindStringSubmatch(line)
+		if m == nil || n.fields[m[1]] != nil || n.items != nil {
+			y.t.Fatalf("line %q does not fit", line)
+		}
+		y.lines = y.lines[1:]
+		switch {
+		case m[2] != "":
+			n.fields[m[1]] = y.scalar(m[2])
+		case len(y.lines) > 0 && indentOf(y.lines[0]) > indent:
+			n.fields[m[1]] = y.block(indentOf(y.lines[0]))
+		default:
+			y.t.Fatalf("%q has no value", line)
+		}
+	}
+	return n
+}
+
+func (y *yamlReader) scalar(text string) *node {
+	if unquoted, err := strconv.Unquote(text); err == nil {
+		return &node{text: unquoted}
+	}
+	if strings.ContainsAny(text[:1], "\"'[{&*!|>%@`") || strings.Contains(text, ": ") {
+		y.t.Fatalf("value %q is not in plain block form", text)
+	}
+	return &node{text: text}
+}
+
+// readManifests decodes every document of manifests.yaml.
+func readManifests(t testing.TB) (documents []*node) {
+	for document := range strings.SplitSeq("\n"+readFile(t, "manifests.yaml"), "\n---\n") {
+		y := &yamlReader{t: t}
+		for line := range strings.SplitSeq(document, "\n") {
+			if !strings.Contains(line, `"`) || strings.HasPrefix(strings.TrimSpace(line), "#") {
+				line = yamlComment.ReplaceAllString(line, "")
+			}
+			if strings.TrimSpace(line) != "" {
+				y.lines = append(y.lines, line)
+			}
+		}
+		documents = append(documents, y.block(0))
+		if len(y.lines) > 0 {
+			t.Fatalf("line %q is indented oddly", y.lines[0])
+		}
+	}
+	return documents
+}
+
+// TestManifests holds the manifests to the program: ports, probes, variables,
+// the time to drain, and what a pod of it may do.
+func TestManifests(t *testing.T) {
+	c, _, err := loadConfig([]string{"RELAY_MODE=server", "KUBERNETES_SERVICE_HOST=10.0.0.1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	working := func(context.Context) error { return nil }
+	health := &Health{Live: working, Ready: working}
+	roles := map[string]string{} // of variables
+	for _, s := range settings(&Config{}) {
+		roles[s.name] = s.role
+	}
+	kinds := map[string]int{}
+	pods := map[string]map[string]string{} // labels of pods by Deployment
+	documents := readManifests(t)
+	for _, d := range documents {
+		kind, name := d.at("kind").text, d.at("metadata", "name").text
+		component := d.at("metadata", "labels", "app.kubernetes.io/component").text
+		kinds[component+" "+kind]++
+		if d.at("apiVersion").text == "" || name == "" || component == "" {
+			t.Errorf("%s %q: apiVersion, name or component is missing", kind, name)
+		}
+		if kind != "Deployment" {
+			continue
+		}
+		spec := d.at("spec", "template", "spec")
+		labels := map[string]string{}
+		for key, value := range d.at("spec", "template", "metadata", "labels").fields {
+			labels[key] = value.text
+		}
+		pods[name] = labels
+		for key, value := range d.at("spec", "selector", "matchLabels").fields {
+			if labels[key] != value.text {
+				t.Errorf("%s selects %s=%s, which its pods do not have", name, key, value.text)
+			}
+		}
+		for _, container := range spec.at("containers").items {
+			own := container.at("securityContext")
+			for what, ok := range map[string]bool{
+				"non-root":          spec.at("securityContext", "runAsNonRoot").text == "true" || own.at("runAsNonRoot").text == "true",
+				"a numeric user":    spec.at("securityContext", "runAsUser").number(t) > 0,
+				"seccomp":           spec.at("securityContext", "seccompProfile", "type").text == "RuntimeDefault",
+				"no escalation":     own.at("allowPrivilegeEscalation").text == "false",
+				"a read-only root":  own.at("readOnlyRootFilesystem").text == "true",
+				"no capabilities":   own.at("capabilities", "drop", "0").text == "ALL",
+				"a memory limit":    container.at("resources", "limits", "memory").text != "",
+				"requests":          container.at("resources", "requests", "cpu").text != "" && container.at("resources", "requests", "memory").text != "",
+				"no API token":      spec.at("automountServiceAccountToken").text == "false",
+				"no links":          spec.at("enableServiceLinks").text == "false", // a Service named server would set SERVER_PORT
+				"a readiness probe": container.at("readinessProbe").fields != nil,
+				"a liveness probe":  container.at("livenessProbe").fields != nil,
+			} {
+				if !ok {
+					t.Errorf("%s: %s is missing", name, what)
+				}
+			}
+		}
+		if component != "server" && component != "client" {
+			continue
+		}
+
+		// The program's own.
+		container := spec.at("containers", "0")
+		if got := d.at("spec", "strategy", "rollingUpdate", "maxUnavailable").text; got != "0" {
+			t.Errorf("%s: maxUnavailable is %q, want 0", name, got)
+		}
+		end := c.HandlerTimeout
+		if component == "server" {
+			end += c.ShutdownDelay
+		}
+		if grace := time.Duration(spec.at("terminationGracePeriodSeconds").number(t)) * time.Second; grace <= end {
+			t.Errorf("%s: grace period of %s does not cover the %s that draining takes", name, grace, end)
+		}
+		ports := []int{c.HealthPort}
+		if component == "server" {
+			ports = []int{c.Port, c.HealthPort}
+		}
+		var declared []int
+		for _, p := range container.at("ports").items {
+			declared = append(declared, p.at("containerPort").number(t))
+		}
+		if !slices.Equal(declared, ports) {
+			t.Errorf("%s: container ports %v, want %v", name, declared, ports)
+		}
+		for probe, page := range map[string]string{"livenessProbe": "/live", "readinessProbe": "/ready"} {
+			get := container.at(probe, "httpGet")
+			if get.at("path").text != page || get.at("port").number(t) != c.HealthPort {
+				t.Errorf("%s: %s asks for %s at %s", name, probe, get.at("path").text, get.at("port").text)
+			}
+			w := httptest.NewRecorder()
+			health.ServeHTTP(w, httptest.NewRequest("GET", get.at("path").text, nil))
+			if w.Code != 200 {
+				t.Errorf("%s: %s asks for %s, which is %d", name, probe, get.at("path").text, w.Code)
+			}
+			if timeout := time.Duration(container.at(probe, "timeoutSeconds").number(t)) * time.Second; timeout <= checkTimeout {
+				t.Errorf("%s: %s waits %s, a check may take %s", name, probe, timeout, checkTimeout)
+			}
+		}
+		env := map[string]*node{}
+		var environ []string
+		for _, e := range container.at("env").items {
+			variable := e.at("name").text
+			env[variable] = e
+			environ = append(environ, variable+"="+e.at("value").text)
+			if role := roles[variable]; variable != "GOMEMLIMIT" && role != "both" && role != component {
+				t.Errorf("%s: %s is no variable of a %s", name, variable, component)
+			}
+		}
+		if _, warnings, err := loadConfig(environ); err != nil || len(warnings) > 0 {
+			t.Errorf("%s: its environment: %v %v", name, err, warnings)
+		}
+		secret := env["AUTH_TOKEN"].at("valueFrom", "secretKeyRef")
+		if secret.at("optional").text != "true" || secret.at("name").text == "" || secret.at("key").text == "" {
+			t.Errorf("%s: AUTH_TOKEN does not come from an optional Secret", name)
+		}
+		unit := map[string]float64{"Mi": 1, "MiB": 1, "Gi": 1024, "GiB": 1024}
+		amount := regexp.MustCompile(`^(\d+)(\w+)$`)
+		soft, hard := amount.FindStringSubmatch(env["GOMEMLIMIT"].at("value").text), amount.FindStringSubmatch(container.at("resources", "limits", "memory").text)
+		if soft == nil || hard == nil {
+			t.Errorf("%s: GOMEMLIMIT or the memory limit cannot be read", name)
+		} else {
+			s, _ := strconv.ParseFloat(soft[1], 64)
+			h, _ := strconv.ParseFloat(hard[1], 64)
+			if s *= unit[soft[2]]; s <= 0 || s >= h*unit[hard[2]] {
+				t.Errorf("%s: GOMEMLIMIT %s is not below the memory limit %s", name, soft[0], hard[0])
+			}
+		}
+	}
+	for _, kind := range []string{"server Deployment", "server Service", "server Ingress", "server PodDisruptionBudget", "client Deployment"} {
+		if kinds[kind] != 1 {
+			t.Errorf("%d of %s, want 1", kinds[kind], kind)
+		}
+	}
+	for _, m := range regexp.MustCompile(`(?m)^ *# *- name: (\S+)`).FindAllStringSubmatch(readFile(t, "manifests.yaml"), -1) {
+		if roles[m[1]] == "" {
+			t.Errorf("%s in a comment is no variable of the program", m[1])
+		}
+		delete(roles, m[1])
+	}
+	if roles["REDIS_URL"] != "" {
+		t.Error("there is no commented REDIS_URL")
+	}
+	checkServices(t, documents, pods, c)
+}
+
+// checkServices follows the Ingress to the Service to the server's port.
+func checkServices(t *testing.T, documents []*node, pods map[string]map[string]string, c *Config) {
+	services := map[string]*node{}
+	for _, d := range documents {
+		selector := d.at("spec", "selector")
+		if kind := d.at("kind").text; kind == "Service" {
+			services[d.at("metadata", "name").text] = d
+		} else if kind == "PodDisruptionBudget" {
+			selector = selector.at("matchLabels")
+		} else {
+			continue
+		}
+		found := 0
+		for _, labels := range pods {
+			matches := true
+			for key, value := range selector.fields {
+				matches = matches && labels[key] == value.text
+			}
+			if matches {
+				found++
+			}
+		}
+		if found != 1 {
+			t.Errorf("%s selects the pods of %d Deployments", d.at("metadata", "name").text, found)
+		}
+	}
+	for _, d := range documents {
+		if d.at("kind").text != "Ingress" {
+			continue
+		}
+		prefix := "nginx.ingress.kubernetes.io/"
+		annotations := d.at("metadata", "annotations").fields
+		for name, ok := range map[string]func(string) bool{
+			"proxy-buffering":         func(v string) bool { return v == "off" },
+			"proxy-request-buffering": func(v string) bool { return v == "off" },
+			"proxy-read-timeout":      func(v string) bool { n, _ := strconv.Atoi(v); return n > int(c.Server.Heartbeat/time.Second) },
+			"proxy-send-timeout":      func(v string) bool { n, _ := strconv.Atoi(v); return n > int(bodyTimeout/time.Second) },
+			"proxy-body-size": func(v string) bool {
+				n, _ := strconv.Atoi(strings.TrimSuffix(v, "m"))
+				return int64(n)<<20 >= c.Server.MaxPayload
+			},
+		} {
+			if a := annotations[prefix+name]; a == nil || !ok(a.text) {
+				t.Errorf("Ingress: %s does not let streams and webhooks through", name)
+			}
+		}
+		want := []string{"/subscribe/", "/webhooks/"}
+		var paths []string
+		for _, path := range d.at("spec", "rules", "0", "http", "paths").items {
+			paths = append(paths, path.at("path").text)
+			backend := path.at("backend", "service")
+			if port := services[backend.at("name").text].at("spec", "ports", "0"); backend.at("port", "number").text != port.at("port").text || port.at("targetPort").number(t) != c.Port {
+				t.Errorf("Ingress: %s does not lead to the server's port", path.at("path").text)
+			}
+		}
+		if slices.Sort(paths); !slices.Equal(paths, want) {
+			t.Errorf("Ingress: paths %q, want %q", paths, want)
+		}
+	}
+}
+
+// TestDockerfile: a static binary on nothing, run by a user that is nobody.
+func TestDockerfile(t *testing.T) {
+	stages := strings.Split("\n"+readFile(t, "Dockerfile"), "\nFROM ")
+	last := stages[len(stages)-1]
+	c, _, err := loadConfig([]string{"RELAY_MODE=server"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		`^scratch\n`, `(?m)^COPY --from=\S+ \S*/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt$`,
+		`(?m)^USER [1-9]\d*(:[1-9]\d*)?$`, fmt.Sprintf(`(?m)^EXPOSE %d %d$`, c.Port, c.HealthPort), `(?m)^ENTRYPOINT \["/\S+"\]$`,
+	} {
+		if !regexp.MustCompile(want).MatchString(last) {
+			t.Errorf("last stage has no %s:\n%s", want, last)
+		}
+	}
+	build := strings.Join(stages[:len(stages)-1], "\n")
+	for _, want := range []string{"CGO_ENABLED=0", "-trimpath", `-ldflags="-s -w`} {
+		if !strings.Contains(build, want) {
+			t.Errorf("build has no %s", want)
+		}
+	}
+	if name := regexp.MustCompile(`-X main\.(\w+)=`).FindStringSubmatch(build); name != nil && name[1] != "release" {
+		t.Errorf("build sets %s, which is no variable for it", name[1])
+	}
+}
+
+// arrows finds which file uses declarations of which other one, "a.go -> b.go",
+// each with an example. Other packages are stood in for by empty ones: what
+// they export is of no interest.
+func arrows(fset *gotoken.FileSet, files []*ast.File) map[string]string {
+	info := &types.Info{Uses: map[*ast.Ident]types.Object{}}
+	conf := types.Config{Importer: emptyPackages{}, Error: func(error) {}}
+	pkg, _ := conf.Check("main", fset, files, info)
+	found := map[string]string{}
+	for ident, object := range info.Uses {
+		if object.Pkg() != pkg || !object.Pos().IsValid() {
+			continue
+		}
+		from, to := fset.Position(ident.Pos()), fset.File(object.Pos()).Name()
+		if from.Filename != to {
+			found[from.Filename+" -> "+to] = fmt.Sprintf("%s uses %s", from, ident.Name)
+		}
+	}
+	return found
+}
+
+type emptyPackages struct{}
+
+func (emptyPackages) Import(path string) (*types.Package, error) {
+	pkg := types.NewPackage(path, filepath.Base(path))
+	pkg.MarkComplete()
+	return pkg, nil
+}
+
+// TestArrows keeps the flat package in its layers: which file may use which.
+func TestArrows(t *testing.T) {
+	want := []string{
+		"client.go -> broker.go", "redis.go -> broker.go", "relay.go -> broker.go", "relay.go -> client.go",
+		"relay.go -> health.go", "relay.go -> redis.go", "relay.go -> server.go", "server.go -> broker.go",
+	}
+	production := []string{"broker.go", "client.go", "health.go", "redis.go", "relay.go", "server.go"}
+	names, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	names = slices.DeleteFunc(names, func(name string) bool { return strings.HasSuffix(name, "_test.go") })
+	if slices.Sort(names); !slices.Equal(names, production) {
+		t.Errorf("production files are %q, want %q", names, production)
+	}
+	fset := gotoken.NewFileSet()
+	var files []*ast.File
+	for _, name := range names {
+		file, err := goparser.ParseFile(fset, name, nil, goparser.SkipObjectResolution)
+		if err != nil {
+			t.Fatal(err)
+		}
+		files = append(files, file)
+		for _, spec := range file.Imports {
+			path, _ := strconv.Unquote(spec.Path.Value)
+			switch {
+			case !strings.Contains(path, "."): // the standard library
+				if strings.HasPrefix(path, "net/http") && (name == "broker.go" || name == "redis.go") {
+					t.Errorf("%s imports %s", name, path)
+				}
+			case name != "redis.go" || path != "github.com/gomodule/redigo/redis":
+				t.Errorf("%s imports %s", name, path)
+			}
+		}
+	}
+	found := arrows(fset, files)
+	if got := slices.Sorted(maps.Keys(found)); !slices.Equal(got, want) {
+		t.Errorf("arrows are %q, want %q", got, want)
+	}
+	for arrow, example := range found {
+		if !slices.Contains(want, arrow) {
+			t.Errorf("%s: %s", arrow, example)
+		}
 	}
 }

@@ -1,0 +1,1925 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/big"
+	mathrand "math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+)
+
+// redisServer is a redis-server process of one test's own.
+type redisServer struct {
+	t         testing.TB
+	addr, url string // url is what REDIS_URL is set to
+	binary    string
+	args      []string
+	cmd       *exec.Cmd     // nil while stopped
+	ended     chan struct{} // closed when cmd has ended
+	out       *logBuffer
+}
+
+// startRedis starts a redis-server on a free port until the test ends. args
+// may move it to another kind of port: %d in them stands for its number.
+func startRedis(t testing.TB, args ...string) *redisServer {
+	t.Helper()
+	binary, err := exec.LookPath("redis-server")
+	switch {
+	case err == nil:
+	case os.Getenv("CI") != "":
+		t.Fatal("redis-server is not on the PATH")
+	default:
+		t.Skip("redis-server is not on the PATH")
+	}
+	port := freePorts(t, 1)[0]
+	r := &redisServer{
+		t: t, binary: binary, addr: fmt.Sprintf("127.0.0.1:%d", port), url: fmt.Sprintf("redis://127.0.0.1:%d", port),
+		args: []string{
+			"--bind", "127.0.0.1", "--port", strconv.Itoa(port), "--dir", t.TempDir(),
+			"--save", "", "--appendonly", "no", "--daemonize", "no",
+		},
+	}
+	for _, arg := range args {
+		r.args = append(r.args, strings.ReplaceAll(arg, "%d", strconv.Itoa(port)))
+	}
+	t.Cleanup(r.stop)
+	r.restart()
+	return r
+}
+
+// freePorts returns ports that nobody listens on. They lie below the range
+// from which the kernel takes ports for outgoing connections, so that they are
+// still free when a server comes back to them.
+func freePorts(t testing.TB, n int) (ports []int) {
+	t.Helper()
+	for range 1000 {
+		port := 20000 + mathrand.IntN(12000)
+		l, err := net.Listen("tcp", fmt.Sprintf(":%d", port))
+		if err != nil || slices.Contains(ports, port) {
+			continue
+		}
+		l.Close()
+		if ports = append(ports, port); len(ports) == n {
+			return ports
+		}
+	}
+	t.Fatal("no free port")
+	return nil
+}
+
+// restart starts the process on the same port and waits until it takes connections.
+func (r *redisServer) restart() {
+	r.t.Helper()
+	r.stop()
+	r.out, r.ended = &logBuffer{}, make(chan struct{})
+	r.cmd = exec.Command(r.binary, r.args...)
+	r.cmd.Stdout, r.cmd.Stderr = r.out, r.out
+	if err := r.cmd.Start(); err != nil {
+		r.t.Fatal(err)
+	}
+	go func(cmd *exec.Cmd, ended chan struct{}) {
+		cmd.Wait()
+		close(ended)
+	}(r.cmd, r.ended)
+	eventually(r.t, "redis-server takes connections", func() bool {
+		select {
+		case <-r.ended:
+			r.t.Fatalf("redis-server ended:\n%s", r.out)
+		default:
+		}
+		conn, err := net.Dial("tcp", r.addr)
+		if err == nil {
+			conn.Close()
+		}
+		return err == nil
+	})
+}
+
+// stop kills the process at once, frozen or not: nothing is said any more.
+func (r *redisServer) stop() {
+	if r.cmd == nil {
+		return
+	}
+	r.cmd.Process.Kill()
+	<-r.ended
+	r.cmd = nil
+}
+
+// end asks the process to end, as an operator does: what it has answered to a
+// publisher it has also written to the subscribers.
+func (r *redisServer) end() {
+	r.cmd.Process.Signal(syscall.SIGTERM)
+	<-r.ended
+	r.cmd = nil
+}
+
+// freeze leaves the process in a state in which the kernel accepts for it and
+// nobody answers.
+func (r *redisServer) freeze() { r.cmd.Process.Signal(syscall.SIGSTOP) }
+func (r *redisServer) thaw()   { r.cmd.Process.Signal(syscall.SIGCONT) }
+
+// cli runs one command.
+func (r *redisServer) cli(cmd string, args ...any) any {
+	r.t.Helper()
+	conn, err := redis.DialURL(r.url)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	defer conn.Close()
+	reply, err := conn.Do(cmd, args...)
+	if err != nil {
+		r.t.Fatalf("%s: %v", cmd, err)
+	}
+	return reply
+}
+
+// channels is what PUBSUB CHANNELS says, sorted.
+func (r *redisServer) channels() []string {
+	r.t.Helper()
+	names, _ := redis.Strings(r.cli("PUBSUB", "CHANNELS", "*"), nil)
+	slices.Sort(names)
+	return names
+}
+
+// subscriptions is how many connections are subscribed to a Redis channel.
+func (r *redisServer) subscriptions(name string) int {
+	r.t.Helper()
+	counts, _ := redis.Values(r.cli("PUBSUB", "NUMSUB", name), nil)
+	n, err := redis.Int(counts[1], nil)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return n
+}
+
+// startReplicas starts two servers that are one relay over r.
+func startReplicas(t testing.TB, r *redisServer, env ...string) (a, b *program) {
+	t.Helper()
+	env = append([]string{
+		"REDIS_URL=" + r.url, "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0",
+		"HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=2s",
+	}, env...)
+	a, b = startServer(t, env...), startServer(t, env...)
+	awaitReady(t, a, b)
+	return a, b
+}
+
+// awaitReady waits until all of programs say that they are.
+func awaitReady(t testing.TB, programs ...*program) {
+	t.Helper()
+	for _, p := range programs {
+		eventually(t, "/ready is 200", func() bool { return probeStatus(t, p, "/ready") == 200 })
+	}
+}
+
+// probeStatus is the status of one of the health service's pages.
+func probeStatus(t testing.TB, p *program, path string) int {
+	t.Helper()
+	status, _, _ := send(t, "GET", "http://"+p.health+path, "")
+	return status
+}
+
+// metricOf is the value of one line of /metrics.
+func metricOf(t testing.TB, p *program, name string) int {
+	t.Helper()
+	_, text, _ := send(t, "GET", "http://"+p.health+"/metrics", "")
+	for line := range strings.Lines(text) {
+		if value, ok := strings.CutPrefix(line, name+" "); ok {
+			n, _ := strconv.Atoi(strings.TrimSpace(value))
+			return n
+		}
+	}
+	t.Fatalf("no metric %s", name)
+	return 0
+}
+
+func webhookURL(p *program, channel, tail string) string {
+	return "http://" + p.addr + "/webhooks/" + channel + "/" + tail
+}
+
+// postAccepted posts one webhook that must be accepted.
+func postAccepted(t testing.TB, p *program, channel, tail string) {
+	t.Helper()
+	if status, body, _ := send(t, "POST", webhookURL(p, channel, tail), "{}"); status != 200 {
+		t.Fatalf("webhook %s: status %d %s, want 200", tail, status, body)
+	}
+}
+
+// feed is a bare event stream.
+type feed struct {
+	cancel     context.CancelFunc
+	status     int
+	webhooks   chan *Webhook
+	ready      chan struct{} // closed at the first ready
+	done       chan struct{} // closed at the end of the stream
+	readies    atomic.Int64
+	heartbeats atomic.Int64
+}
+
+// subscribeAt subscribes and returns once the status is known; without a stream
+// status is something else than 200.
+func subscribeAt(ctx context.Context, p *program, channel string, headers ...string) *feed {
+	ctx, cancel := context.WithCancel(ctx)
+	f := &feed{cancel: cancel, webhooks: make(chan *Webhook, 10000), ready: make(chan struct{}), done: make(chan struct{})}
+	req, _ := http.NewRequestWithContext(ctx, "GET", "http://"+p.addr+"/subscribe/"+channel+"/", nil)
+	for i := 0; i+1 < len(headers); i += 2 {
+		req.Header.Set(headers[i], headers[i+1])
+	}
+	resp, err := (&http.Transport{DisableKeepAlives: true}).RoundTrip(req)
+	if err != nil {
+		cancel()
+		close(f.done)
+		return f
+	}
+	if f.status = resp.StatusCode; f.status != 200 {
+		resp.Body.Close()
+		cancel()
+		close(f.done)
+		return f
+	}
+	go func() { // ends with the stream
+		defer close(f.done)
+		defer resp.Body.Close()
+		parser := newParser(resp.Body)
+		for {
+			m, err := parser.next()
+			if err != nil {
+				return
+			}
+			switch m.name {
+			case "ready":
+				if f.readies.Add(1) == 1 {
+					close(f.ready)
+				}
+			case "heartbeat":
+				f.heartbeats.Add(1)
+			case "message":
+				if w, err := decodeWebhook(m.data); err == nil {
+					f.webhooks <- w
+				}
+			}
+		}
+	}()
+	return f
+}
+
+// openFeed subscribes and waits for ready; the stream ends with the test.
+func openFeed(t testing.TB, p *program, channel string, headers ...string) *feed {
+	t.Helper()
+	f := subscribeAt(context.Background(), p, channel, headers...)
+	t.Cleanup(f.leave)
+	select {
+	case <-f.ready:
+	case <-f.done:
+		t.Fatalf("no stream: status %d", f.status)
+	case <-time.After(patience):
+		t.Fatal("stream is not ready")
+	}
+	return f
+}
+
+// leave ends the stream.
+func (f *feed) leave() {
+	f.cancel()
+	<-f.done
+}
+
+// next is the next webhook on the stream.
+func (f *feed) next(t testing.TB) *Webhook {
+	t.Helper()
+	select {
+	case w := <-f.webhooks:
+		return w
+	case <-f.done:
+		t.Fatal("stream ended")
+	case <-time.After(patience):
+		t.Fatal("no webhook on the stream")
+	}
+	return nil
+}
+
+// only checks that the stream brings the webhook with this tail, and once.
+func (f *feed) only(t testing.TB, tail string) {
+	t.Helper()
+	if w := f.next(t); !strings.HasSuffix(w.Path, "/"+tail) {
+		t.Fatalf("stream brought %s, want %s", w.Path, tail)
+	}
+	if n := len(f.webhooks); n > 0 {
+		t.Fatalf("stream brought %d more than it should", n)
+	}
+}
+
+// tcpLink is a TCP proxy in front of a server: a network that a test can break.
+type tcpLink struct {
+	listener net.Listener
+	tried    atomic.Int64 // connections that came
+	sent     atomic.Int64 // bytes that went to the server
+
+	mu      sync.Mutex
+	changed *sync.Cond // of what follows
+	to      string     // "": nobody answers
+	conns   map[net.Conn]bool
+	most    int  // bytes that each connection may send to the server; below 0: all
+	silent  bool // nothing comes from the server
+}
+
+func newLink(t testing.TB, to string) *tcpLink {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := &tcpLink{listener: listener, to: to, conns: map[net.Conn]bool{}, most: -1}
+	l.changed = sync.NewCond(&l.mu)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			near, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			l.tried.Add(1)
+			far, err := l.connect(near)
+			if err != nil {
+				near.Close()
+				continue
+			}
+			wg.Go(func() { l.pass(far, near, true) })
+			wg.Go(func() { l.pass(near, far, false) })
+		}
+	})
+	t.Cleanup(func() {
+		listener.Close()
+		l.route("")
+		wg.Wait()
+	})
+	return l
+}
+
+// pass copies from src to dst while that is allowed, and closes both at the end.
+func (l *tcpLink) pass(dst, src net.Conn, toServer bool) {
+	defer dst.Close()
+	defer src.Close()
+	buf := make([]byte, 32<<10)
+	for total := 0; ; {
+		n, err := src.Read(buf)
+		for rest := buf[:n]; len(rest) > 0; {
+			k := l.admit(src, toServer, total, len(rest))
+			if k == 0 {
+				return
+			}
+			if _, err := dst.Write(rest[:k]); err != nil {
+				return
+			}
+			rest, total = rest[k:], total+k
+			if toServer {
+				l.sent.Add(int64(k))
+			}
+		}
+		if err != nil {
+			if !toServer {
+				l.admit(src, false, total, 1) // an end is silent too
+			}
+			return
+		}
+	}
+}
+
+// admit waits until some of n bytes may pass and returns how many; none when
+// the connection is cut.
+func (l *tcpLink) admit(src net.Conn, toServer bool, total, n int) int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for l.conns[src] {
+		switch {
+		case toServer && l.most >= 0:
+			if k := min(n, l.most-total); k > 0 {
+				return k
+			}
+		case toServer || !l.silent:
+			return n
+		}
+		l.changed.Wait()
+	}
+	return 0
+}
+
+// set changes what admit looks at.
+func (l *tcpLink) set(change func()) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	change()
+	l.changed.Broadcast()
+}
+
+func (l *tcpLink) limit(most int) { l.set(func() { l.most = most }) }
+func (l *tcpLink) silence()       { l.set(func() { l.silent = true }) }
+func (l *tcpLink) speak()         { l.set(func() { l.silent = false }) }
+
+// connect dials for one accepted connection, and remembers both.
+func (l *tcpLink) connect(near net.Conn) (far net.Conn, err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.to == "" {
+		return nil, errors.New("cut")
+	}
+	if far, err = net.Dial("tcp", l.to); err == nil {
+		l.conns[near], l.conns[far] = true, true
+	}
+	return far, err
+}
+
+// route cuts every connection and sends new ones to another address, or, when
+// that is empty, nowhere.
+func (l *tcpLink) route(to string) {
+	l.set(func() {
+		l.to = to
+		for conn := range l.conns {
+			conn.Close()
+		}
+		clear(l.conns)
+	})
+}
+
+func (l *tcpLink) addr() string { return l.listener.Addr().String() }
+
+// retrySender posts numbered webhooks as providers do: over connections that stay
+// open, and again only after 503 or a connection that was refused.
+type retrySender struct {
+	t       testing.TB
+	urls    []string // in turn
+	body    string
+	client  *http.Client
+	turn    atomic.Int64
+	retried atomic.Int64
+	failed  atomic.Int64 // answered neither 200 nor 503
+	slowest atomic.Int64 // nanoseconds of one request
+	mu      sync.Mutex
+	taken   map[string]bool // guarded by mu: by number
+}
+
+func newSender(t testing.TB, urls ...string) *retrySender {
+	transport := &http.Transport{MaxIdleConnsPerHost: 64}
+	t.Cleanup(transport.CloseIdleConnections)
+	return &retrySender{t: t, urls: urls, body: "{}", client: &http.Client{Transport: transport}, taken: map[string]bool{}}
+}
+
+// once is one try: ok when the webhook was accepted, again when it may be repeated.
+func (s *retrySender) once(number string) (ok, again bool) {
+	began := time.Now()
+	resp, err := s.client.Post(s.urls[int(s.turn.Add(1))%len(s.urls)]+number, "application/json", strings.NewReader(s.body))
+	for took := int64(time.Since(began)); ; {
+		if old := s.slowest.Load(); took <= old || s.slowest.CompareAndSwap(old, took) {
+			break
+		}
+	}
+	if err != nil {
+		if errors.Is(err, syscall.ECONNREFUSED) {
+			return false, true
+		}
+		s.t.Logf("webhook %s: %v", number, err)
+		return false, false
+	}
+	io.Copy(io.Discard, resp.Body)
+	resp.Body.Close()
+	if resp.StatusCode != 200 && resp.StatusCode != 503 {
+		s.t.Logf("webhook %s: status %d", number, resp.StatusCode)
+	}
+	return resp.StatusCode == 200, resp.StatusCode == 503
+}
+
+// post repeats one webhook until it is accepted or ctx ends.
+func (s *retrySender) post(ctx context.Context, number string) {
+	for ctx.Err() == nil {
+		ok, again := s.once(number)
+		if ok {
+			s.mu.Lock()
+			s.taken[number] = true
+			s.mu.Unlock()
+			return
+		}
+		if !again {
+			s.failed.Add(1)
+			return
+		}
+		s.retried.Add(1)
+		select {
+		case <-time.After(20 * time.Millisecond):
+		case <-ctx.Done():
+		}
+	}
+}
+
+// run posts one webhook every interval until stop is called, which waits for
+// the last one.
+func (s *retrySender) run(interval time.Duration) (stop func()) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	var posts sync.WaitGroup
+	end := make(chan struct{})
+	posts.Go(func() {
+		tick := time.NewTicker(interval)
+		defer tick.Stop()
+		for i := 0; ; i++ {
+			select {
+			case <-end:
+				return
+			case <-tick.C:
+				posts.Go(func() { s.post(ctx, strconv.Itoa(i)) })
+			}
+		}
+	})
+	return func() {
+		close(end)
+		posts.Wait()
+		cancel()
+	}
+}
+
+// tally counts arrivals by number: the end of a webhook's path.
+type tally struct {
+	mu   sync.Mutex
+	seen map[string]int
+}
+
+func (c *tally) note(path string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.seen == nil {
+		c.seen = map[string]int{}
+	}
+	c.seen[path[strings.LastIndexByte(path, '/')+1:]]++
+}
+
+// count is how many different numbers arrived.
+func (c *tally) count() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.seen)
+}
+
+// target answers 200 to everything and counts it.
+func (c *tally) target(t testing.TB) *target {
+	return newTarget(t, func(r recorded) string {
+		c.note(strings.Fields(r.line)[1])
+		return ok200
+	})
+}
+
+// compare tells what of taken did not arrive, and what arrived more than once.
+func (c *tally) compare(taken map[string]bool) (lost, repeated []string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for number := range taken {
+		if c.seen[number] == 0 {
+			lost = append(lost, number)
+		}
+	}
+	for number, n := range c.seen {
+		if n > 1 {
+			repeated = append(repeated, number)
+		}
+	}
+	return lost, repeated
+}
+
+// check waits for everything that was accepted and demands it exactly once.
+func (c *tally) check(t testing.TB, s *retrySender) {
+	t.Helper()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var lost, repeated []string
+	for deadline := time.Now().Add(patience / 3); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+		if lost, repeated = c.compare(s.taken); len(lost) == 0 {
+			break
+		}
+	}
+	t.Logf("accepted %d, repeated by the sender %d, slowest answer %s; lost %d, duplicated %d",
+		len(s.taken), s.retried.Load(), time.Duration(s.slowest.Load()).Round(time.Millisecond), len(lost), len(repeated))
+	if len(s.taken) == 0 || len(lost) > 0 || len(repeated) > 0 || s.failed.Load() > 0 {
+		t.Errorf("lost %v, duplicated %v, failed %d", lost, repeated, s.failed.Load())
+	}
+}
+
+// TestReplicasShareEvents is the promise of ready: a webhook accepted by any
+// replica afterwards is on the stream, and once.
+func TestReplicasShareEvents(t *testing.T) {
+	a, b := startReplicas(t, startRedis(t))
+	replicas := []*program{a, b}
+	var feeds [100]*feed
+	channel := func(i int) string { return fmt.Sprintf("fresh-%d", i) }
+	for i := range feeds {
+		feeds[i] = openFeed(t, replicas[i%2], channel(i))
+		postAccepted(t, replicas[1-i%2], channel(i), "first")
+	}
+	for i, f := range feeds {
+		f.only(t, "first")
+		postAccepted(t, replicas[i%2], channel(i), "last") // a second copy would come before it
+		f.only(t, "last")
+	}
+}
+
+// TestRedisHoldsOnlySubscriptions looks at what a relay leaves in Redis: one
+// channel for each that is live, and no key.
+func TestRedisHoldsOnlySubscriptions(t *testing.T) {
+	r := startRedis(t)
+	a, b := startReplicas(t, r, "RESPONSE_MODE=accept, held=status", "RESPONSE_TIMEOUT=9s, held=50")
+	own := r.channels()
+	if len(own) != 3 || own[0] != "webhook-relay:@"+replicaNameIn(own[0]) || !slices.Contains(own, "webhook-relay:@all") {
+		t.Fatalf("channels of two idle replicas: %v", own)
+	}
+	live := func(names ...string) []string {
+		for i, name := range names {
+			names[i] = "webhook-relay:" + name
+		}
+		return slices.Sorted(slices.Values(append(names, own...)))
+	}
+	awaitChannels := func(what string, want []string) {
+		t.Helper()
+		eventually(t, what, func() bool { return slices.Equal(r.channels(), want) })
+	}
+	first, second, other := openFeed(t, a, "one"), openFeed(t, a, "one"), openFeed(t, b, "two")
+	third := openFeed(t, b, "one")
+	awaitChannels("two live channels", live("one", "two"))
+	if n := r.subscriptions("webhook-relay:one"); n != 2 {
+		t.Errorf("%d subscriptions for a channel with streams at two replicas", n)
+	}
+	for _, channel := range []string{"one", "two", "nobody"} {
+		postAccepted(t, a, channel, "x")
+	}
+	if status, _, _ := send(t, "POST", webhookURL(b, "held", "x"), "{}"); status != 503 {
+		t.Errorf("held for nobody: status %d", status)
+	}
+	first.leave()
+	awaitChannels("one stream of three left", live("one", "two"))
+	second.leave()
+	eventually(t, "a replica without streams leaves the channel", func() bool { return r.subscriptions("webhook-relay:one") == 1 })
+	third.leave()
+	awaitChannels("the channel's last stream left", live("two"))
+	other.leave()
+	awaitChannels("all streams left", own)
+
+	if n := r.cli("DBSIZE"); n != int64(0) {
+		t.Errorf("%v keys", n)
+	}
+	// Not even for a moment: the commands that were used can store nothing.
+	stats, _ := redis.String(r.cli("INFO", "commandstats"), nil)
+	for line := range strings.Lines(stats) {
+		command, _, _ := strings.Cut(strings.TrimPrefix(line, "cmdstat_"), ":")
+		switch strings.TrimSpace(command) {
+		case "subscribe", "unsubscribe", "publish", "ping", "pubsub|numsub", "pubsub|channels", "dbsize", "info", "", "# Commandstats":
+		default:
+			t.Errorf("command %q was used", command)
+		}
+	}
+}
+
+// replicaNameIn is the part of a Redis channel's name behind the "@".
+func replicaNameIn(name string) string {
+	_, replica, _ := strings.Cut(name, "@")
+	return replica
+}
+
+// TestRedisChannelPrefix has two relays on one Redis that must not hear each other.
+func TestRedisChannelPrefix(t *testing.T) {
+	r := startRedis(t)
+	a, b := startReplicas(t, r)
+	other, _ := startReplicas(t, r, "REDIS_CHANNEL_PREFIX=other.")
+	here, there := openFeed(t, a, "same"), openFeed(t, other, "same")
+	if !slices.Contains(r.channels(), "other.same") {
+		t.Errorf("channels: %v", r.channels())
+	}
+	for range 20 {
+		postAccepted(t, b, "same", "here")
+		postAccepted(t, other, "same", "there")
+		here.only(t, "here")
+		there.only(t, "there")
+	}
+}
+
+// TestSubscriptionEdges has many streams come and go on few channels, so that
+// subscribing and unsubscribing overtake each other, and then compares what
+// Redis believes with who is there.
+func TestSubscriptionEdges(t *testing.T) {
+	r := startRedis(t)
+	a, b := startReplicas(t, r)
+	replicas := []*program{a, b}
+	var wg sync.WaitGroup
+	for worker := range 16 {
+		wg.Go(func() {
+			near, far := replicas[worker%2], replicas[1-worker%2]
+			for round := range 25 {
+				channel := fmt.Sprintf("edge-%d", (worker/2+round)%3)
+				ctx, cancel := context.WithCancel(t.Context())
+				if round%3 == 0 { // leave at any moment, also before ready
+					time.AfterFunc(time.Duration(mathrand.IntN(3000))*time.Microsecond, cancel)
+				}
+				f := subscribeAt(ctx, near, channel)
+				if round%3 > 0 {
+					select {
+					case <-f.ready:
+					case <-time.After(patience):
+						t.Errorf("%s: no ready, status %d", channel, f.status)
+					}
+					mark := fmt.Sprintf("%d.%d", worker, round)
+					postAccepted(t, far, channel, mark)
+					for !strings.HasSuffix(f.next(t).Path, "/"+mark) { // the others' come too
+					}
+				}
+				cancel()
+				<-f.done
+			}
+		})
+	}
+	wg.Wait()
+	// Who stays: both replicas, one of them, nobody.
+	feeds := map[string][]*feed{
+		"edge-0": {openFeed(t, a, "edge-0"), openFeed(t, b, "edge-0")},
+		"edge-1": {openFeed(t, b, "edge-1"), openFeed(t, b, "edge-1")},
+	}
+	for channel, want := range map[string]int{"edge-0": 2, "edge-1": 1, "edge-2": 0} {
+		eventually(t, fmt.Sprintf("%s has %d subscriptions", channel, want), func() bool {
+			return r.subscriptions("webhook-relay:"+channel) == want
+		})
+		for i, p := range replicas {
+			postAccepted(t, p, channel, strconv.Itoa(i))
+			for _, f := range feeds[channel] {
+				f.only(t, strconv.Itoa(i))
+			}
+		}
+	}
+	if n := len(r.channels()); n != 5 { // and the replicas' own three
+		t.Errorf("channels: %v", r.channels())
+	}
+}
+
+// heapInUse is how much is in use after a collection.
+func heapInUse() int64 {
+	var m runtime.MemStats
+	runtime.GC()
+	runtime.GC()
+	runtime.ReadMemStats(&m)
+	return int64(m.HeapAlloc)
+}
+
+// postRefused posts one webhook that must be refused in time with 503 and Retry-After.
+func postRefused(t testing.TB, p *program, channel string, within time.Duration) {
+	t.Helper()
+	began := time.Now()
+	status, body, header := send(t, "POST", webhookURL(p, channel, "x"), "{}")
+	if status != 503 || header.Get("Retry-After") == "" || !strings.Contains(body, `"statusCode":503`) {
+		t.Fatalf("status %d %s %v, want 503 with Retry-After", status, body, header)
+	}
+	if took := time.Since(began); took > within {
+		t.Errorf("refused after %s, want within %s", took, within)
+	}
+}
+
+// TestRedisDown kills Redis under a server with a stream, and brings it back.
+func TestRedisDown(t *testing.T) {
+	r := startRedis(t)
+	server := startServer(t, "REDIS_URL="+r.url, "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0",
+		"SERVER_HEARTBEAT_INTERVAL=100", "LOG_LEVEL=info")
+	awaitReady(t, server)
+	f := openFeed(t, server, "down")
+	postAccepted(t, server, "down", "before")
+	f.only(t, "before")
+
+	r.stop()
+	postRefused(t, server, "down", time.Second)
+	eventually(t, "/ready is 503", func() bool { return probeStatus(t, server, "/ready") == 503 })
+	if got := probeStatus(t, server, "/live"); got != 200 {
+		t.Errorf("/live is %d", got)
+	}
+	server.wait("redis is down")
+	logged := len(server.log.String())
+	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 8}}
+	defer client.CloseIdleConnections()
+	payload := bytes.Repeat([]byte("x"), 32<<10)
+	flood := func(n int) {
+		var wg sync.WaitGroup
+		for range 8 {
+			wg.Go(func() {
+				for range n / 8 {
+					resp, err := client.Post(webhookURL(server, "down", "x"), "text/plain", bytes.NewReader(payload))
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					io.Copy(io.Discard, resp.Body)
+					resp.Body.Close()
+					if resp.StatusCode != 503 {
+						t.Errorf("status %d, want 503", resp.StatusCode)
+					}
+				}
+			})
+		}
+		wg.Wait()
+	}
+	flood(80) // connections and pools have their size then
+	before := heapInUse()
+	flood(2000)
+	if grown := heapInUse() - before; grown > 4<<20 {
+		t.Errorf("heap grew by %d bytes over 2000 refused webhooks of %d", grown, len(payload))
+	}
+	if more := server.log.String()[logged:]; more != "" {
+		t.Errorf("logged while down:\n%s", more)
+	}
+	beats := f.heartbeats.Load()
+	eventually(t, "heartbeats go on", func() bool { return f.heartbeats.Load() > beats+2 })
+	late := make(chan *feed, 1)
+	go func() { late <- subscribeAt(t.Context(), server, "down") }() // waits for the bus
+
+	r.restart()
+	began := time.Now()
+	awaitReady(t, server)
+	if took := time.Since(began); took > 2*time.Second {
+		t.Errorf("connected again after %s", took)
+	}
+	newcomer := <-late
+	defer newcomer.leave()
+	select {
+	case <-newcomer.ready:
+	case <-time.After(patience):
+		t.Errorf("stream opened while down is not ready: status %d", newcomer.status)
+	}
+	postAccepted(t, server, "down", "after")
+	f.only(t, "after")
+	newcomer.only(t, "after")
+	if n := f.readies.Load(); n != 1 {
+		t.Errorf("%d ready events on one stream", n)
+	}
+	if down, up := len(server.log.lines("redis is down")), len(server.log.lines("redis is connected")); down != 1 || up != 2 {
+		t.Errorf("logged down %d times, want 1; connected %d times, want 2", down, up)
+	}
+}
+
+// TestRedisDownAtStart starts a server before its Redis.
+func TestRedisDownAtStart(t *testing.T) {
+	t.Parallel() // most of it waits for a stream to be refused
+	r := startRedis(t)
+	r.stop()
+	server := startServer(t, "REDIS_URL="+r.url, "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0", "LOG_LEVEL=info")
+	postRefused(t, server, "early", time.Second)
+	if ready, live := probeStatus(t, server, "/ready"), probeStatus(t, server, "/live"); ready != 503 || live != 200 {
+		t.Errorf("/ready is %d, want 503; /live is %d, want 200", ready, live)
+	}
+	status, _, header := send(t, "GET", "http://"+server.addr+"/subscribe/early/", "")
+	if status != 503 || header.Get("Retry-After") == "" {
+		t.Errorf("stream without a bus: status %d, want 503 with Retry-After", status)
+	}
+	r.restart()
+	awaitReady(t, server)
+	f := openFeed(t, server, "early")
+	postAccepted(t, server, "early", "x")
+	f.only(t, "x")
+	if n := len(server.log.lines("redis is down")); n != 1 {
+		t.Errorf("logged %d times that redis is down", n)
+	}
+}
+
+// TestRedisReconnectAttempts bounds the tries, at the start and later.
+func TestRedisReconnectAttempts(t *testing.T) {
+	r := startRedis(t)
+	server := startServer(t, "REDIS_URL="+r.url, "REDIS_MAX_RECONNECT_ATTEMPTS=2",
+		"REDIS_RECONNECT_BACKOFF_INITIAL_TIMEOUT=10", "LOG_LEVEL=debug")
+	server.wait("redis is connected")
+	select {
+	case <-server.done:
+		t.Fatal("server ended with a working bus")
+	default:
+	}
+	r.stop()
+	select {
+	case <-server.done:
+	case <-time.After(patience):
+		t.Fatal("server did not end")
+	}
+	if server.err == nil || !strings.Contains(server.err.Error(), "connect to redis") {
+		t.Errorf("run returned %v", server.err)
+	}
+}
+
+// TestRedisFrozen stops the process without closing anything: Redis accepts
+// and never answers.
+func TestRedisFrozen(t *testing.T) {
+	r := startRedis(t)
+	server := startServer(t, "REDIS_URL="+r.url, "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0", "LOG_LEVEL=info")
+	awaitReady(t, server)
+	f := openFeed(t, server, "frozen")
+	working := func(tail string) {
+		t.Helper()
+		awaitReady(t, server)
+		// What was sent to the frozen Redis may come first: it was refused, but
+		// nobody can take it back.
+		postAccepted(t, server, "frozen", tail)
+		for !strings.HasSuffix(f.next(t).Path, "/"+tail) {
+		}
+	}
+	working("1")
+
+	r.freeze()
+	postRefused(t, server, "frozen", time.Second)
+	for range 10 {
+		postRefused(t, server, "frozen", 100*time.Millisecond)
+	}
+	if got := probeStatus(t, server, "/ready"); got != 503 {
+		t.Errorf("/ready is %d", got)
+	}
+	r.thaw()
+	working("2")
+
+	r.freeze() // and now nobody posts
+	began := time.Now()
+	eventually(t, "/ready is 503", func() bool { return probeStatus(t, server, "/ready") == 503 })
+	if took := time.Since(began); took > 3500*time.Millisecond {
+		t.Errorf("noticed after %s", took)
+	}
+	if got := probeStatus(t, server, "/live"); got != 200 {
+		t.Errorf("/live is %d", got)
+	}
+	r.thaw()
+	working("3")
+	if n := f.readies.Load(); n != 1 {
+		t.Errorf("%d ready events on one stream", n)
+	}
+	if n := len(server.log.lines("redis is down")); n != 2 {
+		t.Errorf("logged %d times that redis is down, want 2", n)
+	}
+}
+
+// certify writes a CA and a certificate for 127.0.0.1 to files.
+func certify(t testing.TB) (caFile, certFile, keyFile string) {
+	t.Helper()
+	dir := t.TempDir()
+	write := func(name, kind string, der []byte) string {
+		file := filepath.Join(dir, name)
+		if err := os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return file
+	}
+	must := func(der []byte, err error) []byte {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return der
+	}
+	caKey, _ := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	key, _ := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	ca := &x509.Certificate{
+		SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	}
+	leaf := &x509.Certificate{
+		SerialNumber: big.NewInt(2), NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+	}
+	caFile = write("ca.pem", "CERTIFICATE", must(x509.CreateCertificate(rand.Reader, ca, ca, &caKey.PublicKey, caKey)))
+	certFile = write("cert.pem", "CERTIFICATE", must(x509.CreateCertificate(rand.Reader, leaf, ca, &key.PublicKey, caKey)))
+	return caFile, certFile, write("key.pem", "PRIVATE KEY", must(x509.MarshalPKCS8PrivateKey(key)))
+}
+
+// TestRedisTLS uses everything that REDIS_URL can hold.
+func TestRedisTLS(t *testing.T) {
+	caFile, certFile, keyFile := certify(t)
+	const password = "s3cret:/@?#%"
+	r := startRedis(t, "--port", "0", "--tls-port", "%d", "--tls-auth-clients", "no",
+		"--tls-cert-file", certFile, "--tls-key-file", keyFile, "--tls-ca-cert-file", caFile,
+		"--user", "default", "off",
+		"--user", "relay", "on", ">"+password, "resetchannels", "&webhook-relay:*", "+@pubsub", "+ping", "+select")
+	secret := url.UserPassword("relay", password)
+	start := func(user *url.Userinfo, env ...string) *program {
+		u := url.URL{Scheme: "rediss", User: user, Host: r.addr, Path: "/3"}
+		return startServer(t, append(env, "REDIS_URL="+u.String(), "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0")...)
+	}
+	a, b := start(secret, "CA_FILE="+caFile), start(secret, "CA_FILE="+caFile)
+	awaitReady(t, a, b)
+	f := openFeed(t, a, "sealed")
+	postAccepted(t, b, "sealed", "x")
+	f.only(t, "x")
+
+	const wrong = "wr0ng-password"
+	for name, p := range map[string]*program{
+		"wrong password": start(url.UserPassword("relay", wrong), "CA_FILE="+caFile),
+		"wrong user":     start(url.UserPassword("nobody", wrong), "CA_FILE="+caFile),
+		"unknown CA":     start(secret),
+	} {
+		p.wait("redis is down")
+		if got := probeStatus(t, p, "/ready"); got != 503 {
+			t.Errorf("%s: /ready is %d", name, got)
+		}
+		postRefused(t, p, "sealed", time.Second)
+		if p.stop() != nil {
+			t.Errorf("%s: run returned %v", name, p.err)
+		}
+		for _, clear := range []string{wrong, password, url.QueryEscape(password), url.PathEscape(password), secret.String()} {
+			if strings.Contains(p.log.String(), clear) {
+				t.Errorf("%s: the log holds a password:\n%s", name, p.log)
+			}
+		}
+	}
+	for _, p := range []*program{a, b} {
+		if log := p.log.String(); strings.Contains(log, "s3cret") {
+			t.Errorf("the log holds the password:\n%s", log)
+		}
+	}
+}
+
+// TestRedisRestartUnderLoad takes Redis away while webhooks come in at both
+// replicas and are wanted at both. Webhooks that were answered 200 must
+// arrive; those that were answered 503 may have, and are sent again. A Redis
+// that is killed may have answered a publisher and not yet written to the
+// subscribers: that instant is all that accept mode may lose.
+func TestRedisRestartUnderLoad(t *testing.T) {
+	for _, kind := range []struct {
+		name string
+		away func(*redisServer)
+		lose int
+	}{{"Redis ends", (*redisServer).end, 0}, {"Redis is killed", (*redisServer).stop, 3}} {
+		t.Run(kind.name, func(t *testing.T) {
+			r := startRedis(t)
+			a, b := startReplicas(t, r, "LOG_LEVEL=info")
+			var atTarget, atFeed tally
+			startClient(t, a.addr, "load", atTarget.target(t).url)
+			f := openFeed(t, b, "load")
+			posts := newSender(t, webhookURL(a, "load", ""), webhookURL(b, "load", ""))
+			stop := posts.run(2 * time.Millisecond)
+			arrived := func(n int) bool {
+				for len(f.webhooks) > 0 {
+					atFeed.note((<-f.webhooks).Path)
+				}
+				return min(atFeed.count(), atTarget.count()) >= n
+			}
+			eventually(t, "webhooks come through", func() bool { return arrived(300) })
+			kind.away(r)
+			eventually(t, "senders notice", func() bool { return posts.retried.Load() > 20 })
+			r.restart()
+			again := atFeed.count() + 300
+			eventually(t, "webhooks come through again", func() bool { return arrived(again) })
+			stop()
+			for name, at := range map[string]*tally{"target": &atTarget, "other replica's stream": &atFeed} {
+				var lost []string
+				for deadline := time.Now().Add(patience / 10); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+					arrived(0)
+					if lost, _ = at.compare(posts.taken); len(lost) == 0 {
+						break
+					}
+				}
+				if len(lost) > kind.lose {
+					t.Errorf("%d of %d accepted webhooks did not reach the %s: %v", len(lost), len(posts.taken), name, lost)
+				}
+				t.Logf("lost on the way to the %s: %d", name, len(lost))
+			}
+			_, repeated := atTarget.compare(posts.taken)
+			slowest := time.Duration(posts.slowest.Load())
+			t.Logf("accepted %d, refused and sent again %d, of these delivered twice %d, slowest answer %s",
+				len(posts.taken), posts.retried.Load(), len(repeated), slowest.Round(time.Millisecond))
+			if slowest > time.Second {
+				t.Errorf("slowest answer took %s", slowest)
+			}
+			if n := posts.failed.Load(); n > 0 {
+				t.Errorf("%d webhooks were answered neither 200 nor 503", n)
+			}
+		})
+	}
+}
+
+// balancer spreads requests over the replicas that say they are ready, as a
+// Kubernetes Service does. It repeats nothing.
+type balancer struct {
+	url   string
+	mu    sync.Mutex
+	ready map[string]bool // guarded by mu: by address
+	order []string
+	turn  atomic.Int64
+	empty atomic.Int64 // requests while nobody was ready
+}
+
+// newBalancer looks at each replica's health port every 50 ms. replicas maps
+// addresses to those of their probes.
+func newBalancer(t testing.TB, replicas map[string]string) *balancer {
+	l := &balancer{ready: map[string]bool{}}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.url = "http://" + listener.Addr().String()
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	for addr, health := range replicas {
+		l.order = append(l.order, addr)
+		wg.Go(func() { l.watch(ctx, addr, "http://"+health+"/ready") })
+	}
+	slices.Sort(l.order)
+	transport := &http.Transport{MaxIdleConnsPerHost: 64}
+	web := &http.Server{Handler: &httputil.ReverseProxy{
+		Transport: transport,
+		Rewrite: func(r *httputil.ProxyRequest) {
+			r.Out.URL.Scheme, r.Out.URL.Host = "http", l.pick()
+		},
+		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
+			status := http.StatusBadGateway
+			if r.Context().Err() == nil && (errors.Is(err, syscall.ECONNREFUSED) || strings.Contains(err.Error(), "no Host")) {
+				status = http.StatusServiceUnavailable
+				l.empty.Add(1)
+			}
+			w.WriteHeader(status)
+		},
+		ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug),
+	}}
+	wg.Go(func() { web.Serve(listener) })
+	t.Cleanup(func() {
+		cancel()
+		web.Close()
+		transport.CloseIdleConnections()
+		wg.Wait()
+	})
+	return l
+}
+
+// watch follows one replica's /ready.
+func (l *balancer) watch(ctx context.Context, addr, ready string) {
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: time.Second}
+	for {
+		resp, err := client.Get(ready)
+		if err == nil {
+			resp.Body.Close()
+		}
+		l.mu.Lock()
+		l.ready[addr] = err == nil && resp.StatusCode == 200
+		l.mu.Unlock()
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// pick is the next replica that is ready, or "".
+func (l *balancer) pick() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for range l.order {
+		if addr := l.order[int(l.turn.Add(1))%len(l.order)]; l.ready[addr] {
+			return addr
+		}
+	}
+	return ""
+}
+
+func (l *balancer) knows(addr string, ready bool) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.ready[addr] == ready
+}
+
+// TestRollout restarts every replica twice, one after the other, under load:
+// the target must see each accepted webhook once.
+func TestRollout(t *testing.T) {
+	t.Parallel() // it is long, and no timing of it matters
+	r := startRedis(t)
+	ports := freePorts(t, 4)
+	type replica struct{ addr, health string }
+	var replicas []replica
+	healthOf := map[string]string{}
+	for i := range 2 {
+		rep := replica{fmt.Sprintf("127.0.0.1:%d", ports[2*i]), fmt.Sprintf("127.0.0.1:%d", ports[2*i+1])}
+		replicas = append(replicas, rep)
+		healthOf[rep.addr] = rep.health
+	}
+	lb := newBalancer(t, healthOf)
+	rollIn := func(rep replica) *program {
+		p := startServer(t, "REDIS_URL="+r.url, "LOG_LEVEL=info", "RESPONSE_MODE=accept, held=status",
+			"SERVER_PORT="+rep.addr[len("127.0.0.1:"):], "HEALTH_SERVICE_PORT="+rep.health[len("127.0.0.1:"):],
+			"HEALTH_SERVICE_SHUTDOWN_DELAY=300ms", "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=10s")
+		eventually(t, "the balancer sees a new replica", func() bool { return lb.knows(rep.addr, true) })
+		return p
+	}
+	running := []*program{rollIn(replicas[0])} // alone, so that the streams begin there
+	type side struct {
+		tally
+		client *program
+		posts  *retrySender
+		stop   func()
+	}
+	sides := map[string]*side{"accepted": {}, "held": {}}
+	for channel, s := range sides {
+		s.client = startClient(t, strings.TrimPrefix(lb.url, "http://"), channel, s.target(t).url, "LOG_LEVEL=info")
+		s.posts = newSender(t, lb.url+"/webhooks/"+channel+"/")
+	}
+	running = append(running, rollIn(replicas[1]))
+	sides["accepted"].stop = sides["accepted"].posts.run(5 * time.Millisecond)
+	sides["held"].stop = sides["held"].posts.run(50 * time.Millisecond)
+	more := func() {
+		t.Helper()
+		enough := sides["accepted"].count() + 200
+		eventually(t, "webhooks come through", func() bool { return sides["accepted"].count() >= enough })
+	}
+	for i := range 4 {
+		n := i % 2
+		more()
+		if err := running[n].stop(); err != nil {
+			t.Errorf("replica %d: run returned %v", n, err)
+		}
+		eventually(t, "the balancer sees a replica go", func() bool { return lb.knows(replicas[n].addr, false) })
+		running[n] = rollIn(replicas[n])
+	}
+	more()
+	for channel, s := range sides {
+		s.stop()
+		s.check(t, s.posts)
+		if n := len(s.client.log.lines("stream asked to move")); n != 4 {
+			t.Errorf("%s: the client was asked to move %d times, want 4", channel, n)
+		}
+		if n := len(s.client.log.lines("subscribe ended")); n != 0 {
+			t.Errorf("%s: %d tries to subscribe failed", channel, n)
+		}
+	}
+	t.Logf("requests while no replica was ready: %d", lb.empty.Load())
+}
+
+// senderAnswer is what a sender was told.
+type senderAnswer struct {
+	status int
+	body   string
+	header http.Header
+}
+
+// postHeld posts one webhook whose sender waits.
+func postHeld(t testing.TB, p *program, channel, tail string) <-chan senderAnswer {
+	t.Helper()
+	told := make(chan senderAnswer, 1)
+	go func() { // ends with the server's answer
+		var o senderAnswer
+		o.status, o.body, o.header = send(t, "POST", webhookURL(p, channel, tail), "{}")
+		told <- o
+	}()
+	return told
+}
+
+// expectAnswer waits until the sender is told and checks the status.
+func expectAnswer(t testing.TB, told <-chan senderAnswer, status int) senderAnswer {
+	t.Helper()
+	select {
+	case o := <-told:
+		if o.status != status {
+			t.Errorf("sender got %d %s, want %d", o.status, o.body, status)
+		}
+		return o
+	case <-time.After(patience):
+		t.Fatal("sender was not told anything")
+		return senderAnswer{}
+	}
+}
+
+// awaitHeld waits until a replica holds n requests.
+func awaitHeld(t testing.TB, p *program, n int) {
+	t.Helper()
+	eventually(t, fmt.Sprintf("%d requests are held", n), func() bool { return metricOf(t, p, "relay_held_requests") == n })
+}
+
+// postReport posts a client's report.
+func postReport(t testing.TB, p *program, channel, id string) int {
+	t.Helper()
+	status, _, _ := send(t, "POST", "http://"+p.addr+"/subscribe/"+channel+"/responses/"+id, `{"status":202,"headers":{},"body":"made up"}`)
+	return status
+}
+
+// gateTarget is a target that answers once it is opened.
+type gateTarget struct {
+	*target
+	open func()
+	note func(path string) // of what it answers, when set
+}
+
+func newGate(t testing.TB, answer string) *gateTarget {
+	opened := make(chan struct{})
+	g := &gateTarget{open: sync.OnceFunc(func() { close(opened) })}
+	g.target = newTarget(t, func(r recorded) string {
+		<-opened
+		if g.note != nil {
+			g.note(strings.Fields(r.line)[1])
+		}
+		return answer
+	})
+	t.Cleanup(g.open) // before the target waits for its connections
+	return g
+}
+
+const createdAnswer = "HTTP/1.1 201 Created\r\nX-Made: yes\r\nContent-Length: 4\r\n\r\nbody"
+
+// TestResponsesOverReplicas has the sender at one replica and who answers at
+// the other.
+func TestResponsesOverReplicas(t *testing.T) {
+	a, b := startReplicas(t, startRedis(t), "RESPONSE_MODE=response", "RESPONSE_TIMEOUT=9s, nobody=200")
+
+	t.Run("client comes later", func(t *testing.T) {
+		told := postHeld(t, b, "later", "x")
+		awaitHeld(t, b, 1)
+		startClient(t, a.addr, "later", newTarget(t, func(recorded) string { return createdAnswer }).url)
+		if o := expectAnswer(t, told, 201); o.body != "body" || o.header.Get("X-Made") != "yes" {
+			t.Errorf("sender got %+v", o)
+		}
+		awaitHeld(t, b, 0)
+	})
+
+	t.Run("client is there", func(t *testing.T) {
+		startClient(t, a.addr, "there", newTarget(t, func(recorded) string { return createdAnswer }).url)
+		for range 20 {
+			expectAnswer(t, postHeld(t, b, "there", "x"), 201)
+			expectAnswer(t, postHeld(t, a, "there", "x"), 201)
+		}
+	})
+
+	t.Run("nobody comes", func(t *testing.T) {
+		if o := expectAnswer(t, postHeld(t, a, "nobody", "x"), 503); o.header.Get("Retry-After") == "" {
+			t.Errorf("no Retry-After: %+v", o)
+		}
+	})
+
+	t.Run("reports", func(t *testing.T) {
+		f := openFeed(t, a, "forged", "X-Relay-Features", "respond")
+		told := postHeld(t, b, "forged", "x")
+		id := f.next(t).ID
+		for what, try := range map[string]struct {
+			channel, id string
+		}{
+			"wrong id":                {"forged", replicaOf(id) + "-WRONG"},
+			"unknown replica":         {"forged", "NOBODY-" + id},
+			"the name for everybody":  {"forged", "all-" + id},
+			"wrong channel":           {"other", id},
+			"no replica in it at all": {"forged", "x"},
+		} {
+			for _, p := range []*program{a, b} {
+				if status := postReport(t, p, try.channel, try.id); status != 404 {
+					t.Errorf("%s: status %d, want 404", what, status)
+				}
+			}
+		}
+		select {
+		case o := <-told:
+			t.Errorf("a forged report was passed on: %+v", o)
+		default:
+		}
+		if status := postReport(t, a, "forged", id); status != 204 {
+			t.Errorf("report at the other replica: status %d, want 204", status)
+		}
+		if o := expectAnswer(t, told, 202); o.body != "made up" {
+			t.Errorf("sender got %+v", o)
+		}
+		if status := postReport(t, a, "forged", id); status != 404 {
+			t.Errorf("report when nobody waits any more: status %d, want 404", status)
+		}
+	})
+
+	for name, holder := range map[string]*program{"replica it was on": a, "replica it moves to": b} {
+		t.Run("stream is cut, request is held by the "+name, func(t *testing.T) {
+			channel := fmt.Sprintf("cut-%d", len(name))
+			way := newLink(t, a.addr)
+			g := newGate(t, createdAnswer)
+			client := startClient(t, way.addr(), channel, g.url)
+			told := postHeld(t, holder, channel, "x")
+			g.next(t)
+			way.route(b.addr)
+			eventually(t, "the client is on the other replica", func() bool { return len(client.log.lines("stream ready")) == 2 })
+			client.wait("event is a duplicate") // it was delivered once more
+			g.open()
+			expectAnswer(t, told, 201)
+			if n := len(g.got); n != 0 {
+				t.Errorf("target saw the event %d times more", n)
+			}
+		})
+	}
+
+	t.Run("two clients", func(t *testing.T) {
+		slow := make(chan struct{})
+		free := sync.OnceFunc(func() { close(slow) })
+		defer free()
+		answer := func(status string) string { return "HTTP/1.1 " + status + "\r\nContent-Length: 0\r\n\r\n" }
+		first := newTarget(t, func(r recorded) string {
+			if strings.Contains(r.line, "/quick") {
+				return ok200
+			}
+			return answer("500 Broken")
+		})
+		second := newTarget(t, func(r recorded) string {
+			if strings.Contains(r.line, "/both-fail") {
+				return answer("404 Not Here")
+			}
+			<-slow
+			return answer("204 Done")
+		})
+		one := startClient(t, a.addr, "two", first.url, "HEALTH_SERVICE_PORT=0")
+		startClient(t, b.addr, "two", second.url)
+		expectAnswer(t, postHeld(t, a, "two", "both-fail"), 404) // the best of the failures
+		expectAnswer(t, postHeld(t, b, "two", "both-fail"), 404)
+		expectAnswer(t, postHeld(t, b, "two", "quick"), 200) // the first success, whoever still works
+		told := postHeld(t, a, "two", "one-fails")
+		eventually(t, "the failure is reported", func() bool { return metricOf(t, one, "relay_reports_total") == 4 })
+		select {
+		case o := <-told:
+			t.Errorf("sender got %+v while one client still worked", o)
+		default:
+		}
+		free()
+		expectAnswer(t, told, 204)
+	})
+
+	t.Run("legacy subscriber", func(t *testing.T) {
+		for i := range 100 { // such a client forwards every copy it gets
+			channel := fmt.Sprintf("legacy-%d", i)
+			f := openFeed(t, a, channel)
+			first := postHeld(t, b, channel, "first") // while the news of the stream may still be on its way
+			if o := expectAnswer(t, first, 200); o.body != "" {
+				t.Errorf("sender got %+v", o)
+			}
+			f.only(t, "first")
+			expectAnswer(t, postHeld(t, b, channel, "last"), 200)
+			f.only(t, "last")
+			f.leave()
+		}
+	})
+}
+
+// TestHeldOverRedisRestart kills Redis while requests are held: those with a
+// client that works on them, and those that wait for one.
+func TestHeldOverRedisRestart(t *testing.T) {
+	r := startRedis(t)
+	a, b := startReplicas(t, r, "RESPONSE_MODE=status")
+	g := newGate(t, createdAnswer)
+	client := startClient(t, a.addr, "busy", g.url)
+	const each = 10
+	var local, remote, waiting []<-chan senderAnswer
+	for i := range each {
+		local = append(local, postHeld(t, a, "busy", fmt.Sprintf("a%d", i)))
+		remote = append(remote, postHeld(t, b, "busy", fmt.Sprintf("b%d", i)))
+		waiting = append(waiting, postHeld(t, a, "late", strconv.Itoa(i)), postHeld(t, b, "late", strconv.Itoa(i)))
+	}
+	eventually(t, "the target has all it can get", func() bool { return len(g.got) == 2*each })
+	awaitHeld(t, a, 2*each)
+	awaitHeld(t, b, 2*each)
+
+	r.stop()
+	for _, p := range []*program{a, b} {
+		p.wait("redis is down")
+		postRefused(t, p, "busy", 200*time.Millisecond) // never held: nobody knows for how long
+	}
+	g.open()
+	for _, told := range local { // their client's replica holds them: no bus between
+		expectAnswer(t, told, 201)
+	}
+	awaitHeld(t, b, 2*each)
+
+	r.restart()
+	startClient(t, b.addr, "late", newTarget(t, nil).url)
+	for _, told := range remote {
+		expectAnswer(t, told, 201)
+	}
+	for _, told := range waiting {
+		expectAnswer(t, told, 200)
+	}
+	if n := len(g.got); n != 2*each {
+		t.Errorf("target saw %d requests, want %d", n, 2*each)
+	}
+	if n := len(client.log.lines("stream ready")); n != 1 {
+		t.Errorf("the client had %d streams, want 1", n)
+	}
+}
+
+// TestHeldOverShutdown ends the replica that holds requests.
+func TestHeldOverShutdown(t *testing.T) {
+	a, b := startReplicas(t, startRedis(t), "RESPONSE_MODE=response")
+	g := newGate(t, createdAnswer)
+	startClient(t, b.addr, "busy", g.url)
+	finished, never := postHeld(t, a, "busy", "x"), postHeld(t, a, "nobody", "x")
+	g.next(t)
+	awaitHeld(t, a, 2)
+	ended := make(chan error, 1)
+	go func() { ended <- a.stop() }()
+	eventually(t, "the replica is shutting down", func() bool { return probeStatus(t, a, "/ready") == 503 })
+	g.open()
+	expectAnswer(t, finished, 201)
+	if o := expectAnswer(t, never, 503); o.header.Get("Retry-After") == "" {
+		t.Errorf("no Retry-After: %+v", o)
+	}
+	if err := <-ended; err != nil {
+		t.Errorf("run returned %v", err)
+	}
+}
+
+// TestHeldWhileReplicaIsCutOff breaks one replica's way to Redis. Its client
+// stays on it, and gets what the other replica held meanwhile.
+func TestHeldWhileReplicaIsCutOff(t *testing.T) {
+	r := startRedis(t)
+	way := newLink(t, r.addr)
+	env := []string{"HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0", "RESPONSE_MODE=status", "RESPONSE_TIMEOUT=4s"}
+	a := startServer(t, append(env, "REDIS_URL=redis://"+way.addr())...)
+	b := startServer(t, append(env, "REDIS_URL="+r.url)...)
+	awaitReady(t, a, b)
+	startClient(t, a.addr, "far", newTarget(t, nil).url)
+	way.route("")
+	a.wait("redis is down")
+	told := postHeld(t, b, "far", "meanwhile")
+	awaitHeld(t, b, 1)
+	way.route(r.addr)
+	awaitReady(t, a)
+	expectAnswer(t, told, 200)
+}
+
+// TestStreamsMove bounds the age of streams: the client moves again and again
+// under load, and the target notices nothing.
+func TestStreamsMove(t *testing.T) {
+	t.Parallel() // it is long, and no timing of it matters
+	a, b := startReplicas(t, startRedis(t), "SERVER_STREAM_MAX_AGE=1s", "LOG_LEVEL=info")
+	var atTarget tally
+	client := startClient(t, a.addr, "age", atTarget.target(t).url, "LOG_LEVEL=info")
+	posts := newSender(t, webhookURL(a, "age", ""), webhookURL(b, "age", ""))
+	stop := posts.run(5 * time.Millisecond)
+	eventually(t, "the client moves", func() bool { return len(client.log.lines("stream ready")) == 5 })
+	stop()
+	atTarget.check(t, posts)
+	if n := len(client.log.lines("stream ended")); n != 0 {
+		t.Errorf("%d streams ended under the client", n)
+	}
+}
+
+// TestStreamsMoveWhileClientIsFull has a target so slow that a client cannot
+// read on when its stream is over: it still has what came before the new
+// stream was ready, and in part on both.
+func TestStreamsMoveWhileClientIsFull(t *testing.T) {
+	t.Parallel() // it is long, and no timing of it matters
+	a, b := startReplicas(t, startRedis(t), "SERVER_STREAM_MAX_AGE=1s", "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=3s", "LOG_LEVEL=info")
+	var clients sync.WaitGroup
+	for i := range 4 { // which of two streams is read first is chance
+		channel := fmt.Sprintf("full-%d", i)
+		var atTarget tally
+		g := newGate(t, ok200)
+		g.note = atTarget.note
+		way := newLink(t, a.addr)
+		client := startClient(t, way.addr(), channel, g.url, "TARGET_CONCURRENCY=1", "LOG_LEVEL=info")
+		posts := newSender(t, webhookURL(a, channel, ""), webhookURL(b, channel, ""))
+		posts.body = strings.Repeat("x", 32<<10) // more than the client reads at once
+		clients.Go(func() {
+			number := 0
+			post := func(n int) {
+				for range n {
+					posts.post(t.Context(), strconv.Itoa(number))
+					number++
+				}
+			}
+			post(1)      // takes the only slot
+			way.limit(0) // a new stream cannot even be asked for
+			client.wait("stream asked to move")
+			post(5)
+			way.limit(-1)
+			eventually(t, "the client moves", func() bool { return len(client.log.lines("stream ready")) == 2 })
+			post(5)
+			eventually(t, "the old stream is over", func() bool {
+				return slices.ContainsFunc(a.log.lines("subscriber gone"), func(r map[string]any) bool { return r["channel"] == channel })
+			})
+			g.open()
+			atTarget.check(t, posts)
+		})
+	}
+	clients.Wait()
+}
+
+// startBus runs one replica's bus without a server around it, and waits until
+// it works.
+func startBus(t testing.TB, addr, replica string) (*RedisBus, *Hub) {
+	t.Helper()
+	bus, hub := runBus(t, addr, replica)
+	awaitBus(t, bus)
+	return bus, hub
+}
+
+func runBus(t testing.TB, addr, replica string) (*RedisBus, *Hub) {
+	t.Helper()
+	hub := &Hub{Limits: Limits{Subscribers: 1 << 20, PerAddress: 1 << 20, Buffer: 1 << 30}, OnSignal: func(Signal) {}}
+	bus := NewRedisBus(RedisOptions{
+		URL: "redis://" + addr, Prefix: "bus:", MaxAttempts: -1,
+		Backoff: Backoff{Initial: 5 * time.Millisecond, Max: 50 * time.Millisecond, Factor: 2},
+	}, replica, hub, slog.New(slog.DiscardHandler))
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	wg.Go(func() { bus.Run(ctx) })
+	t.Cleanup(func() {
+		cancel()
+		wg.Wait()
+	})
+	return bus, hub
+}
+
+func awaitBus(t testing.TB, bus *RedisBus) {
+	t.Helper()
+	eventually(t, "the bus works", func() bool { return bus.Check(context.Background()) == nil })
+}
+
+// hubStream is a subscriber without a connection.
+type hubStream struct {
+	*Subscriber
+	got chan *Event
+}
+
+func joinHub(t testing.TB, hub *Hub, channel string) hubStream {
+	t.Helper()
+	s := hubStream{&Subscriber{Channel: channel}, make(chan *Event, 10000)}
+	s.Write = func() {
+		for batch := s.Take(nil); len(batch) > 0; batch = s.Take(batch) {
+			for _, e := range batch {
+				s.got <- e
+			}
+		}
+	}
+	if err := hub.Subscribe(s.Subscriber); err != nil {
+		t.Fatal(err)
+	}
+	s.Write()
+	return s
+}
+
+func (s hubStream) isLive() bool {
+	select {
+	case <-s.Live:
+		return true
+	default:
+		return false
+	}
+}
+
+// joinLive is joinHub and the wait for the bus to confirm it.
+func joinLive(t testing.TB, hub *Hub, channel string) hubStream {
+	t.Helper()
+	s := joinHub(t, hub, channel)
+	eventually(t, "the subscription is live", s.isLive)
+	return s
+}
+
+func busEvent(channel string, size int) *Event {
+	return newEvent(channel, &Webhook{
+		ID: newID("BENCH"), Method: "POST", Path: "/webhooks/" + channel + "/push", Time: time.Now(),
+		Body: bytes.Repeat([]byte("x"), size),
+	})
+}
+
+func mustPublish(t testing.TB, bus *RedisBus, e *Event) {
+	t.Helper()
+	if _, err := bus.Publish(context.Background(), e); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestReplicasWaitForEachOther takes Redis away and lets one replica come back
+// before another: until that one is subscribed again, the first must not
+// accept what the other's streams would miss.
+func TestReplicasWaitForEachOther(t *testing.T) {
+	for _, kind := range []string{"old", "new"} {
+		t.Run(kind+" replica comes first", func(t *testing.T) {
+			r := startRedis(t)
+			way := newLink(t, r.addr)
+			var first *RedisBus
+			if kind == "old" {
+				first, _ = startBus(t, r.addr, "FIRST")
+			}
+			_, hub := startBus(t, way.addr(), "SECOND")
+			var streams []hubStream
+			for i := range 60 { // more subscriptions than one write holds
+				streams = append(streams, joinLive(t, hub, strings.Repeat("long", 25)+strconv.Itoa(i)))
+			}
+			way.limit(4 << 10) // of what the second one says; the rest waits
+			r.stop()
+			way.route(r.addr)
+			if kind == "new" {
+				door := newLink(t, "")
+				first, _ = runBus(t, door.addr(), "FIRST")
+				eventually(t, "it has tried and failed", func() bool { return door.tried.Load() > 1+pipeCount })
+				defer door.route("")
+				door.route(r.addr)
+			}
+			r.restart()
+			eventually(t, "both are back, one of them in part", func() bool {
+				n := len(r.channels())
+				return r.subscriptions("bus:@FIRST") == 1 && 3 < n && n < len(streams)
+			})
+			if first.Check(t.Context()) == nil {
+				t.Error("the first replica is ready before the second is subscribed")
+			}
+			way.limit(-1)
+			awaitBus(t, first)
+			for _, s := range streams {
+				mustPublish(t, first, busEvent(s.Channel, 0))
+			}
+			for _, s := range streams {
+				eventually(t, "the event is at the second replica", func() bool { return len(s.got) == 1 })
+			}
+		})
+	}
+}
+
+// TestUnreadIsDelivered kills Redis while a replica has not yet read all that
+// Redis sent it: other replicas have accepted those webhooks.
+func TestUnreadIsDelivered(t *testing.T) {
+	r := startRedis(t)
+	way := newLink(t, r.addr)
+	near, hub := startBus(t, way.addr(), "NEAR")
+	far, _ := startBus(t, r.addr, "FAR")
+	s := joinLive(t, hub, "unread")
+	way.silence()
+	const n = 3000
+	e := busEvent("unread", 100)
+	for range n / 100 {
+		var wg sync.WaitGroup
+		for range 100 {
+			wg.Go(func() { mustPublish(t, far, e) })
+		}
+		wg.Wait()
+	}
+	r.freeze()
+	before := way.sent.Load()
+	go near.Publish(context.Background(), e) // its connection is the first to break
+	eventually(t, "a request is under way", func() bool { return way.sent.Load() > before })
+	r.stop()
+	way.speak()
+	for deadline := time.Now().Add(2 * time.Second); len(s.got) < n && time.Now().Before(deadline); {
+		time.Sleep(time.Millisecond)
+	}
+	if got := len(s.got); got != n {
+		t.Errorf("%d of %d accepted events were delivered", got, n)
+	}
+}
+
+// TestFailedSessionIsNotLive breaks a connection after Redis has confirmed the
+// subscriptions and before the bus works. A stream that comes then is not
+// subscribed anywhere and must wait.
+func TestFailedSessionIsNotLive(t *testing.T) {
+	r := startRedis(t)
+	way := newLink(t, r.addr)
+	bus, hub := startBus(t, way.addr(), "ONE")
+	way.route("")
+	eventually(t, "the bus is down", func() bool { return bus.Check(context.Background()) != nil })
+	bus.known.Store(2) // it will wait for another one
+	first := joinHub(t, hub, "here")
+	if first.isLive() {
+		t.Fatal("live without a bus")
+	}
+	way.route(r.addr)
+	eventually(t, "Redis confirms", first.isLive)
+	way.route("")
+	eventually(t, "the connection is gone", func() bool { return r.subscriptions("bus:@all") == 0 })
+	eventually(t, "a stream that comes now waits", func() bool {
+		s := joinHub(t, hub, "here")
+		defer hub.Leave(s.Subscriber, errPeerGone)
+		return !s.isLive()
+	})
+}
+
+// TestNothingGrowsWithoutRedis has streams come and go on ever new channels
+// while Redis is down.
+func TestNothingGrowsWithoutRedis(t *testing.T) {
+	r := startRedis(t)
+	bus, hub := startBus(t, r.addr, "ONE")
+	r.stop()
+	eventually(t, "the bus is down", func() bool { return bus.Check(context.Background()) != nil })
+	for i := range 10000 {
+		hub.Leave(joinHub(t, hub, strconv.Itoa(i)).Subscriber, errPeerGone)
+	}
+	bus.mu.Lock()
+	n := len(bus.dirty)
+	bus.mu.Unlock()
+	if n > 100 {
+		t.Errorf("%d channels without streams are remembered", n)
+	}
+	r.restart()
+	awaitBus(t, bus)
+	joinLive(t, hub, "after")
+	eventually(t, "one live channel", func() bool { return len(r.channels()) == 3 })
+}
+
+// TestIdleConnectionsStay uses a Redis that closes idle connections, as
+// managed ones do: the bus must not notice it by the next webhook.
+func TestIdleConnectionsStay(t *testing.T) {
+	t.Parallel() // it waits for Redis to lose patience
+	r := startRedis(t, "--timeout", "2")
+	bus, hub := startBus(t, r.addr, "ONE")
+	joinLive(t, hub, "idle")
+	idle, err := net.Dial("tcp", r.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer idle.Close()
+	if _, err := idle.Read(make([]byte, 1)); err != io.EOF { // as idle as a connection can be
+		t.Fatal(err)
+	}
+	for range 2 * pipeCount {
+		mustPublish(t, bus, busEvent("idle", 0))
+	}
+	if n := bus.Sessions.Load(); n != 1 {
+		t.Errorf("%d sessions, want 1", n)
+	}
+}
+
+// BenchmarkRedisPublish publishes from 1, 8 and 64 concurrent requests, and
+// then the same bytes over a bare connection with as many commands in a batch.
+func BenchmarkRedisPublish(b *testing.B) {
+	r := startRedis(b)
+	bus, _ := startBus(b, r.addr, "BENCH")
+	e := busEvent("bench", 1<<10)
+	for _, n := range []int{1, 8, 64} {
+		b.Run(strconv.Itoa(n), func(b *testing.B) {
+			b.ReportAllocs()
+			work := make(chan struct{})
+			var wg sync.WaitGroup
+			for range n {
+				wg.Go(func() {
+					for range work {
+						mustPublish(b, bus, e)
+					}
+				})
+			}
+			for b.Loop() {
+				work <- struct{}{}
+			}
+			close(work)
+			wg.Wait()
+			relay := float64(b.N) / b.Elapsed().Seconds()
+			bare := barePublish(b, r, n, max(b.N, 2000), bus.eventName("bench"), e.wire)
+			b.ReportMetric(relay, "publishes/s")
+			b.ReportMetric(bare, "bare-publishes/s")
+			b.ReportMetric(relay/bare, "of-bare")
+		})
+	}
+}
+
+// barePublish is the rate of total publishes on one redigo connection, batch
+// of them pipelined at a time.
+func barePublish(b *testing.B, r *redisServer, batch, total int, name string, data []byte) float64 {
+	conn, err := redis.DialURL(r.url)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer conn.Close()
+	began := time.Now()
+	for range total / batch {
+		for range batch {
+			conn.Send("PUBLISH", name, data)
+		}
+		conn.Flush()
+		for range batch {
+			if _, err := conn.Receive(); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+	return float64(total/batch*batch) / time.Since(began).Seconds()
+}
+
+// BenchmarkReplicaLatency is the time from a publish at one replica to the
+// event in a subscriber's queue at another.
+func BenchmarkReplicaLatency(b *testing.B) {
+	r := startRedis(b)
+	from, _ := startBus(b, r.addr, "FROM")
+	_, hub := startBus(b, r.addr, "TO")
+	s := joinLive(b, hub, "latency")
+	e := busEvent("latency", 1<<10)
+	var took []time.Duration
+	b.ReportAllocs()
+	for b.Loop() {
+		began := time.Now()
+		mustPublish(b, from, e)
+		<-s.got
+		took = append(took, time.Since(began))
+	}
+	slices.Sort(took)
+	b.ReportMetric(float64(took[len(took)/2].Microseconds()), "p50-µs")
+	b.ReportMetric(float64(took[len(took)*99/100].Microseconds()), "p99-µs")
+}

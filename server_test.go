@@ -1,0 +1,2729 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/big"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"net/netip"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// TestMain lets the test binary be the program itself, or the bare reference
+// of BenchmarkIdleStream, in a process of its own.
+func TestMain(m *testing.M) {
+	switch os.Getenv("RELAY_TEST_MAIN") {
+	case "1":
+		main()
+	case "bare":
+		bareMain()
+	default:
+		os.Exit(m.Run())
+	}
+}
+
+// rig is a server without run around it: on any listener, with the settings
+// that env gives the program.
+type rig struct {
+	*Server
+	hub    *Hub
+	config *Config
+	log    *logBuffer
+	web    *http.Server
+}
+
+// newRig serves on l until the test ends.
+func newRig(t testing.TB, l net.Listener, env ...string) *rig {
+	t.Helper()
+	c, _, err := loadConfig(append([]string{"RELAY_MODE=server"}, env...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &rig{hub: &Hub{Limits: c.Limits}, config: c, log: &logBuffer{}}
+	log := slog.New(slog.NewJSONHandler(r.log, &slog.HandlerOptions{Level: c.LogLevel}))
+	c.Server.Replica = "replica"
+	c.Server.HandlerTimeout = c.HandlerTimeout
+	if r.Server, err = NewServer(c.Server, r.hub, r.hub, log); err != nil {
+		t.Fatal(err)
+	}
+	r.web = webServer(r.Server, log)
+	serveOn(t, r.web, l)
+	t.Cleanup(func() { // before the listener goes: streams that were taken from net/http are ours to end
+		r.hub.Evict(func(*Subscriber) error { return errShutdown })
+		r.streams.Wait()
+	})
+	return r
+}
+
+// serveOn runs web on l until the test ends.
+func serveOn(t testing.TB, web *http.Server, l net.Listener) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		web.Serve(l)
+	}()
+	t.Cleanup(func() {
+		web.Close()
+		<-done
+	})
+}
+
+// loopback listens on a free port.
+func loopback(t testing.TB) net.Listener {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+// dial connects to addr until the test ends.
+func dial(t testing.TB, addr string) net.Conn {
+	t.Helper()
+	conn, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+// exchange writes request bytes, says that there are no more, and reads the
+// answers to their end.
+func exchange(t testing.TB, addr, request string) string {
+	t.Helper()
+	conn := dial(t, addr).(*net.TCPConn)
+	conn.SetDeadline(time.Now().Add(patience))
+	io.WriteString(conn, request) // the other side may close before it has read all
+	conn.CloseWrite()
+	b, _ := io.ReadAll(conn)
+	return string(b)
+}
+
+// newClientOf is a Client of the source for target with the program's defaults.
+func newClientOf(t testing.TB, source, target string, env ...string) *Client {
+	t.Helper()
+	c, _, err := loadConfig(append([]string{"RELAY_MODE=client", "SOURCE_URL=" + source, "TARGET_BASE_URL=" + target}, env...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Client.HandlerTimeout = c.HandlerTimeout
+	c.Client.Token = c.Server.Token
+	return NewClient(c.Client, slog.New(slog.DiscardHandler))
+}
+
+// Bubbles. Whole relays run in testing/synctest over pipes, so that hours pass
+// in milliseconds and nothing depends on the machine's speed. A bubble does not
+// end before all its goroutines do: every such test is one for leaks, too.
+
+// pipes is a listener whose connections are pairs of net.Pipe.
+type pipes struct {
+	conns chan net.Conn
+	done  chan struct{}
+	once  sync.Once
+
+	mu   sync.Mutex
+	open []net.Conn // guarded by mu: the dialling ends
+	down bool       // guarded by mu: dialling fails
+}
+
+func newPipes() *pipes { return &pipes{conns: make(chan net.Conn), done: make(chan struct{})} }
+
+func (p *pipes) Accept() (net.Conn, error) {
+	select {
+	case conn := <-p.conns:
+		return conn, nil
+	case <-p.done:
+		return nil, net.ErrClosed
+	}
+}
+
+func (p *pipes) Close() error {
+	p.once.Do(func() { close(p.done) })
+	return nil
+}
+
+func (p *pipes) Addr() net.Addr { return pipeAddr }
+
+// pipeAddr is the address of everybody, from the range for documentation.
+var pipeAddr = &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 4711}
+
+// pipeConn has an address as a connection has.
+type pipeConn struct{ net.Conn }
+
+func (pipeConn) RemoteAddr() net.Addr { return pipeAddr }
+
+// dial is an http.Transport's DialContext.
+func (p *pipes) dial(context.Context, string, string) (net.Conn, error) {
+	near, far := net.Pipe()
+	p.mu.Lock()
+	down := p.down
+	p.open = append(p.open, near)
+	p.mu.Unlock()
+	if !down {
+		select {
+		case p.conns <- pipeConn{far}:
+			return near, nil
+		case <-p.done:
+		}
+	}
+	return nil, fmt.Errorf("dial: connection refused")
+}
+
+// cut breaks all connections, as a power failure does; with down, none comes up again.
+func (p *pipes) cut(down bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.down = down
+	for _, conn := range p.open {
+		conn.Close()
+	}
+	p.open = nil
+}
+
+// transport speaks to p until the test ends, HTTP/2 without TLS if h2.
+func (p *pipes) transport(t testing.TB, h2 bool) *http.Transport {
+	var protocols http.Protocols
+	protocols.SetHTTP1(!h2)
+	protocols.SetUnencryptedHTTP2(h2)
+	transport := &http.Transport{DialContext: p.dial, Protocols: &protocols, DisableCompression: true}
+	t.Cleanup(transport.CloseIdleConnections)
+	return transport
+}
+
+// outcome is an answer, read to its end.
+type outcome struct {
+	status int
+	body   string
+	header http.Header
+	err    error
+	at     time.Time
+}
+
+// post sends one webhook, or whatever method says, and waits for the answer.
+func post(ctx context.Context, rt http.RoundTripper, method, url, body string, headers ...string) (r outcome) {
+	req, err := http.NewRequestWithContext(ctx, method, url, strings.NewReader(body))
+	if err != nil {
+		return outcome{err: err}
+	}
+	for i := 0; i+1 < len(headers); i += 2 {
+		req.Header.Add(headers[i], headers[i+1])
+	}
+	resp, err := rt.RoundTrip(req)
+	if err != nil {
+		return outcome{err: err, at: time.Now()}
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	return outcome{resp.StatusCode, string(b), resp.Header, err, time.Now()}
+}
+
+// relayError is what the relay itself answers.
+func relayError(status int, message string) string {
+	return fmt.Sprintf(`{"statusCode":%d,"message":%q}`, status, message)
+}
+
+// wantUnavailable checks a 503: it has a message and tells when to come back.
+func wantUnavailable(t *testing.T, r outcome, message string) {
+	t.Helper()
+	if r.err != nil || r.status != 503 || r.body != relayError(503, message) || r.header.Get("Retry-After") != "5" || r.header.Get("Content-Type") != "application/json" {
+		t.Errorf("got %+v, want 503 %q with Retry-After", r, message)
+	}
+}
+
+// seen is one event of a stream.
+type seen struct {
+	name, id, data string
+	at             time.Time
+}
+
+// listener is one open stream whose events are collected.
+type listener struct {
+	resp  *http.Response
+	close context.CancelFunc
+	done  chan struct{} // closed at the end of the stream
+
+	mu     sync.Mutex
+	events []seen // guarded by mu
+	ended  time.Time
+}
+
+// features is what our own client announces.
+var features = []string{"X-Relay-Features", "respond, drain"}
+
+// listen opens the stream at url, which ends with the test.
+func listen(t testing.TB, rt http.RoundTripper, url string, headers ...string) *listener {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	req, _ := http.NewRequestWithContext(ctx, "GET", url, nil)
+	for i := 0; i+1 < len(headers); i += 2 {
+		req.Header.Add(headers[i], headers[i+1])
+	}
+	resp, err := rt.RoundTrip(req)
+	if err != nil {
+		cancel()
+		t.Fatal(err)
+	}
+	l := &listener{resp: resp, close: cancel, done: make(chan struct{})}
+	t.Cleanup(func() {
+		cancel()
+		<-l.done
+	})
+	if resp.StatusCode != 200 {
+		t.Errorf("stream: status %d", resp.StatusCode)
+	}
+	go func() {
+		defer close(l.done)
+		defer resp.Body.Close()
+		p := newParser(resp.Body)
+		for {
+			m, err := p.next()
+			l.mu.Lock()
+			if err != nil {
+				l.ended = time.Now()
+				l.mu.Unlock()
+				return
+			}
+			l.events = append(l.events, seen{m.name, m.id, string(m.data), time.Now()})
+			l.mu.Unlock()
+		}
+	}()
+	return l
+}
+
+// got are the events of such a name so far.
+func (l *listener) got(name string) (events []seen) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, e := range l.events {
+		if e.name == name {
+			events = append(events, e)
+		}
+	}
+	return events
+}
+
+// next waits for the nth webhook of the stream, from 1.
+func (l *listener) next(t testing.TB, n int) seen {
+	t.Helper()
+	eventually(t, "event", func() bool { return len(l.got("message")) >= n })
+	return l.got("message")[n-1]
+}
+
+// endedAt waits for the end of the stream.
+func (l *listener) endedAt(t testing.TB) time.Time {
+	t.Helper()
+	select {
+	case <-l.done:
+	case <-time.After(time.Hour):
+		t.Fatal("the stream does not end")
+	}
+	return l.ended
+}
+
+// webhook is what the stream says of a webhook, read as our client does.
+func (e seen) webhook(t testing.TB) *Webhook {
+	t.Helper()
+	w, err := decodeWebhook([]byte(e.data))
+	if err != nil {
+		t.Fatalf("event %q: %v", e.data, err)
+	}
+	return w
+}
+
+// inBubble is synctest.Test with a second at the end, in which net/http closes
+// what it leaves open for half of one.
+func inBubble(t *testing.T, f func(t *testing.T)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		t.Cleanup(func() { time.Sleep(time.Second) })
+		f(t)
+	})
+}
+
+// bubbles runs f in one bubble for HTTP/1.1 and in one for HTTP/2.
+func bubbles(t *testing.T, f func(t *testing.T, p *pipes, rt *http.Transport)) {
+	for name, h2 := range map[string]bool{"HTTP1": false, "HTTP2": true} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T) {
+				p := newPipes()
+				f(t, p, p.transport(t, h2))
+			})
+		})
+	}
+}
+
+const (
+	hooksURL  = "http://relay.test/webhooks/ci"
+	streamURL = "http://relay.test/subscribe/ci/"
+)
+
+// The HTTP surface.
+
+// TestRoutes is the route table, one row for each request a stranger may try.
+// The relay's own errors are JSON of a fixed text and echo nothing.
+func TestRoutes(t *testing.T) {
+	const (
+		badChannel = "invalid channel"
+		badPath    = "invalid path"
+		notFound   = "not found"
+		notAllowed = "method not allowed"
+	)
+	long := strings.Repeat("a", 128)
+	tests := []struct {
+		request string // method and target
+		status  int
+		message string // of the relay's error
+		allow   string
+	}{
+		{"POST /webhooks/ci", 200, "", ""},
+		{"POST /webhooks/ci/", 200, "", ""},
+		{"POST /webhooks/ci/push/canary?x=1;y=%zz&&?", 200, "", ""},
+		{"GET /webhooks/ci", 200, "", ""},
+		{"HEAD /webhooks/ci", 200, "", ""},
+		{"PUT /webhooks/ci", 200, "", ""},
+		{"DELETE /webhooks/ci", 200, "", ""},
+		{"OPTIONS /webhooks/ci", 200, "", ""},
+		{"PROPFIND /webhooks/ci", 200, "", ""},
+		{"POST /webhooks/ci/a%2Fb//c;d=e/.f/...", 200, "", ""},
+		{"POST http://elsewhere.example/webhooks/ci?x", 200, "", ""},
+		{"POST /webhooks/" + long, 200, "", ""},
+		{"POST /webhooks/A.z_0~-", 200, "", ""},
+		{"POST /webhooks/notReady/x", 200, "", ""}, // stopped the legacy server
+
+		{"GET /", 404, notFound, ""},
+		{"GET /canary", 404, notFound, ""},
+		{"GET /live", 404, notFound, ""},
+		{"POST /webhooks", 404, notFound, ""},
+		{"POST //webhooks/ci", 404, notFound, ""},
+		{"POST /Webhooks/ci", 404, notFound, ""},
+		{"GET /subscribe", 404, notFound, ""},
+		{"GET /subscribe/", 404, notFound, ""},
+		{"GET /subscribe/ci/canary", 404, notFound, ""},
+		{"POST /subscribe/ci/responses", 404, notFound, ""},
+		{"POST /subscribe/ci/responses/a/b", 404, notFound, ""},
+		{"POST /subscribe/ci/responses/", 404, "nobody waits", ""},
+		{"POST /subscribe/ci/responses/can%61ry", 404, "nobody waits", ""},
+
+		{"POST /subscribe/ci", 405, notAllowed, "GET"},
+		{"HEAD /subscribe/ci/", 405, "", "GET"},
+		{"GET /subscribe/ci/responses/canary", 405, notAllowed, "POST"},
+
+		{"POST /webhooks/", 400, badChannel, ""},
+		{"POST /webhooks//ci", 400, badChannel, ""},
+		{"POST /webhooks/" + long + "a", 400, badChannel, ""},
+		{"POST /webhooks/c%69", 400, badChannel, ""},
+		{"POST /webhooks/canary@", 400, badChannel, ""},
+		{"POST /webhooks/can:ary", 400, badChannel, ""},
+		{"POST /webhooks/\xc3\xbc", 400, badChannel, ""},
+		{"GET /subscribe/canary*", 400, badChannel, ""},
+		{"POST /subscribe/canary*/responses/x", 400, badChannel, ""},
+
+		{"POST /webhooks/ci/../x", 400, badPath, ""},
+		{"POST /webhooks/ci/..", 400, badPath, ""},
+		{"POST /webhooks/ci/./x", 400, badPath, ""},
+		{"POST /webhooks/..", 400, badPath, ""},
+		{"POST /webhooks/ci/%2e%2E/x", 400, badPath, ""},
+		{"POST /webhooks/ci/%2e/x", 400, badPath, ""},
+		{"POST /webhooks/ci/.%2e", 400, badPath, ""},
+		{"POST /webhooks/ci/..;x=1/canary", 400, badPath, ""},
+		{"POST /webhooks/ci/..%3Bx/canary", 400, badPath, ""},
+		{"POST /webhooks/ci/..%2fcanary", 400, badPath, ""},
+		{"POST /webhooks/ci/a%2f..", 400, badPath, ""},
+		{`POST /webhooks/ci/a\b`, 400, badPath, ""},
+		{"POST /webhooks/ci/a%5cb", 400, badPath, ""},
+		{"POST /webhooks/ci/a%00", 400, badPath, ""},
+		{"POST /webhooks/ci/a%0d%0aX:1", 400, badPath, ""},
+		{"POST /webhooks/ci/%7F", 400, badPath, ""},
+		{"POST http://x/webhooks/ci/../y", 400, badPath, ""},
+	}
+	l := loopback(t)
+	newRig(t, l)
+	for _, tt := range tests {
+		t.Run(tt.request, func(t *testing.T) {
+			answer := raw(t, l.Addr().String(), tt.request+" HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n")
+			method, _, _ := strings.Cut(tt.request, " ")
+			resp, err := http.ReadResponse(bufio.NewReader(strings.NewReader(answer)), &http.Request{Method: method})
+			if err != nil {
+				t.Fatalf("%v in %q", err, answer)
+			}
+			body, _ := io.ReadAll(resp.Body)
+			want := ""
+			if tt.message != "" {
+				want = relayError(tt.status, tt.message)
+			}
+			if resp.StatusCode != tt.status || string(body) != want || resp.Header.Get("Allow") != tt.allow {
+				t.Errorf("got %q", answer)
+			}
+			if tt.status >= 400 && resp.Header.Get("Content-Type") != "application/json" || strings.Contains(answer, "canary") {
+				t.Errorf("got %q", answer)
+			}
+		})
+	}
+}
+
+// TestPayloadLimit checks what happens to bodies at the limit, above it and
+// short of what was announced, before and after they are read.
+func TestPayloadLimit(t *testing.T) {
+	l := loopback(t)
+	r := newRig(t, l, "SERVER_MAX_PAYLOAD_SIZE_LIMIT=1kb")
+	const head = "POST /webhooks/ci HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n"
+	body := strings.Repeat("x", 1024)
+	const continued = "HTTP/1.1 100 Continue\r\n\r\n"
+	tooLarge, incomplete := relayError(413, "payload too large"), relayError(400, "body incomplete")
+	tests := []struct{ name, request, prefix, suffix string }{
+		{"at the limit", head + "Content-Length: 1024\r\n\r\n" + body, "HTTP/1.1 200", "\r\n\r\n"},
+		{"chunked at the limit", head + "Transfer-Encoding: chunked\r\n\r\n400\r\n" + body + "\r\n0\r\n\r\n", "HTTP/1.1 200", "\r\n\r\n"},
+		{"invited", head + "Expect: 100-continue\r\nContent-Length: 1024\r\n\r\n" + body, continued + "HTTP/1.1 200", "\r\n\r\n"},
+		{"never invited", head + "Expect: 100-continue\r\nContent-Length: 1025\r\n\r\n", "HTTP/1.1 413", tooLarge},
+		{"announced above", head + "Content-Length: 1025\r\n\r\n" + body + "x", "HTTP/1.1 413", tooLarge},
+		{"chunked above", head + "Transfer-Encoding: chunked\r\n\r\n401\r\n" + body + "x\r\n0\r\n\r\n", "HTTP/1.1 413", tooLarge},
+		{"cut short", head + "Content-Length: 1024\r\n\r\nx", "HTTP/1.1 400", incomplete},
+		{"chunked cut short", head + "Transfer-Encoding: chunked\r\n\r\n400\r\nx", "HTTP/1.1 400", incomplete},
+		{"chunk malformed", head + "Transfer-Encoding: chunked\r\n\r\nxyz\r\nx\r\n0\r\n\r\n", "HTTP/1.1 400", incomplete},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			answer := exchange(t, l.Addr().String(), tt.request)
+			if !strings.HasPrefix(answer, tt.prefix) || !strings.HasSuffix(answer, tt.suffix) {
+				t.Errorf("got %q", answer)
+			}
+		})
+	}
+	if got, want := r.Refused.Load(), int64(6); got != want {
+		t.Errorf("%d refused, want %d", got, want)
+	}
+}
+
+// TestBodyOfSlowSender checks the bound of the package doc: a body has a
+// minute, and a sender that stalls is answered and cut.
+func TestBodyOfSlowSender(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		p := newPipes()
+		newRig(t, p)
+		conn, err := p.dial(t.Context(), "", "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		begin := time.Now()
+		io.WriteString(conn, "POST /webhooks/ci HTTP/1.1\r\nHost: relay\r\nContent-Length: 10\r\n\r\nx")
+		answer, _ := io.ReadAll(conn)
+		if !bytes.HasPrefix(answer, []byte("HTTP/1.1 400")) {
+			t.Errorf("got %q", answer)
+		}
+		if took := time.Since(begin); took < bodyTimeout || took > bodyTimeout+5*time.Second {
+			t.Errorf("cut after %s, want %s", took, bodyTimeout)
+		}
+	})
+}
+
+// Streams.
+
+// TestStreamBytes holds the beginning of a stream to the letter: legacy
+// clients end for good at anything else.
+func TestStreamBytes(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		p := newPipes()
+		r := newRig(t, p)
+		conn, err := p.dial(t.Context(), "", "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := make(chan string)
+		go func() {
+			b, _ := io.ReadAll(conn)
+			got <- string(b)
+		}()
+		io.WriteString(conn, "GET /subscribe/ci HTTP/1.1\r\nHost: relay\r\nAccept: text/event-stream\r\n\r\n")
+		synctest.Wait()
+		r.hub.Publish(t.Context(), newEvent("ci", &Webhook{ID: "r-1", Method: "POST", Path: "/webhooks/ci", Body: []byte("a\nb"), Time: time.UnixMilli(1700000000000)}))
+		time.Sleep(12 * time.Second)
+		r.hub.FinishAll(errShutdown)
+		const want = "HTTP/1.1 200 OK\r\nConnection: close\r\nDate: Sat, 01 Jan 2000 00:00:00 GMT\r\n" +
+			"Content-Type: text/event-stream\r\nCache-Control: no-cache, no-transform\r\nX-Accel-Buffering: no\r\n\r\n" +
+			"id: 0\nevent: ready\ndata: {\"heartbeatInterval\":5000}\n\n" +
+			"id: r-1\ndata: {\"id\":\"r-1\",\"method\":\"POST\",\"originalUrl\":\"/webhooks/ci\",\"path\":\"/webhooks/ci\",\"query\":{}," +
+			"\"headers\":{\"content-length\":\"3\"},\"body\":\"a\\nb\",\"timestamp\":1700000000000}\n\n" +
+			"event: heartbeat\ndata: {}\n\n" +
+			"event: heartbeat\ndata: {}\n\n"
+		if s := <-got; s != want {
+			t.Errorf("got\n%q\nwant\n%q", s, want)
+		}
+	})
+}
+
+// TestHeartbeat checks that heartbeats come at every interval, whatever else
+// is sent, for longer than any timeout of the server.
+func TestHeartbeat(t *testing.T) {
+	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
+		newRig(t, p, "SERVER_HEARTBEAT_INTERVAL=2s")
+		l := listen(t, rt, streamURL)
+		begin := time.Now()
+		if kind := l.resp.Header.Get("Content-Type"); kind != "text/event-stream" || l.resp.Header.Get("X-Accel-Buffering") != "no" || l.resp.Header.Get("Cache-Control") != "no-cache, no-transform" {
+			t.Errorf("header of the stream: %v", l.resp.Header)
+		}
+		for range 200 {
+			time.Sleep(1500 * time.Millisecond)
+			if r := post(t.Context(), rt, "POST", hooksURL, "x"); r.status != 200 {
+				t.Fatalf("webhook: %+v", r)
+			}
+		}
+		time.Sleep(time.Second)
+		beats := l.got("heartbeat")
+		if len(beats) != 150 {
+			t.Errorf("%d heartbeats in 300 s, want 150", len(beats))
+		}
+		for i, e := range beats {
+			if at := e.at.Sub(begin); at != time.Duration(i+1)*2*time.Second || e.data != "{}" {
+				t.Fatalf("heartbeat %d after %s with %q", i, at, e.data)
+			}
+		}
+		if n, ready := len(l.got("message")), l.got("ready"); n != 200 || len(ready) != 1 || ready[0].data != `{"heartbeatInterval":2000}` {
+			t.Errorf("%d webhooks, ready %v", n, ready)
+		}
+	})
+}
+
+// TestStreamMaxAge checks that a stream of full age is asked to move and closed
+// one handler timeout later, and that only those are asked who asked for it.
+func TestStreamMaxAge(t *testing.T) {
+	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
+		newRig(t, p, "SERVER_STREAM_MAX_AGE=60s")
+		begin := time.Now()
+		ours, legacy := listen(t, rt, streamURL, features...), listen(t, rt, streamURL)
+		end := ours.endedAt(t)
+		drains := ours.got("drain")
+		if len(drains) != 1 || drains[0].data != "{}" {
+			t.Fatalf("drain %v", drains)
+		}
+		if at := drains[0].at.Sub(begin); at < 54*time.Second || at > time.Minute {
+			t.Errorf("drain after %s, want a minute less a tenth at most", at)
+		}
+		if left := end.Sub(drains[0].at); left != 10*time.Second {
+			t.Errorf("closed %s after drain, want the handler timeout", left)
+		}
+		if age := legacy.endedAt(t).Sub(begin); age < 64*time.Second || age > 70*time.Second || len(legacy.got("drain")) > 0 {
+			t.Errorf("legacy stream closed after %s with %v", age, legacy.got("drain"))
+		}
+	})
+}
+
+// TestDisconnect checks that the hub notices at once when a peer goes.
+func TestDisconnect(t *testing.T) {
+	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
+		r := newRig(t, p)
+		l := listen(t, rt, streamURL)
+		if subscribers, channels := r.hub.Count(); subscribers != 1 || channels != 1 {
+			t.Fatalf("%d subscribers on %d channels", subscribers, channels)
+		}
+		l.close()
+		synctest.Wait()
+		if subscribers, channels := r.hub.Count(); subscribers != 0 || channels != 0 {
+			t.Errorf("%d subscribers on %d channels stay", subscribers, channels)
+		}
+	})
+}
+
+// TestChattySubscriber checks that a subscriber which sends without end after
+// its request is cut, and one that sends a little is not.
+func TestChattySubscriber(t *testing.T) {
+	l := loopback(t)
+	r := newRig(t, l)
+	conn := dial(t, l.Addr().String())
+	io.WriteString(conn, "GET /subscribe/ci HTTP/1.1\r\nHost: relay\r\nContent-Length: 5\r\n\r\nhello")
+	readStreamHead(t, conn)
+	io.WriteString(conn, "a little more")
+	if n, _ := r.hub.Count(); n != 1 {
+		t.Fatalf("%d subscribers", n)
+	}
+	io.WriteString(conn, strings.Repeat("x", 2*chatterLimit))
+	eventually(t, "cut", func() bool { n, _ := r.hub.Count(); return n == 0 })
+}
+
+// TestEviction ends streams whose peer has stopped reading in the midst of an
+// event, be it the stream's first bytes or later ones: by a full queue at
+// once, by the write's own deadline, at shutdown. The write that hangs then
+// must not outlive its subscriber.
+func TestEviction(t *testing.T) {
+	event := newEvent("ci", &Webhook{ID: "r-1", Method: "POST", Path: "/webhooks/ci", Body: make([]byte, 8<<20)})
+	tests := []struct {
+		name   string
+		do     func(r *rig)
+		within time.Duration
+		reason error
+	}{
+		{"queue full", func(r *rig) { // one is being written, one waits, one is too many
+			r.hub.Deliver(event)
+			r.hub.Deliver(event)
+		}, 0, errSlow},
+		{"token revoked", func(r *rig) { r.hub.Evict(func(*Subscriber) error { return errRevoked }) }, 0, errRevoked},
+		{"write hangs", func(*rig) {}, writeTimeout, nil},
+		{"shutdown", func(r *rig) { go r.Shutdown() }, 10 * time.Second, errOverdue},
+	}
+	stall := func(t *testing.T, p *pipes, rt *http.Transport, queued bool, do func(*rig), within time.Duration, reason error) {
+		r := newRig(t, p, "SERVER_SUBSCRIBER_BUFFER=32mb")
+		if queued { // before the stream has begun: not until its channel is live
+			r.hub.Watch = func(string) {}
+			go func() {
+				synctest.Wait()
+				r.hub.Deliver(event)
+				r.hub.Confirm("ci")
+			}()
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		req, _ := http.NewRequestWithContext(ctx, "GET", streamURL, nil)
+		resp, err := rt.RoundTrip(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		io.ReadFull(resp.Body, make([]byte, 8))
+		synctest.Wait()
+		if !queued {
+			r.hub.Deliver(event)
+			synctest.Wait()
+		}
+		begin := time.Now()
+		do(r)
+		r.streams.Wait()
+		if took := time.Since(begin); took != within {
+			t.Errorf("ended after %s, want %s", took, within)
+		}
+		if n, _ := r.hub.Count(); n != 0 {
+			t.Errorf("%d subscribers stay", n)
+		}
+		gone := r.log.lines("subscriber gone")
+		if len(gone) != 1 || reason != nil && gone[0]["reason"] != reason.Error() {
+			t.Errorf("logged %v, want %v", gone, reason)
+		}
+	}
+	for _, tt := range tests {
+		for place, queued := range map[string]bool{"in the first write": true, "later": false} {
+			t.Run(tt.name+" "+place, func(t *testing.T) {
+				bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
+					stall(t, p, rt, queued, tt.do, tt.within, tt.reason)
+				})
+			})
+		}
+	}
+}
+
+// TestSubscriberLimits checks that overload is 503: legacy clients end for good
+// at 429.
+func TestSubscriberLimits(t *testing.T) {
+	for limit, message := range map[string]string{
+		"SERVER_MAX_SUBSCRIBERS=2":             "too many subscribers",
+		"SERVER_MAX_SUBSCRIBERS_PER_ADDRESS=2": "too many subscribers from one address",
+	} {
+		t.Run(limit, func(t *testing.T) {
+			bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
+				newRig(t, p, limit)
+				first := listen(t, rt, streamURL)
+				listen(t, rt, streamURL)
+				wantUnavailable(t, post(t.Context(), rt, "GET", streamURL, ""), message)
+				first.close()
+				synctest.Wait()
+				listen(t, rt, streamURL)
+			})
+		})
+	}
+}
+
+// TestShutdown ends a server that has everything at once: streams of both
+// kinds with events queued, a held request that is answered while it ends, one
+// that nobody answers, senders and subscribers that come too late.
+func TestShutdown(t *testing.T) {
+	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
+		r := newRig(t, p, "RESPONSE_MODE=accept, held=status", "RESPONSE_TIMEOUT=1m")
+		ours, legacy := listen(t, rt, streamURL, features...), listen(t, rt, streamURL)
+		held := listen(t, rt, "http://relay.test/subscribe/held/", features...)
+		answers := make(chan outcome, 2)
+		for range 2 {
+			go func() { answers <- post(t.Context(), rt, "POST", "http://relay.test/webhooks/held", "") }()
+		}
+		synctest.Wait()
+		if r := post(t.Context(), rt, "POST", hooksURL, "last"); r.status != 200 {
+			t.Fatalf("webhook: %+v", r)
+		}
+		begin := time.Now()
+		over := make(chan time.Duration)
+		go func() {
+			r.Shutdown()
+			over <- time.Since(begin)
+		}()
+		time.Sleep(2 * time.Second) // longer than the jitter of drain
+		if r.Check(t.Context()) == nil {
+			t.Error("ready while shutting down")
+		}
+		for name, l := range map[string]*listener{"ours": ours, "held": held} {
+			if drains := l.got("drain"); len(drains) != 1 {
+				t.Errorf("%s: drain %v", name, drains)
+			}
+		}
+		late := post(t.Context(), rt, "POST", hooksURL, "late")
+		wantUnavailable(t, late, "shutting down")
+		wantUnavailable(t, post(t.Context(), rt, "GET", streamURL, ""), "shutting down")
+		wantUnavailable(t, post(t.Context(), rt, "POST", "http://relay.test/webhooks/held", "late"), "shutting down")
+
+		// The report of a client is taken to the end.
+		report := post(t.Context(), rt, "POST", "http://relay.test/subscribe/held/responses/"+held.got("message")[0].id, `{"status":201}`)
+		if report.status != 204 {
+			t.Errorf("report: %+v", report)
+		}
+		if a := <-answers; a.status != 201 || a.at.Sub(begin) != 2*time.Second {
+			t.Errorf("answered request: %+v after %s", a, a.at.Sub(begin))
+		}
+		a := <-answers
+		wantUnavailable(t, a, "shutting down")
+		if took := a.at.Sub(begin); took != 9*time.Second {
+			t.Errorf("unanswered request ended after %s, want what leaves a second for the streams", took)
+		}
+		if took := <-over; took > 10*time.Second {
+			t.Errorf("shutdown took %s", took)
+		}
+		for name, l := range map[string]*listener{"ours": ours, "legacy": legacy, "held": held} {
+			<-l.done
+			if name != "held" && (len(l.got("message")) != 1 || l.got("message")[0].webhook(t).Body[0] != 'l') {
+				t.Errorf("%s got %v", name, l.got("message"))
+			}
+		}
+		if len(legacy.got("drain")) > 0 {
+			t.Error("a legacy client was asked to move")
+		}
+	})
+}
+
+// TestShutdownMoves checks that a server whose clients have moved ends at once
+// and does not sit out its patience.
+func TestShutdownMoves(t *testing.T) {
+	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
+		r := newRig(t, p)
+		l := listen(t, rt, streamURL, features...)
+		begin := time.Now()
+		go func() {
+			for len(l.got("drain")) == 0 {
+				time.Sleep(10 * time.Millisecond)
+			}
+			l.close()
+		}()
+		r.Shutdown()
+		if took := time.Since(begin); took > moveJitter+100*time.Millisecond {
+			t.Errorf("shutdown took %s", took)
+		}
+	})
+}
+
+// TestNginx runs streams and webhooks through an nginx that knows nothing of
+// them but where to pass them. It buffers answers by default.
+func TestNginx(t *testing.T) {
+	path, err := exec.LookPath("nginx")
+	if err != nil && os.Getenv("CI") == "" {
+		t.Skip("nginx is not installed")
+	} else if err != nil {
+		t.Fatal("nginx is not installed, and CI must not do without")
+	}
+	server := startServer(t)
+	l := loopback(t)
+	front := l.Addr().String()
+	l.Close() // nginx cannot pick a free port itself
+	dir := t.TempDir()
+	config := "daemon off; worker_processes 1; pid nginx.pid; error_log stderr;\nevents {}\nhttp {\n access_log off;\n"
+	if os.Getuid() == 0 {
+		config = "user root;\n" + config // its workers must reach dir
+	}
+	for _, kind := range []string{"client_body", "proxy", "fastcgi", "uwsgi", "scgi"} {
+		config += " " + kind + "_temp_path " + kind + ";\n"
+	}
+	config += " server { listen " + front + "; location / { proxy_pass http://" + server.addr + "; } }\n}\n"
+	if err := os.WriteFile(filepath.Join(dir, "nginx.conf"), []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	log := &logBuffer{}
+	cmd := exec.Command(path, "-p", dir, "-c", "nginx.conf", "-e", "stderr")
+	cmd.Stderr = log
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Signal(os.Interrupt)
+		cmd.Wait()
+		if t.Failed() {
+			t.Logf("nginx:\n%s", log)
+		}
+	})
+	eventually(t, "nginx listens", func() bool {
+		conn, err := net.Dial("tcp", front)
+		if err == nil {
+			conn.Close()
+		}
+		return err == nil
+	})
+	transport := &http.Transport{DisableCompression: true}
+	t.Cleanup(transport.CloseIdleConnections)
+	stream := listen(t, transport, "http://"+front+"/subscribe/ci/")
+	eventually(t, "ready", func() bool { return len(stream.got("ready")) == 1 })
+	body := strings.Repeat("0123456789abcdef", 4096) // more than nginx keeps in memory
+	if r := post(t.Context(), transport, "POST", "http://"+front+"/webhooks/ci/a%2Fb?x=%zz", body, "X-Custom", "1"); r.status != 200 {
+		t.Fatalf("webhook: %+v", r)
+	}
+	w := stream.next(t, 1).webhook(t)
+	if w.Path != "/webhooks/ci/a%2Fb" || w.Query != "?x=%zz" || string(w.Body) != body {
+		t.Errorf("got %s%s with %d bytes", w.Path, w.Query, len(w.Body))
+	}
+	if len(stream.got("heartbeat")) > 0 {
+		t.Error("the event came no sooner than a heartbeat pushed it")
+	}
+	server.cancel()
+	<-stream.done
+}
+
+// Response modes. The provider's open request is the only queue.
+
+// relay is a whole relay in a bubble: server, target, and as many clients as a
+// test starts, on channel ci.
+type relay struct {
+	*rig
+	t      *testing.T
+	server *pipes
+	target *target
+	rt     *http.Transport // of the providers
+}
+
+// relayTest runs f with a relay in a bubble; answer is the target's. The
+// response mode is response, unless env says otherwise.
+func relayTest(t *testing.T, answer func(recorded) string, env []string, f func(*testing.T, *relay)) {
+	t.Helper()
+	inBubble(t, func(t *testing.T) {
+		p := newPipes()
+		r := &relay{t: t, server: p, rt: p.transport(t, false)}
+		r.rig = newRig(t, p, append([]string{"RESPONSE_MODE=response"}, env...)...)
+		if answer == nil {
+			answer = func(recorded) string { return ok200 }
+		}
+		r.target = &target{got: make(chan recorded, 1000), answer: answer}
+		f(t, r)
+		synctest.Wait()
+		if n, size := r.Held(); n != 0 || size != 0 {
+			t.Errorf("%d requests of %d bytes stay held", n, size)
+		}
+	})
+}
+
+// end is one running client and the connections that it has.
+type end struct {
+	*Client
+	source, target *pipes
+	stop           func()
+}
+
+// client starts a client whose connections are its own. It ends with the test.
+func (r *relay) client(env ...string) *end {
+	r.t.Helper()
+	e := &end{source: newPipes(), target: newPipes()}
+	e.Client = newClientOf(r.t, streamURL, "http://target.test", env...)
+	e.Client.source.Proxy, e.Client.target.Proxy = nil, nil
+	e.Client.source.DialContext, e.Client.target.DialContext = e.source.dial, e.target.dial
+	var wg sync.WaitGroup
+	pass := func(from *pipes, to func(net.Conn)) {
+		wg.Go(func() {
+			for {
+				conn, err := from.Accept()
+				if err != nil {
+					return
+				}
+				wg.Go(func() { to(conn) })
+			}
+		})
+	}
+	pass(e.source, func(conn net.Conn) {
+		select {
+		case r.server.conns <- conn:
+		case <-r.server.done:
+		}
+	})
+	pass(e.target, func(conn net.Conn) {
+		defer conn.Close()
+		r.target.serve(conn)
+	})
+	ctx, cancel := context.WithCancel(context.Background())
+	running := make(chan struct{})
+	go func() {
+		defer close(running)
+		e.Run(ctx)
+	}()
+	e.stop = sync.OnceFunc(func() {
+		cancel()
+		<-running
+		e.source.Close()
+		e.target.Close()
+		e.source.cut(true)
+		e.target.cut(true)
+		wg.Wait()
+	})
+	r.t.Cleanup(e.stop)
+	for e.Check(r.t.Context()) != nil {
+		time.Sleep(time.Millisecond)
+	}
+	return e
+}
+
+// kill breaks the client's connections for good, as the end of its machine does.
+func (e *end) kill() {
+	e.source.cut(true)
+	e.target.cut(true)
+}
+
+// post is one webhook; go posts one and gives the outcome later.
+func (r *relay) post(headers ...string) outcome {
+	return post(r.t.Context(), r.rt, "POST", hooksURL, "{}", headers...)
+}
+
+func (r *relay) posted() <-chan outcome {
+	c := make(chan outcome, 1)
+	go func() { c <- r.post() }()
+	synctest.Wait()
+	return c
+}
+
+// report is what a client that is not ours reports of an event; name is its
+// X-Relay-Client.
+func (r *relay) report(id, name, body string) int {
+	r.t.Helper()
+	return post(r.t.Context(), r.rt, "POST", streamURL+"responses/"+id, body, "X-Relay-Client", name).status
+}
+
+// says is a raw answer of a target with a body.
+func says(status int, body string, headers ...string) string {
+	return fmt.Sprintf("HTTP/1.1 %d X\r\n%s\r\nContent-Length: %d\r\n\r\n%s", status, strings.Join(append(headers, "X-Of: target"), "\r\n"), len(body), body)
+}
+
+// TestModes is what a provider is told in each mode for what the target says.
+func TestModes(t *testing.T) {
+	plain := says(201, "hello", "Content-Type: text/plain", "Date: then")
+	tests := []struct {
+		name, mode, answer string // the target's raw answer; empty: it is down
+		status             int
+		body               string
+		headers            string // "name: value" that must be there; "name" that must not
+	}{
+		{"accept", "accept", says(500, "oops"), 200, "", "X-Of Content-Type"},
+		{"status", "status", plain, 201, "", "X-Of Content-Type"},
+		{"status of a failure", "status", says(404, "no"), 404, "", "X-Of"},
+		{"status of gone", "status", says(410, "no"), 410, "", "X-Of"},
+		{"status of a server error", "status", says(500, "no"), 500, "", "X-Of"},
+		{"response", "response", plain, 201, "hello", "Content-Type:text/plain X-Of:target Date:then"},
+		{"response of a failure", "response", says(422, "no"), 422, "no", "X-Of:target"},
+		{"nothing invented", "response", says(200, "<html>"), 200, "<html>", "Content-Type X-Of:target"},
+		{"hop-by-hop", "response", says(200, "x", "Connection: X-Hop, keep-alive", "X-Hop: 1", "Keep-Alive: timeout=5", "Upgrade: h2c",
+			"Proxy-Authenticate: Basic", "Trailer: X-T", "Set-Cookie: a=b", "X-Relay-Event-Id: forged", "ETag: e"), 200, "x",
+			"X-Hop Keep-Alive Upgrade Proxy-Authenticate Trailer Set-Cookie X-Relay-Event-Id Etag:e"},
+		{"repeated", "response", says(200, "x", "Link: a", "Link: b"), 200, "x", "Link:a,b"},
+		{"bytes", "response", says(200, "\x00\xff\r\n", "Content-Encoding: gzip"), 200, "\x00\xff\r\n", "Content-Encoding:gzip"},
+		{"chunked", "response", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n1\r\nc\r\n0\r\n\r\n", 200, "abc", "Content-Length:3"},
+		{"no content", "response", "HTTP/1.1 204 No Content\r\nX-Of: target\r\n\r\n", 204, "", "X-Of:target Content-Length Content-Type"},
+		{"not modified", "response", "HTTP/1.1 304 Not Modified\r\nETag: e\r\n\r\n", 304, "", "Etag:e Content-Length"},
+		{"no content, status", "status", "HTTP/1.1 204 No Content\r\n\r\n", 204, "", "Content-Length"},
+		{"redirect", "response", says(302, "", "Location: https://elsewhere.example/"), 302, "", "Location:https://elsewhere.example/"},
+		{"after 1xx", "response", "HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" + plain, 201, "hello", "Link"},
+		{"largest body", "response", says(200, strings.Repeat("x", answerLimit)), 200, strings.Repeat("x", answerLimit), "X-Of:target"},
+		{"body above the cap", "response", says(200, strings.Repeat("x", answerLimit+1)), 200, "", "X-Of:target Content-Length:0"},
+		{"no HTTP", "response", "hello\r\n\r\n", 502, relayError(502, "target unreachable"), "Content-Type:application/json"},
+		{"101", "response", "HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", 502, relayError(502, "target unreachable"), "Upgrade"},
+		{"down", "response", "", 502, relayError(502, "target unreachable"), "Content-Type:application/json"},
+		{"down, status", "status", "", 502, relayError(502, "target unreachable"), "Content-Type:application/json"},
+		{"down, accept", "accept", "", 200, "", ""},
+		{"overloaded", "response", says(503, "later", "Retry-After: 1"), 503, "later", "Retry-After:1 X-Of:target"},
+		{"silent", "response", "silent", 504, relayError(504, "no answer in time"), "Content-Type:application/json"},
+		{"silent, status", "status", "silent", 504, relayError(504, "no answer in time"), ""},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			over := make(chan struct{})
+			answer := func(recorded) string {
+				if tt.answer == "silent" {
+					<-over
+				}
+				return tt.answer
+			}
+			others := "accept" // the mode is the channel's own
+			if tt.mode == others {
+				others = "response"
+			}
+			relayTest(t, answer, []string{"RESPONSE_MODE=" + others + ", ci=" + tt.mode}, func(t *testing.T, r *relay) {
+				over = make(chan struct{})
+				defer close(over)
+				c := r.client()
+				if tt.answer == "" {
+					c.target.cut(true)
+				}
+				begin := time.Now()
+				got := r.post()
+				if got.err != nil || got.status != tt.status || got.body != tt.body {
+					t.Errorf("got %d %.200q %v, want %d %.200q", got.status, got.body, got.err, tt.status, tt.body)
+				}
+				if took := time.Since(begin); took > 9*time.Second {
+					t.Errorf("took %s", took)
+				}
+				for field := range strings.FieldsSeq(tt.headers) {
+					name, value, _ := strings.Cut(field, ":")
+					if have := strings.Join(got.header[name], ","); have != value {
+						t.Errorf("%s is %q, want %q", name, have, value)
+					}
+				}
+			})
+		})
+	}
+}
+
+// TestHeadAnswer checks that a HEAD webhook gets headers without a body, on a
+// connection that stays usable.
+func TestHeadAnswer(t *testing.T) {
+	answer := func(r recorded) string {
+		if strings.HasPrefix(r.line, "HEAD") {
+			return "HTTP/1.1 200 OK\r\nX-Of: target\r\nContent-Length: 5\r\n\r\n"
+		}
+		return says(200, "hello")
+	}
+	relayTest(t, answer, nil, func(t *testing.T, r *relay) {
+		r.client()
+		for range 2 {
+			if got := post(t.Context(), r.rt, "HEAD", hooksURL, ""); got.status != 200 || got.body != "" || got.header.Get("X-Of") != "target" {
+				t.Errorf("HEAD got %+v", got)
+			}
+			if got := r.post(); got.body != "hello" {
+				t.Errorf("POST got %+v", got)
+			}
+		}
+	})
+}
+
+// TestHeldForClient checks that a request which comes before any client is
+// delivered the moment one is ready, and that it ends in time when none comes.
+func TestHeldForClient(t *testing.T) {
+	relayTest(t, nil, nil, func(t *testing.T, r *relay) {
+		answer := r.posted()
+		if n, size := r.Held(); n != 1 || size < 100 {
+			t.Errorf("%d requests of %d bytes are held", n, size)
+		}
+		time.Sleep(3 * time.Second)
+		begin := time.Now()
+		r.client()
+		if a := <-answer; a.status != 200 || a.at.Sub(begin) > 5*time.Millisecond {
+			t.Errorf("got %+v after %s", a, a.at.Sub(begin))
+		}
+	})
+	relayTest(t, nil, []string{"RESPONSE_TIMEOUT=1s, ci=2500"}, func(t *testing.T, r *relay) {
+		begin := time.Now()
+		a := r.post()
+		wantUnavailable(t, a, "nobody connected")
+		if took := a.at.Sub(begin); took != 2500*time.Millisecond {
+			t.Errorf("took %s", took)
+		}
+	})
+}
+
+// TestStreamEndsBeforeAnswer checks that the event goes to the next client,
+// with the same id and what is left of its time.
+func TestStreamEndsBeforeAnswer(t *testing.T) {
+	relayTest(t, nil, nil, func(t *testing.T, r *relay) {
+		first := listen(t, r.rt, streamURL, features...)
+		answer := r.posted()
+		time.Sleep(2 * time.Second)
+		first.close()
+		time.Sleep(2 * time.Second)
+		second := listen(t, r.rt, streamURL, features...)
+		synctest.Wait()
+		one, two := first.next(t, 1), second.next(t, 1)
+		if w := two.webhook(t); one.id != two.id || !w.Respond || w.Timeout != 5*time.Second || one.webhook(t).Timeout != 9*time.Second {
+			t.Errorf("first %q, then %q", one.data, two.data)
+		}
+		if status := r.report(two.id, "b", `{"status":202}`); status != 204 {
+			t.Errorf("report got %d", status)
+		}
+		if a := <-answer; a.status != 202 {
+			t.Errorf("got %+v", a)
+		}
+		if n := len(second.got("message")); n != 1 {
+			t.Errorf("%d deliveries to the second", n)
+		}
+	})
+}
+
+// TestClientKilled checks that another client takes over when one is gone
+// without a word in the midst of a forward.
+func TestClientKilled(t *testing.T) {
+	relayTest(t, nil, nil, func(t *testing.T, r *relay) {
+		dead := make(chan struct{})
+		defer close(dead)
+		var calls atomic.Int64
+		r.target.answer = func(recorded) string {
+			if calls.Add(1) == 1 {
+				<-dead
+			}
+			return says(200, "second")
+		}
+		first := r.client()
+		answer := r.posted()
+		one := <-r.target.got
+		first.kill()
+		r.client()
+		if a := <-answer; a.status != 200 || a.body != "second" {
+			t.Errorf("got %+v", a)
+		}
+		two := <-r.target.got
+		if a, b := one.get("X-Relay-Event-Id"), two.get("X-Relay-Event-Id"); a == "" || a != b {
+			t.Errorf("ids %q and %q", a, b)
+		}
+	})
+}
+
+// proxy passes connections on to an address until it cuts them.
+type proxy struct {
+	net.Listener
+	mu    sync.Mutex
+	conns []net.Conn // guarded by mu: both ends of each
+}
+
+func newProxy(t testing.TB, to string) *proxy {
+	t.Helper()
+	p := &proxy{Listener: loopback(t)}
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			near, err := p.Accept()
+			if err != nil {
+				return
+			}
+			far, err := net.Dial("tcp", to)
+			if err != nil {
+				near.Close()
+				continue
+			}
+			p.mu.Lock()
+			p.conns = append(p.conns, near, far)
+			p.mu.Unlock()
+			for _, way := range [][2]net.Conn{{near, far}, {far, near}} {
+				wg.Go(func() {
+					io.Copy(way[0], way[1])
+					way[0].Close()
+				})
+			}
+		}
+	})
+	t.Cleanup(func() {
+		p.Close()
+		p.cut()
+		wg.Wait()
+	})
+	return p
+}
+
+// cut breaks everything that passes.
+func (p *proxy) cut() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, conn := range p.conns {
+		conn.(*net.TCPConn).SetLinger(0)
+		conn.Close()
+	}
+	p.conns = nil
+}
+
+// TestStreamCutDuringForward cuts the client's connections in the midst of a
+// forward: the target sees the event once and the sender gets its answer.
+func TestStreamCutDuringForward(t *testing.T) {
+	server := startServer(t, "RESPONSE_MODE=response")
+	between := newProxy(t, server.addr)
+	work := make(chan string)
+	target := newTarget(t, func(recorded) string { return <-work })
+	client := startClient(t, between.Addr().String(), "ci", target.url)
+	answer := make(chan outcome)
+	transport := &http.Transport{DisableKeepAlives: true}
+	go func() { answer <- post(t.Context(), transport, "POST", "http://"+server.addr+"/webhooks/ci", "{}") }()
+	target.next(t)
+	between.cut()
+	eventually(t, "second stream", func() bool { return len(client.log.lines("stream ready")) == 2 })
+	eventually(t, "second delivery", func() bool { return len(client.log.lines("event is a duplicate")) == 1 })
+	work <- says(202, "done")
+	if a := <-answer; a.status != 202 || a.body != "done" {
+		t.Errorf("got %+v", a)
+	}
+	if n := len(target.got); n != 0 {
+		t.Errorf("the target got the event %d times more", n)
+	}
+}
+
+// TestClientDuplicate checks that a client which has forwarded an event, and
+// whose report was lost with its stream, answers from memory.
+func TestClientDuplicate(t *testing.T) {
+	relayTest(t, nil, nil, func(t *testing.T, r *relay) {
+		work := make(chan string)
+		r.target.answer = func(recorded) string { return <-work }
+		c := r.client()
+		answer := r.posted()
+		<-r.target.got
+		c.source.cut(false) // the stream; the target's connection lives
+		time.Sleep(5 * time.Second)
+		if n, _ := r.hub.Count(); n != 1 {
+			t.Fatalf("%d subscribers", n)
+		}
+		work <- says(200, "once")
+		if a := <-answer; a.status != 200 || a.body != "once" {
+			t.Errorf("got %+v", a)
+		}
+		select {
+		case again := <-r.target.got:
+			t.Errorf("the target got %q again", again.line)
+		default:
+		}
+	})
+}
+
+// TestSeveralSubscribers is who decides when several clients have the event:
+// the first success at once, otherwise the best failure after the last answer.
+func TestSeveralSubscribers(t *testing.T) {
+	tests := []struct {
+		name    string
+		reports []string // by client, one a second
+		status  int
+		after   time.Duration
+	}{
+		{"first success wins", []string{`{"status":500}`, `{"status":204}`}, 204, 2 * time.Second},
+		{"success does not wait", []string{`{"status":200}`}, 200, time.Second},
+		{"best failure", []string{`{"status":500}`, `{"status":404}`, `{"error":"timeout"}`}, 404, 3 * time.Second},
+		{"target's word beats silence", []string{`{"error":"unreachable"}`, `{"error":"timeout"}`, `{"status":503}`}, 503, 3 * time.Second},
+		{"timeout beats unreachable", []string{`{"error":"unreachable"}`, `{"error":"timeout"}`, `{"error":"unreachable"}`}, 504, 3 * time.Second},
+		{"one stays silent", []string{`{"status":500}`, `{"status":404}`}, 404, 9 * time.Second},
+		{"one goes", []string{`{"status":500}`, `{"status":404}`, "gone"}, 404, 3 * time.Second},
+		{"success after one goes", []string{"gone", `{"status":404}`, `{"status":200}`}, 200, 3 * time.Second},
+		{"all go", []string{"gone", "gone", "gone"}, 503, 9 * time.Second},
+	}
+	for _, tt := range tests {
+		for _, named := range []bool{true, false} {
+			if !named && slices.Contains(tt.reports, "gone") {
+				continue // whose answers there were nobody can tell
+			}
+			t.Run(fmt.Sprintf("%s, named %t", tt.name, named), func(t *testing.T) {
+				relayTest(t, nil, []string{"RESPONSE_MODE=status"}, func(t *testing.T, r *relay) {
+					begin := time.Now()
+					var clients []*listener
+					names := []string{"a", "b", "c"}
+					for i := range names {
+						if !named {
+							names[i] = ""
+						}
+						clients = append(clients, listen(t, r.rt, streamURL, append([]string{"X-Relay-Client", names[i]}, features...)...))
+					}
+					answer := r.posted()
+					for i, report := range tt.reports {
+						time.Sleep(time.Second)
+						if report == "gone" {
+							clients[i].close()
+						} else if status := r.report(clients[i].next(t, 1).id, names[i], report); status != 204 {
+							t.Errorf("report %s got %d", report, status)
+						}
+					}
+					a := <-answer
+					if took := a.at.Sub(begin); a.status != tt.status || took != tt.after {
+						t.Errorf("got %d after %s, want %d after %s", a.status, took, tt.status, tt.after)
+					}
+				})
+			})
+		}
+	}
+}
+
+// TestLegacySubscribers checks that for a client which cannot answer written
+// counts, and that one which can is waited for.
+func TestLegacySubscribers(t *testing.T) {
+	for _, mode := range []string{"status", "response"} {
+		relayTest(t, nil, []string{"RESPONSE_MODE=" + mode}, func(t *testing.T, r *relay) {
+			legacy := listen(t, r.rt, streamURL)
+			begin := time.Now()
+			if a := r.post(); a.status != 200 || a.body != "" || a.at != begin {
+				t.Errorf("%s with a legacy client alone: %+v", mode, a)
+			}
+			synctest.Wait()
+			if n := len(legacy.got("message")); n != 1 {
+				t.Errorf("%d events", n)
+			}
+			ours := listen(t, r.rt, streamURL, append([]string{"X-Relay-Client", "ours"}, features...)...)
+			answer := r.posted()
+			time.Sleep(time.Second)
+			select {
+			case a := <-answer:
+				t.Errorf("%s was answered by a legacy client where ours is to answer: %+v", mode, a)
+			default:
+				r.report(ours.next(t, 1).id, "ours", `{"status":418}`)
+				if a := <-answer; a.status != 418 {
+					t.Errorf("%s with both: %+v", mode, a)
+				}
+			}
+		})
+	}
+}
+
+// TestSenderHangsUp checks that a hold ends with its sender and leaves nothing.
+func TestSenderHangsUp(t *testing.T) {
+	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
+		r := newRig(t, p, "RESPONSE_MODE=response", "RESPONSE_TIMEOUT=10m")
+		stream := listen(t, rt, streamURL, features...)
+		synctest.Wait()
+		idle, _ := goroutines()
+		ctx, hangUp := context.WithCancel(t.Context())
+		gone := make(chan outcome)
+		for range 20 {
+			go func() { gone <- post(ctx, rt, "POST", hooksURL, "{}") }()
+		}
+		synctest.Wait()
+		if n, size := r.Held(); n != 20 || size < 2000 {
+			t.Errorf("%d requests of %d bytes are held", n, size)
+		}
+		hangUp()
+		for range 20 {
+			<-gone
+		}
+		synctest.Wait()
+		if n, size := r.Held(); n != 0 || size != 0 {
+			t.Errorf("%d requests of %d bytes stay held", n, size)
+		}
+		if got := post(t.Context(), rt, "POST", streamURL+"responses/"+stream.got("message")[0].id, `{"status":200}`); got.status != 404 {
+			t.Errorf("a report to nobody got %d", got.status)
+		}
+		rt.CloseIdleConnections()
+		time.Sleep(time.Second)
+		if n, stacks := goroutines(); n > idle {
+			t.Errorf("%d goroutines, %d before:\n%s", n, idle, stacks)
+		}
+	})
+}
+
+// goroutines counts those of this bubble.
+func goroutines() (n int, stacks []byte) {
+	stacks = make([]byte, 1<<20)
+	stacks = stacks[:runtime.Stack(stacks, true)]
+	_, rest, _ := bytes.Cut(stacks, []byte("synctest")) // the caller's comes first
+	bubble, _, _ := bytes.Cut(rest, []byte("]"))
+	return bytes.Count(stacks, append(bubble, ']')), stacks
+}
+
+// TestReports is what a report may be and what not. Nothing of a refused one
+// reaches the sender.
+func TestReports(t *testing.T) {
+	relayTest(t, nil, []string{"AUTH_TOKENS_FILE=" + tokensFile(t, "ci secret\nother else\n")}, func(t *testing.T, r *relay) {
+		stream := listen(t, r.rt, streamURL, append([]string{"X-Auth-Token", "secret"}, features...)...)
+		answer := r.posted()
+		id := stream.next(t, 1).id
+		const ok = `{"status":200,"headers":{"x-a":"1"},"body":"answered"}`
+		other := id[:len(id)-1] + string("AB"[strings.Count(id[len(id)-1:], "A")])
+		tests := []struct {
+			name, channel, id, token, body string
+			status                         int
+			message                        string
+		}{
+			{"wrong id", "ci", other, "secret", ok, 404, "nobody waits"},
+			{"id of another replica", "ci", "elsewhere-" + id, "secret", ok, 404, "nobody waits"},
+			{"id that is none", "ci", "a%20b", "secret", ok, 404, "nobody waits"},
+			{"wrong channel", "other", id, "else", ok, 404, "nobody waits"},
+			{"wrong token", "ci", id, "else", ok, 401, "missing or wrong token"},
+			{"no token", "ci", id, "", ok, 401, "missing or wrong token"},
+			{"no JSON", "ci", id, "secret", "status=200", 400, "invalid report"},
+			{"empty", "ci", id, "secret", "", 400, "invalid report"},
+			{"no status", "ci", id, "secret", "{}", 400, "invalid report"},
+			{"status below", "ci", id, "secret", `{"status":199}`, 400, "invalid report"},
+			{"status 101", "ci", id, "secret", `{"status":101}`, 400, "invalid report"},
+			{"status above", "ci", id, "secret", `{"status":600}`, 400, "invalid report"},
+			{"unknown error", "ci", id, "secret", `{"error":"canary"}`, 400, "invalid report"},
+			{"header that ends its line", "ci", id, "secret", `{"status":200,"headers":{"x-a":"1\r\nx-b: 2"}}`, 400, "invalid report"},
+			{"header name that is none", "ci", id, "secret", `{"status":200,"headers":{"x a":"1"}}`, 400, "invalid report"},
+			{"header above latin1", "ci", id, "secret", `{"status":200,"headers":{"x-a":"\u0100"}}`, 400, "invalid report"},
+			{"too large", "ci", id, "secret", `{"status":200,"body":"` + strings.Repeat("x", reportLimit) + `"}`, 400, "invalid report"},
+			{"right", "ci", id, "secret", ok, 204, ""},
+			{"right, but late", "ci", id, "secret", ok, 404, "nobody waits"},
+		}
+		for _, tt := range tests {
+			got := post(t.Context(), r.rt, "POST", "http://relay.test/subscribe/"+tt.channel+"/responses/"+tt.id, tt.body, "Authorization", "Bearer "+tt.token)
+			want := ""
+			if tt.message != "" {
+				want = relayError(tt.status, tt.message)
+			}
+			if got.status != tt.status || got.body != want {
+				t.Errorf("%s: got %d %s %v", tt.name, got.status, got.body, got.err)
+			}
+			if tt.status == 204 {
+				synctest.Wait()
+			}
+		}
+		if a := <-answer; a.status != 200 || a.body != "answered" || a.header.Get("X-A") != "1" {
+			t.Errorf("the sender got %+v", a)
+		}
+	})
+}
+
+// TestHeldBudget checks that what is held is bounded over all senders, and that
+// one that ends makes room for the next.
+func TestHeldBudget(t *testing.T) {
+	relayTest(t, nil, []string{"SERVER_HELD_BUFFER=4kb"}, func(t *testing.T, r *relay) {
+		body := strings.Repeat("x", 3000)
+		first := make(chan outcome, 1)
+		go func() { first <- post(t.Context(), r.rt, "POST", hooksURL, body) }()
+		synctest.Wait()
+		begin := time.Now()
+		a := post(t.Context(), r.rt, "POST", hooksURL, body)
+		wantUnavailable(t, a, "too many requests wait")
+		if a.at != begin {
+			t.Errorf("took %s", a.at.Sub(begin))
+		}
+		<-first
+		r.client()
+		if a := post(t.Context(), r.rt, "POST", hooksURL, body); a.status != 200 {
+			t.Errorf("got %+v after the first had ended", a)
+		}
+	})
+}
+
+// TestHandshakes passes through response mode what providers do before they
+// send the first webhook, as their documentation has it.
+func TestHandshakes(t *testing.T) {
+	public, private, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const ping = `{"type":1,"id":"1","token":"t"}`
+	const stamp = "1700000000"
+	query := func(r recorded) url.Values {
+		_, target, _ := strings.Cut(r.line, " ")
+		u, _ := url.ParseRequestURI(strings.TrimSuffix(target, " HTTP/1.1"))
+		return u.Query()
+	}
+	tests := []struct {
+		name, method, query, kind, body string
+		headers                         []string
+		target                          func(recorded) string
+		status                          int
+		wantKind, want                  string
+	}{
+		{ // https://api.slack.com/events/url_verification
+			"Slack url_verification", "POST", "", "application/json", `{"token":"t","challenge":"3eZbrw1aBm2rZgRNFdxV2595E9CY3gmdALWMmHkvFXO7tYXAYM8P","type":"url_verification"}`, nil,
+			func(r recorded) string {
+				var m struct{ Challenge, Type string }
+				if json.Unmarshal(r.body, &m) != nil || m.Type != "url_verification" {
+					return says(400, "")
+				}
+				return says(200, m.Challenge, "Content-Type: text/plain")
+			}, 200, "text/plain", "3eZbrw1aBm2rZgRNFdxV2595E9CY3gmdALWMmHkvFXO7tYXAYM8P",
+		},
+		{ // https://developers.facebook.com/docs/graph-api/webhooks/getting-started
+			"Meta hub.challenge", "GET", "?hub.mode=subscribe&hub.challenge=1158201444&hub.verify_token=meatyhamhock", "", "", nil,
+			func(r recorded) string {
+				if q := query(r); q.Get("hub.mode") == "subscribe" && q.Get("hub.verify_token") == "meatyhamhock" {
+					return says(200, q.Get("hub.challenge"))
+				}
+				return says(403, "")
+			}, 200, "", "1158201444",
+		},
+		{ // https://learn.microsoft.com/graph/change-notifications-delivery-webhooks
+			"Microsoft Graph validationToken", "POST", "?validationToken=Validation%3a+Testing+client+application+reachability+for+subscription+Request-Id%3a+fb8a", "text/plain; charset=utf-8", "", nil,
+			func(r recorded) string {
+				return says(200, query(r).Get("validationToken"), "Content-Type: text/plain")
+			}, 200, "text/plain", "Validation: Testing client application reachability for subscription Request-Id: fb8a",
+		},
+		{ // https://discord.com/developers/docs/interactions/overview
+			"Discord PING", "POST", "", "application/json", ping,
+			[]string{"X-Signature-Timestamp", stamp, "X-Signature-Ed25519", hex.EncodeToString(ed25519.Sign(private, []byte(stamp+ping)))},
+			nil, 200, "application/json", `{"type":1}`,
+		},
+		{
+			"Discord's deliberate bad signature", "POST", "", "application/json", ping,
+			[]string{"X-Signature-Timestamp", stamp, "X-Signature-Ed25519", strings.Repeat("00", ed25519.SignatureSize)},
+			nil, 401, "", "invalid request signature",
+		},
+		{ // https://www.twilio.com/docs/messaging/twiml
+			"Twilio TwiML", "POST", "", "application/x-www-form-urlencoded", "From=%2B15017122661&Body=hi%20there", nil,
+			func(r recorded) string {
+				form, _ := url.ParseQuery(string(r.body))
+				return says(200, "<Response><Message>"+form.Get("Body")+"</Message></Response>", "Content-Type: text/xml")
+			}, 200, "text/xml", "<Response><Message>hi there</Message></Response>",
+		},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			if tt.target == nil {
+				tt.target = func(r recorded) string {
+					signature, _ := hex.DecodeString(r.get("X-Signature-Ed25519"))
+					if !ed25519.Verify(public, append([]byte(r.get("X-Signature-Timestamp")), r.body...), signature) {
+						return says(401, "invalid request signature")
+					}
+					return says(200, `{"type":1}`, "Content-Type: application/json")
+				}
+			}
+			relayTest(t, tt.target, nil, func(t *testing.T, r *relay) {
+				r.client()
+				headers := tt.headers
+				if tt.kind != "" {
+					headers = append(slices.Clone(headers), "Content-Type", tt.kind)
+				}
+				got := post(t.Context(), r.rt, tt.method, hooksURL+tt.query, tt.body, headers...)
+				if got.status != tt.status || got.body != tt.want || got.header.Get("Content-Type") != tt.wantKind {
+					t.Errorf("got %+v", got)
+				}
+			})
+		})
+	}
+}
+
+// tokensFile is a file with such lines, which lives as long as the test.
+func tokensFile(t testing.TB, text string) string {
+	t.Helper()
+	name := filepath.Join(t.TempDir(), "tokens")
+	if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return name
+}
+
+// TestHoldVerdict plays what replicas say about a held request in every order
+// in which it may come: they are not synchronised with each other.
+func TestHoldVerdict(t *testing.T) {
+	const undecided = 0
+	type step func(h *hold)
+	taken := func(list ...Delivery) step {
+		return func(h *hold) {
+			h.pending--
+			for _, d := range list {
+				h.mark(d, stateOpen)
+			}
+		}
+	}
+	answer := func(client string, status int) step {
+		return func(h *hold) { h.answer(client, Answer{Status: status}) }
+	}
+	left := func(id string) step { return func(h *hold) { h.mark(Delivery{Subscriber: id}, stateLost) } }
+	written := func(id string) step {
+		return func(h *hold) { h.mark(Delivery{Subscriber: id, Legacy: true}, stateWritten) }
+	}
+	sent := func(replicas int) step {
+		return func(h *hold) {
+			h.sending = false
+			h.pending += replicas
+		}
+	}
+	a1, a2 := Delivery{Subscriber: "1", Client: "a"}, Delivery{Subscriber: "2", Client: "a"}
+	b, c := Delivery{Subscriber: "3", Client: "b"}, Delivery{Subscriber: "4", Client: "c"}
+	x, y := Delivery{Subscriber: "5"}, Delivery{Subscriber: "6"} // do not give their names
+	legacy := Delivery{Subscriber: "7", Legacy: true}
+	tests := []struct {
+		name  string
+		steps []step
+		want  int
+	}{
+		{"nothing", nil, undecided},
+		{"nobody", []step{sent(0)}, undecided},
+		{"given", []step{sent(1), taken(b)}, undecided},
+		{"answered", []step{sent(1), taken(b), answer("b", 500)}, 500},
+		{"receipt before the publish returns", []step{taken(b), answer("b", 500)}, undecided},
+		{"receipt before the publish returns, then it does", []step{taken(b), answer("b", 500), sent(1)}, 500},
+		{"success before anything else", []step{answer("b", 204)}, 204},
+		{"failure before the receipt", []step{sent(1), answer("b", 500)}, undecided},
+		{"failure before the receipt, which comes", []step{sent(1), answer("b", 500), taken(b)}, 500},
+		{"failure before the receipt of two", []step{sent(1), answer("b", 500), taken(b, c)}, undecided},
+		{"receipt of one replica of two", []step{sent(2), taken(b), answer("b", 500)}, undecided},
+		{"receipts of both", []step{sent(2), taken(b), answer("b", 500), taken(c), answer("c", 404)}, 404},
+		{"one answer for all streams of a client", []step{sent(1), taken(a1, a2), answer("a", 500)}, 500},
+		{"one answer for a stream that is given it later", []step{sent(1), taken(a1), answer("a", 500), taken(a2)}, 500},
+		{"one of two nameless", []step{sent(1), taken(x, y), answer("", 500)}, undecided},
+		{"two of two nameless", []step{sent(1), taken(x, y), answer("", 500), answer("", 404)}, 404},
+		{"one of two nameless before the receipt", []step{sent(1), answer("", 500), taken(x, y)}, undecided},
+		{"two of two nameless before the receipt", []step{sent(1), answer("", 500), answer("", 404), taken(x, y)}, 404},
+		{"left", []step{sent(1), taken(b), left("3")}, undecided},
+		{"left before the receipt", []step{sent(1), left("3"), taken(b)}, undecided},
+		{"left before the receipt of two", []step{sent(1), left("3"), taken(b, c), answer("c", 500)}, 500},
+		{"left after its answer", []step{sent(1), taken(b, c), answer("b", 500), left("3"), answer("c", 503)}, 500},
+		{"answered after it left", []step{sent(1), taken(b, c), left("3"), answer("b", 404), answer("c", 500)}, 404},
+		{"another one leaves", []step{sent(1), taken(b), left("9")}, undecided},
+		{"written", []step{sent(1), taken(legacy), written("7")}, 200},
+		{"written before the receipt", []step{sent(1), written("7"), taken(legacy)}, 200},
+		{"not yet written", []step{sent(1), taken(legacy)}, undecided},
+		{"left before it was written", []step{sent(1), taken(legacy), left("7")}, undecided},
+		{"left after it was written", []step{sent(1), taken(legacy), written("7"), left("7")}, 200},
+		{"written, and another can answer", []step{sent(1), taken(legacy, b), written("7")}, undecided},
+		{"written, and another has answered", []step{sent(1), taken(legacy, b), written("7"), answer("b", 500)}, 500},
+		{"nameless answer is not the legacy client's", []step{sent(1), taken(legacy, x), answer("", 500), written("7")}, 500},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			h := &hold{sending: true}
+			for _, do := range tt.steps {
+				do(h)
+			}
+			if a, done := h.verdict(); done != (tt.want != undecided) || done && a.Status != tt.want {
+				t.Errorf("verdict %d %t, want %d of %+v", a.Status, done, tt.want, h.given)
+			}
+		})
+	}
+}
+
+// TestHoldAgain checks to whom an event goes once more: to those who came, not
+// to those who have it; to all when the bus was away, whatever was said before.
+func TestHoldAgain(t *testing.T) {
+	given := func() *hold {
+		h := &hold{pending: 2}
+		h.mark(Delivery{Subscriber: "open"}, stateOpen)
+		h.mark(Delivery{Subscriber: "lost"}, stateLost)
+		return h
+	}
+	tests := []struct{ again, want []string }{
+		{nil, nil},
+		{[]string{"open"}, nil},
+		{[]string{"new", "open", "other"}, []string{"new", "other"}},
+		{[]string{"new", "", "other"}, []string{""}},
+	}
+	for _, tt := range tests {
+		h := given()
+		h.again = tt.again
+		if got := h.takeAgain(); !slices.Equal(got, tt.want) {
+			t.Errorf("again %q gives %q, want %q", tt.again, got, tt.want)
+		}
+		if h.takeAgain() != nil {
+			t.Errorf("again %q twice", tt.again)
+		}
+	}
+	h := given()
+	h.again = []string{""}
+	h.takeAgain()
+	h.answer("", Answer{Status: 500})
+	if a, done := h.verdict(); !done || a.Status != 500 {
+		t.Errorf("after the bus was away %+v decides %t", a, done)
+	}
+}
+
+// Who may subscribe, and from where.
+
+// TestParseTokens is the form of a tokens file. What is malformed is refused as
+// a whole, and never quoted.
+func TestParseTokens(t *testing.T) {
+	tests := []struct {
+		name, text string
+		opens      []string // "channel token"
+		shut       []string
+		err        string
+	}{
+		{"one", "ci secret", []string{"ci secret"}, []string{"ci other", "cd secret", "ci", "* secret"}, ""},
+		{"lines", "# comment\n\n ci\tone \r\nci two\ncd three\n", []string{"ci one", "ci two", "cd three"}, []string{"cd one", "ci three", "ci #"}, ""},
+		{"any channel", "* all\nci one", []string{"ci all", "cd all", "ci one"}, []string{"cd one"}, ""},
+		{"byte order mark", "\uFEFFci secret\n", []string{"ci secret"}, nil, ""},
+		{"comment behind blanks", "  # ci x\nci y", []string{"ci y"}, []string{"ci x"}, ""},
+		{"# within a token", "ci a#b", []string{"ci a#b"}, []string{"ci a"}, ""},
+		{"empty", "", nil, nil, "holds no token"},
+		{"comments alone", "# ci secret\n\n", nil, nil, "holds no token"},
+		{"no token", "ci secret\nci\n", nil, nil, "line 2: want a channel and a token"},
+		{"three words", "ci secret more", nil, nil, "line 1: want a channel and a token"},
+		{"no channel", "c/i secret", nil, nil, "line 1: invalid channel"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			tokens, err := parseTokens(tt.text)
+			if err == nil && tt.err != "" || err != nil && err.Error() != tt.err {
+				t.Fatalf("error %v, want %q", err, tt.err)
+			}
+			for allowed, list := range map[bool][]string{true: tt.opens, false: tt.shut} {
+				for _, entry := range list {
+					channel, token, _ := strings.Cut(entry, " ")
+					if got := (&keyring{tokens: tokens}).allows(channel, sha256.Sum256([]byte(token))); got != allowed {
+						t.Errorf("%q is allowed %t", entry, got)
+					}
+				}
+			}
+		})
+	}
+	if !(&keyring{open: true}).allows("ci", sha256.Sum256(nil)) || (&keyring{}).allows("ci", sha256.Sum256(nil)) {
+		t.Error("a keyring without tokens is not what open says")
+	}
+}
+
+// FuzzParseTokens checks that a file which is taken opens exactly what its lines
+// say, and that an error gives nothing of the file away.
+func FuzzParseTokens(f *testing.F) {
+	for _, text := range []string{"ci secret\n* all", "# x\n\nci a\nci b", "ci", "c/i x", "\uFEFFa b\r\nc d e"} {
+		f.Add(text)
+	}
+	told := regexp.MustCompile(`^(line \d+: (want a channel and a token|invalid channel)|holds no token)$`)
+	f.Fuzz(func(t *testing.T, text string) {
+		tokens, err := parseTokens(text)
+		if err != nil {
+			if !told.MatchString(err.Error()) {
+				t.Errorf("error %q", err)
+			}
+			return
+		}
+		n := 0
+		for line := range strings.Lines(strings.TrimPrefix(text, "\uFEFF")) {
+			fields := strings.Fields(line)
+			if len(fields) == 0 || strings.HasPrefix(fields[0], "#") {
+				continue
+			}
+			n++
+			channel := strings.Replace(fields[0], "*", "any", 1)
+			if !(&keyring{tokens: tokens}).allows(channel, sha256.Sum256([]byte(fields[1]))) {
+				t.Errorf("line %q does not open %q", line, channel)
+			}
+		}
+		for channel, list := range tokens {
+			if n -= len(list); len(list) == 0 || channel != "*" && !validName(channel) {
+				t.Errorf("channel %q has %d tokens", channel, len(list))
+			}
+		}
+		if n != 0 {
+			t.Errorf("%d lines more than tokens", n)
+		}
+	})
+}
+
+// TestTokensReload renews the file as Kubernetes does it, by a symbolic link,
+// under open streams: rotation disturbs nobody, a revoked token's streams end
+// within ten seconds, and a file that cannot be right changes nothing.
+func TestTokensReload(t *testing.T) {
+	dir := t.TempDir()
+	swap := func(version, text string) {
+		t.Helper()
+		must := func(err error) {
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		must(os.Mkdir(filepath.Join(dir, version), 0o700))
+		if text != "" {
+			must(os.WriteFile(filepath.Join(dir, version, "tokens"), []byte(text), 0o600))
+		}
+		must(os.Symlink(version, filepath.Join(dir, "..data_tmp")))
+		must(os.Rename(filepath.Join(dir, "..data_tmp"), filepath.Join(dir, "..data")))
+	}
+	swap("..1", "ci old\nother else\n")
+	file := filepath.Join(dir, "tokens")
+	if err := os.Symlink(filepath.Join("..data", "tokens"), file); err != nil {
+		t.Fatal(err)
+	}
+	inBubble(t, func(t *testing.T) {
+		p := newPipes()
+		rt := p.transport(t, false)
+		r := newRig(t, p, "AUTH_TOKENS_FILE="+file, "AUTH_TOKEN=master")
+		ctx, stop := context.WithCancel(t.Context())
+		var running sync.WaitGroup
+		running.Go(func() { r.Run(ctx) })
+		defer running.Wait()
+		defer stop()
+		// A report that nobody waits for tells whether a token opens the channel.
+		opens := func(token string, want bool) {
+			t.Helper()
+			got := post(t.Context(), rt, "POST", streamURL+"responses/x", `{"status":200}`, "X-Auth-Token", token)
+			if status := map[bool]int{true: 404, false: 401}[want]; got.status != status {
+				t.Errorf("token %q gets %d, want %d", token, got.status, status)
+			}
+		}
+		live := func(want int) {
+			t.Helper()
+			time.Sleep(10 * time.Second)
+			if n, _ := r.hub.Count(); n != want {
+				t.Errorf("%d streams, want %d", n, want)
+			}
+		}
+		logged := func(want int) {
+			t.Helper()
+			if n := len(r.log.lines("tokens file kept as it was")); n != want {
+				t.Errorf("%d errors logged, want %d:\n%s", n, want, r.log)
+			}
+		}
+		old := listen(t, rt, streamURL, "X-Auth-Token", "old")
+		listen(t, rt, streamURL, "Authorization", "bearer master")
+		listen(t, rt, "http://relay.test/subscribe/other", "Authorization", "Bearer else")
+		opens("new", false)
+		opens("else", false)
+		live(3)
+
+		swap("..2", "ci old\nci new\nother else\n")
+		live(3)
+		opens("new", true)
+		opens("old", true)
+
+		swap("..3", "ci new\nother else\n")
+		live(2)
+		<-old.done
+		opens("new", true)
+		opens("old", false)
+		opens("master", true)
+		logged(0)
+
+		for i, broken := range []string{"ci new\nci\n", "", "# nothing\n", strings.Repeat("ci x\n", tokensLimit/5+1)} {
+			swap(fmt.Sprintf("..broken%d", i), broken)
+			live(2)
+			opens("new", true)
+			opens("x", false)
+			logged(i + 1) // once for each, however long it lasts
+		}
+
+		swap("..4", "other else\n")
+		live(2)
+		opens("new", false)
+		opens("master", true)
+		if strings.Contains(r.log.String(), "master") {
+			t.Error("a token is in the log")
+		}
+	})
+}
+
+// TestForwardedFor walks the list from the right: what a sender writes itself
+// stands left of what the first trusted proxy saw.
+func TestForwardedFor(t *testing.T) {
+	proxies := []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("2001:db8::/32")}
+	tests := []struct {
+		name  string
+		peer  string
+		lines []string
+		want  string // empty: refused
+	}{
+		{"no header", "10.0.0.1", nil, "10.0.0.1"},
+		{"nobody trusts the peer", "203.0.113.9", []string{"198.51.100.1"}, "203.0.113.9"},
+		{"one proxy", "10.0.0.1", []string{"198.51.100.1"}, "198.51.100.1"},
+		{"two proxies", "10.0.0.1", []string{"198.51.100.1, 10.9.9.9"}, "198.51.100.1"},
+		{"spoofed", "10.0.0.1", []string{"10.1.1.1, 127.0.0.1, 198.51.100.1"}, "198.51.100.1"},
+		{"spoofed garbage", "10.0.0.1", []string{"garbage, , 198.51.100.1"}, "198.51.100.1"},
+		{"lines are one list", "10.0.0.1", []string{"1.1.1.1", "198.51.100.1", "10.2.2.2"}, "198.51.100.1"},
+		{"only proxies", "10.0.0.1", []string{"10.0.0.3, 10.0.0.2"}, "10.0.0.3"},
+		{"no blanks", "10.0.0.1", []string{"1.1.1.1,198.51.100.1,10.2.2.2"}, "198.51.100.1"},
+		{"IPv6", "2001:db8::1", []string{"2001:db9::5"}, "2001:db9::5"},
+		{"IPv6 in brackets", "2001:db8::1", []string{"[2001:db9::5]"}, "2001:db9::5"},
+		{"IPv6 with port", "2001:db8::1", []string{"[2001:db9::5]:4711"}, "2001:db9::5"},
+		{"IPv6 zone", "2001:db8::1", []string{"fe80::1%eth0"}, "fe80::1"},
+		{"IPv4 with port", "10.0.0.1", []string{"198.51.100.1:4711"}, "198.51.100.1"},
+		{"mapped", "10.0.0.1", []string{"::ffff:198.51.100.1, ::ffff:10.0.0.7"}, "198.51.100.1"},
+		{"garbage", "10.0.0.1", []string{"garbage"}, ""},
+		{"empty", "10.0.0.1", []string{""}, ""},
+		{"garbage behind a proxy", "10.0.0.1", []string{"198.51.100.1, unknown, 10.0.0.2"}, ""},
+		{"ends in a comma", "10.0.0.1", []string{"198.51.100.1,"}, ""},
+		{"a host name", "10.0.0.1", []string{"localhost"}, ""},
+		{"obfuscated", "10.0.0.1", []string{"_hidden"}, ""},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			got, err := forwardedFor(netip.MustParseAddr(tt.peer), tt.lines, proxies)
+			if tt.want == "" && err == nil || tt.want != "" && (err != nil || got != netip.MustParseAddr(tt.want)) {
+				t.Errorf("got %v, %v, want %q", got, err, tt.want)
+			}
+		})
+	}
+	if got, err := forwardedFor(netip.MustParseAddr("10.0.0.1"), []string{"garbage"}, nil); err != nil || got.String() != "10.0.0.1" {
+		t.Errorf("without proxies: %v, %v", got, err)
+	}
+}
+
+// FuzzForwardedFor checks that nothing which is written left of the address that
+// a trusted proxy saw ever changes what comes out, in how many lines it be.
+func FuzzForwardedFor(f *testing.F) {
+	for _, spoofed := range []string{"", "127.0.0.1", "10.0.0.1, ", "garbage,[::1]:80", ",,,", "[", "fe80::1%,x"} {
+		f.Add(spoofed, uint32(0xc6336401), true)
+	}
+	f.Fuzz(func(t *testing.T, spoofed string, address uint32, lines bool) {
+		trusted := []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}
+		hop := netip.AddrFrom4([4]byte{byte(address>>24) | 0x80, byte(address >> 16), byte(address >> 8), byte(address)}) // not 10
+		list := []string{spoofed + "," + hop.String(), "10.0.0.2"}
+		if lines {
+			list = []string{spoofed, hop.String(), "10.0.0.2"}
+		}
+		if got, err := forwardedFor(netip.MustParseAddr("10.0.0.1"), list, trusted); err != nil || got != hop {
+			t.Errorf("%q gives %v, %v, want %v", list, got, err, hop)
+		}
+		// On its own it may be anything, but no address of another form than ours.
+		if got, err := forwardedFor(netip.MustParseAddr("10.0.0.1"), []string{spoofed}, trusted); err == nil && (got != got.Unmap() || got.Zone() != "" || !got.IsValid()) {
+			t.Errorf("%q gives %v", spoofed, got)
+		}
+	})
+}
+
+// TestParsePrefix is what an address list may hold.
+func TestParsePrefix(t *testing.T) {
+	for s, want := range map[string]string{
+		"10.0.0.0/8":           "10.0.0.0/8",
+		"10.1.2.3/8":           "10.0.0.0/8",
+		"192.0.2.7":            "192.0.2.7/32",
+		"0.0.0.0/0":            "0.0.0.0/0",
+		"2001:db8::/32":        "2001:db8::/32",
+		"2001:DB8::1":          "2001:db8::1/128",
+		"::/0":                 "::/0",
+		"::ffff:192.0.2.7":     "192.0.2.7/32",
+		"::ffff:192.0.2.0/120": "192.0.2.0/24",
+		"::ffff:0.0.0.0/96":    "0.0.0.0/0",
+		"::ffff:0.0.0.0/95":    "",
+		"10.0.0.0/33":          "",
+		"10.0.0.0/":            "",
+		"10.0.0":               "",
+		"10.0.0.0/08":          "",
+		"fe80::1%eth0":         "",
+		"fe80::%eth0/64":       "",
+		"localhost":            "",
+		"":                     "",
+	} {
+		p, err := parsePrefix(s)
+		if err == nil && p.String() != want || err != nil && want != "" {
+			t.Errorf("%q is %v, %v, want %q", s, p, err, want)
+		}
+	}
+}
+
+// FuzzParsePrefix checks that what is taken is in one form, with no address in
+// IPv6 that IPv4 has, and reads the same when it is written again.
+func FuzzParsePrefix(f *testing.F) {
+	for _, s := range []string{"10.0.0.0/8", "::ffff:1.2.3.4/100", "fe80::1%x", "1.2.3.4", "::/0"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		p, err := parsePrefix(s)
+		if err != nil {
+			return
+		}
+		again, err := parsePrefix(p.String())
+		if err != nil || again != p || p != p.Masked() || p.Addr().Is4In6() || p.Addr().Zone() != "" || !p.Contains(p.Addr()) {
+			t.Errorf("%q is %v, and that is %v, %v", s, p, again, err)
+		}
+	})
+}
+
+// TestAddressLists runs the lists from end to end: of webhooks, of streams, of
+// reports, which need what a stream needs, and of proxies.
+func TestAddressLists(t *testing.T) {
+	const proxied = "TRUSTED_PROXIES=127.0.0.0/8, 10.0.0.0/8"
+	tests := []struct {
+		name    string
+		env     []string
+		headers string
+		webhook int
+		report  int // 404: it may report, but nobody waits
+	}{
+		{"everybody", nil, "", 200, 404},
+		{"us alone", []string{"SUBSCRIBE_ALLOWED_IPS=127.0.0.1", "WEBHOOKS_ALLOWED_IPS=::ffff:127.0.0.0/104"}, "", 200, 404},
+		{"others may subscribe", []string{"SUBSCRIBE_ALLOWED_IPS=192.0.2.0/24,2001:db8::/32"}, "", 200, 403},
+		{"others may send", []string{"WEBHOOKS_ALLOWED_IPS=192.0.2.0/24"}, "", 403, 404},
+		{"claimed, and nobody asked", []string{"WEBHOOKS_ALLOWED_IPS=192.0.2.0/24"}, "X-Forwarded-For: 192.0.2.1\r\n", 403, 404},
+		{"proxied", []string{proxied, "WEBHOOKS_ALLOWED_IPS=192.0.2.0/24", "SUBSCRIBE_ALLOWED_IPS=192.0.2.1"}, "X-Forwarded-For: 192.0.2.1\r\n", 200, 404},
+		{"proxied twice", []string{proxied, "WEBHOOKS_ALLOWED_IPS=192.0.2.0/24", "SUBSCRIBE_ALLOWED_IPS=192.0.2.1"}, "X-Forwarded-For: 192.0.2.1\r\nX-Forwarded-For: 10.0.0.1\r\n", 200, 404},
+		{"spoofed", []string{proxied, "WEBHOOKS_ALLOWED_IPS=192.0.2.0/24", "SUBSCRIBE_ALLOWED_IPS=192.0.2.1"}, "X-Forwarded-For: 192.0.2.1, 203.0.113.5\r\n", 403, 403},
+		{"spoofed in a line of its own", []string{proxied, "WEBHOOKS_ALLOWED_IPS=192.0.2.0/24"}, "X-Forwarded-For: 192.0.2.1\r\nX-Forwarded-For: 203.0.113.5\r\n", 403, 404},
+		{"garbage", []string{proxied, "WEBHOOKS_ALLOWED_IPS=0.0.0.0/0,::/0", "SUBSCRIBE_ALLOWED_IPS=0.0.0.0/0"}, "X-Forwarded-For: canary\r\n", 403, 403},
+		{"garbage, and nobody asks", []string{proxied}, "X-Forwarded-For: canary\r\n", 200, 404},
+		{"the proxy itself", []string{proxied, "WEBHOOKS_ALLOWED_IPS=192.0.2.0/24"}, "", 403, 404},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			l := loopback(t)
+			newRig(t, l, tt.env...)
+			for request, status := range map[string]int{"POST /webhooks/ci": tt.webhook, "POST /subscribe/ci/responses/x": tt.report, "GET /subscribe/ci": tt.report} {
+				if status == 404 && request[0] == 'G' {
+					continue // it would be a stream
+				}
+				answer := raw(t, l.Addr().String(), request+" HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n"+tt.headers+"Content-Length: 14\r\n\r\n{\"status\":200}")
+				want := "HTTP/1.1 " + strconv.Itoa(status)
+				if !strings.HasPrefix(answer, want) || status == 403 && !strings.HasSuffix(answer, relayError(403, "address not allowed")) || strings.Contains(answer, "canary") {
+					t.Errorf("%s: got %q, want %q", request, answer, want)
+				}
+			}
+		})
+	}
+}
+
+// TestTokenForms checks the ways a token may come, and that a wrong one gets the
+// same answer on every channel, known or not.
+func TestTokenForms(t *testing.T) {
+	l := loopback(t)
+	newRig(t, l, "AUTH_TOKENS_FILE="+tokensFile(t, "ci secret\n"))
+	var refusals []string
+	for _, tt := range []struct {
+		channel, header string
+		ok              bool
+	}{
+		{"ci", "X-Auth-Token: secret", true},
+		{"ci", "Authorization: Bearer secret", true},
+		{"ci", "authorization: bEARER   secret", true},
+		{"ci", "Authorization: Basic secret", false},
+		{"ci", "Authorization: secret", false},
+		{"ci", "X-Auth-Token: Secret", false},
+		{"ci", "X-Auth-Token: wrong\r\nAuthorization: Bearer secret", false},
+		{"ci", "X: y", false},
+		{"unknown", "X-Auth-Token: secret", false},
+	} {
+		answer := raw(t, l.Addr().String(), "POST /subscribe/"+tt.channel+"/responses/x HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n"+tt.header+"\r\nContent-Length: 14\r\n\r\n{\"status\":200}")
+		if tt.ok != strings.HasPrefix(answer, "HTTP/1.1 404") {
+			t.Errorf("%s with %q got %q", tt.channel, tt.header, answer)
+		}
+		if !tt.ok {
+			refusals = append(refusals, regexp.MustCompile(`(?m)^Date: .*$`).ReplaceAllString(answer, ""))
+		}
+	}
+	if slices.Sort(refusals); refusals[0] != refusals[len(refusals)-1] || !strings.Contains(refusals[0], "401 Unauthorized") || !strings.Contains(refusals[0], "\nWww-Authenticate: Bearer\r") {
+		t.Errorf("refusals %q", refusals)
+	}
+}
+
+// TLS.
+
+// writeCertificate puts a new pair for 127.0.0.1 with that serial number where
+// the server looks for it, one file after the other.
+func writeCertificate(t testing.TB, certFile, keyFile string, serial int64) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(serial), NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, block := range map[string]*pem.Block{certFile: {Type: "CERTIFICATE", Bytes: der}, keyFile: {Type: "PRIVATE KEY", Bytes: keyDER}} {
+		if err := os.WriteFile(name+".new", pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(name+".new", name); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestTLS serves streams over both versions of HTTP while the certificate is
+// renewed and then broken, and refuses what is older than TLS 1.2.
+func TestTLS(t *testing.T) {
+	dir := t.TempDir()
+	certFile, keyFile := filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key")
+	writeCertificate(t, certFile, keyFile, 1)
+	server := startServer(t, "SERVER_TLS_CERT_FILE="+certFile, "SERVER_TLS_KEY_FILE="+keyFile)
+	url := "https://" + server.addr
+	serial := func() int64 {
+		t.Helper()
+		conn, err := tls.Dial("tcp", server.addr, &tls.Config{InsecureSkipVerify: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		return conn.ConnectionState().PeerCertificates[0].SerialNumber.Int64()
+	}
+	var streams []*listener
+	for _, h2 := range []bool{false, true} {
+		var protocols http.Protocols
+		protocols.SetHTTP1(!h2)
+		protocols.SetHTTP2(h2)
+		transport := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, Protocols: &protocols}
+		t.Cleanup(transport.CloseIdleConnections)
+		l := listen(t, transport, url+"/subscribe/ci/")
+		if (l.resp.ProtoMajor == 2) != h2 {
+			t.Errorf("stream over %s", l.resp.Proto)
+		}
+		streams = append(streams, l)
+	}
+	if n := serial(); n != 1 {
+		t.Errorf("serial number %d before", n)
+	}
+	writeCertificate(t, certFile, keyFile, 2)
+	if n := serial(); n != 2 {
+		t.Errorf("serial number %d after it was renewed", n)
+	}
+	if err := os.WriteFile(certFile, []byte("-----BEGIN CERTIFICATE-----\nnonsense"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if n := serial(); n != 2 || len(server.log.lines("TLS certificate kept as it was")) != 1 {
+		t.Errorf("serial number %d after it was broken", n)
+	}
+	if err := os.Remove(certFile); err != nil {
+		t.Fatal(err)
+	}
+	if n := serial(); n != 2 {
+		t.Errorf("serial number %d after it was removed", n)
+	}
+	writeCertificate(t, certFile, keyFile, 3)
+	if n := serial(); n != 3 {
+		t.Errorf("serial number %d after it was mended", n)
+	}
+	transport := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, DisableKeepAlives: true}
+	if r := post(t.Context(), transport, "POST", url+"/webhooks/ci", "{}"); r.status != 200 {
+		t.Errorf("webhook: %+v", r)
+	}
+	for _, l := range streams {
+		if w := l.next(t, 1).webhook(t); string(w.Body) != "{}" {
+			t.Errorf("stream got %q", w.Body)
+		}
+	}
+	if conn, err := tls.Dial("tcp", server.addr, &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS10, MaxVersion: tls.VersionTLS11}); err == nil {
+		conn.Close()
+		t.Error("TLS 1.1 is spoken")
+	}
+}
+
+// Smuggling. What one side takes for one request must be one on the other.
+
+// TestSmugglingIn sends what parsers disagree on over a raw connection. Whatever
+// is taken becomes one event with one reading; nothing else becomes any.
+func TestSmugglingIn(t *testing.T) {
+	const (
+		first   = "POST /webhooks/ci/x HTTP/1.1\r\nHost: relay\r\n"
+		second  = "POST /webhooks/ci/second HTTP/1.1\r\nHost: relay\r\nContent-Length: 0\r\n\r\n"
+		chunked = "Transfer-Encoding: chunked\r\n"
+	)
+	tests := []struct {
+		name, request string
+		statuses      string
+		bodies        []string // of the events, each behind its path
+		header, value string   // of the first event; "" when it must be absent
+	}{
+		{"plain", first + "Content-Length: 2\r\n\r\nab" + second, "200 200", []string{"x:ab", "second:"}, "Content-Length", ""},
+		{"repeated length", first + "Content-Length: 2\r\nContent-Length: 2\r\n\r\nab" + second, "200 200", []string{"x:ab", "second:"}, "", ""},
+		{"conflicting lengths", first + "Content-Length: 2\r\nContent-Length: 3\r\n\r\nab" + second, "400", nil, "", ""},
+		{"length twice in a line", first + "Content-Length: 2, 3\r\n\r\nab" + second, "400", nil, "", ""},
+		{"signed length", first + "Content-Length: +2\r\n\r\nab" + second, "400", nil, "", ""},
+		{"negative length", first + "Content-Length: -1\r\n\r\nab" + second, "400", nil, "", ""},
+		{"hexadecimal length", first + "Content-Length: 0x2\r\n\r\nab" + second, "400", nil, "", ""},
+		{"length and chunks", first + "Content-Length: 3\r\n" + chunked + "\r\n2\r\nab\r\n0\r\n\r\n", "200", []string{"x:ab"}, "Content-Length", ""},
+		{"chunks", first + chunked + "\r\n1\r\na\r\n1;ext=1\r\nb\r\n0\r\n\r\n" + second, "200 200", []string{"x:ab", "second:"}, "Transfer-Encoding", ""},
+		{"chunks twice", first + chunked + chunked + "\r\n2\r\nab\r\n0\r\n\r\n" + second, "501", nil, "", ""},
+		{"chunks and more", first + "Transfer-Encoding: chunked, identity\r\n\r\n2\r\nab\r\n0\r\n\r\n" + second, "501", nil, "", ""},
+		{"chunks misspelt", first + "Transfer-Encoding: xchunked\r\n\r\n2\r\nab\r\n0\r\n\r\n" + second, "501", nil, "", ""},
+		{"blank before the colon", first + "Transfer-Encoding : chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n" + second, "400", nil, "", ""},
+		{"chunk of negative size", first + chunked + "\r\n-1\r\nab\r\n0\r\n\r\n" + second, "400", nil, "", ""},
+		{"chunk beyond 64 bits", first + chunked + "\r\n10000000000000002\r\nab\r\n0\r\n\r\n" + second, "400", nil, "", ""},
+		{"chunk longer than it says", first + chunked + "\r\n1\r\nab\r\n0\r\n\r\n" + second, "400", nil, "", ""},
+		{"obsolete folding", first + "X-A: one\r\n two\r\nContent-Length: 2\r\n\r\nab" + second, "200 200", []string{"x:ab", "second:"}, "X-A", "one two"},
+		{"folding first", "POST /webhooks/ci/x HTTP/1.1\r\n Host: relay\r\n\r\n" + second, "400", nil, "", ""},
+		{"bare LF", strings.ReplaceAll(first+"X-A: 1\r\nContent-Length: 2\r\n\r\n", "\r", "") + "ab" + second, "200 200", []string{"x:ab", "second:"}, "X-A", "1"},
+		{"bare CR in a value", first + "X-A: 1\rX-B: 2\r\nContent-Length: 0\r\n\r\n" + second, "400", nil, "", ""},
+		{"NUL in a value", first + "X-A: 1\x00\r\nContent-Length: 0\r\n\r\n" + second, "400", nil, "", ""},
+		{"control character in a name", first + "X\x01A: 1\r\nContent-Length: 0\r\n\r\n" + second, "400", nil, "", ""},
+		{"no host", "POST /webhooks/ci/x HTTP/1.1\r\nContent-Length: 0\r\n\r\n" + second, "400", nil, "", ""},
+		{"two hosts", first + "Host: other\r\nContent-Length: 0\r\n\r\n" + second, "400", nil, "", ""},
+		{"named by Connection", first + "Connection: X-Named, keep-alive\r\nX-Named: 1\r\nContent-Length: 2\r\n\r\nab" + second, "200 200", []string{"x:ab", "second:"}, "X-Named", ""},
+		{"host named by Connection", first + "Connection: Host, Content-Length\r\nContent-Length: 2\r\n\r\nab" + second, "200 200", []string{"x:ab", "second:"}, "Host", "relay"},
+		{"upgrade", first + "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\nContent-Length: 2\r\n\r\nab" + second, "200 200", []string{"x:ab", "second:"}, "Http2-Settings", ""},
+		{"websocket", first + "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\nContent-Length: 0\r\n\r\n" + second, "200 200", []string{"x:", "second:"}, "Upgrade", ""},
+		{"trailer", first + chunked + "Trailer: X-T\r\n\r\n2\r\nab\r\n0\r\nX-T: 1\r\n\r\n" + second, "200 200", []string{"x:ab", "second:"}, "X-T", ""},
+		{"trailer of framing", first + chunked + "Trailer: Content-Length\r\n\r\n2\r\nab\r\n0\r\nContent-Length: 9\r\n\r\n" + second, "400", nil, "", ""},
+		{"forged event id", first + "X-Relay-Event-Id: forged\r\nx-relay-EVENT-id: forged\r\nContent-Length: 0\r\n\r\n", "200", []string{"x:"}, "X-Relay-Event-Id", ""},
+		{"forged client", first + "X-Relay-Client: forged\r\nX-Relay-Features: respond\r\nContent-Length: 0\r\n\r\n", "200", []string{"x:"}, "X-Relay-Client", ""},
+		{"TE", first + "TE: trailers\r\nContent-Length: 0\r\n\r\n", "200", []string{"x:"}, "Te", ""},
+		{"credentials for a proxy", first + "Proxy-Authorization: Basic eDp5\r\nProxy-Connection: close\r\nContent-Length: 0\r\n\r\n", "200", []string{"x:"}, "Proxy-Authorization", ""},
+		{"body of a GET", "GET /webhooks/ci/x HTTP/1.1\r\nHost: relay\r\nContent-Length: 2\r\n\r\nab" + second, "200 200", []string{"x:ab", "second:"}, "", ""},
+		{"HTTP/1.0", "POST /webhooks/ci/x HTTP/1.0\r\nContent-Length: 2\r\n\r\nab", "200", []string{"x:ab"}, "", ""},
+		{"chunks, which HTTP/1.0 does not know", "POST /webhooks/ci/x HTTP/1.0\r\n" + chunked + "\r\n2\r\nab\r\n0\r\n\r\n", "200", []string{"x:"}, "Transfer-Encoding", ""},
+	}
+	l := loopback(t)
+	newRig(t, l)
+	transport := &http.Transport{}
+	t.Cleanup(transport.CloseIdleConnections)
+	stream := listen(t, transport, "http://"+l.Addr().String()+"/subscribe/ci")
+	status := regexp.MustCompile(`HTTP/1\.[01] (\d{3})`)
+	before := 0
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			answer := exchange(t, l.Addr().String(), tt.request)
+			var statuses []string
+			for _, m := range status.FindAllStringSubmatch(answer, -1) {
+				statuses = append(statuses, m[1])
+			}
+			if got := strings.Join(statuses, " "); got != tt.statuses {
+				t.Errorf("statuses %s, want %s: %q", got, tt.statuses, answer)
+			}
+			// A webhook of our own ends what came of the request.
+			if r := post(t.Context(), transport, "POST", "http://"+l.Addr().String()+"/webhooks/ci/end", ""); r.status != 200 {
+				t.Fatalf("webhook: %+v", r)
+			}
+			var events []*Webhook
+			for {
+				w := stream.next(t, before+1).webhook(t)
+				before++
+				if w.Path == "/webhooks/ci/end" {
+					break
+				}
+				events = append(events, w)
+			}
+			var bodies []string
+			for _, w := range events {
+				bodies = append(bodies, strings.TrimPrefix(w.Path, "/webhooks/ci/")+":"+string(w.Body))
+			}
+			if !slices.Equal(bodies, tt.bodies) {
+				t.Fatalf("events %q, want %q", bodies, tt.bodies)
+			}
+			if len(events) == 0 {
+				return
+			}
+			value := ""
+			for _, h := range events[0].Headers {
+				if h.Name == tt.header {
+					value = strings.Join(h.Values, "|")
+				}
+			}
+			if value != tt.value {
+				t.Errorf("%s is %q, want %q", tt.header, value, tt.value)
+			}
+		})
+	}
+}
+
+// TestSmugglingOut feeds the client what a server that was taken over might
+// send. What reaches the target is one request with framing of the client's
+// own, or none: an event of ours follows each, on the same connection.
+func TestSmugglingOut(t *testing.T) {
+	const refused = "refused"
+	tests := []struct {
+		name, event string
+		line        string // of the request at the target
+		headers     string // "name:value" that must be there; "name" that must not
+	}{
+		{"framing", `"method":"POST","originalUrl":"/x","headers":{"content-length":"99","transfer-encoding":"chunked","trailer":"x-t","te":"trailers"},"body":"ab"`,
+			"POST /x HTTP/1.1", "Content-Length:2 Transfer-Encoding Trailer Te"},
+		{"framing repeated", `"originalUrl":"/x","headers":{"content-length":["1","2"],"Content-Length":"3","Transfer-Encoding":["chunked","identity"]},"body":"ab"`,
+			"POST /x HTTP/1.1", "Content-Length:2 Transfer-Encoding"},
+		{"expectation", `"originalUrl":"/x","headers":{"expect":"100-continue"},"body":"ab"`, "POST /x HTTP/1.1", "Expect Content-Length:2"},
+		{"named by Connection", `"originalUrl":"/x","headers":{"connection":"x-a, close","x-a":"1","x-b":"2","keep-alive":"9","proxy-connection":"x"},"body":""`,
+			"POST /x HTTP/1.1", "Connection X-A X-B:2 Keep-Alive Proxy-Connection"},
+		{"upgrade", `"originalUrl":"/x","headers":{"connection":"upgrade","upgrade":"h2c"},"body":""`, "POST /x HTTP/1.1", "Connection Upgrade"},
+		{"forged relay headers", `"id":"true","originalUrl":"/x","headers":{"x-relay-event-id":"forged","X-Relay-Client":"forged"},"body":""`,
+			"POST /x HTTP/1.1", "X-Relay-Event-Id:true X-Relay-Client"},
+		{"body of a GET", `"method":"GET","originalUrl":"/x","headers":{},"body":"GET /smuggled HTTP/1.1\r\n\r\n"`, "GET /x HTTP/1.1", "Content-Length:26"},
+		{"host", `"originalUrl":"/x","headers":{"host":"elsewhere"},"body":""`, "POST /x HTTP/1.1", "Host:target.test X-Forwarded-Host:elsewhere"},
+		{"absolute form", `"originalUrl":"http://elsewhere/x","headers":{},"body":""`, "POST /x HTTP/1.1", "Host:target.test"},
+		{"an authority for a path", `"originalUrl":"//elsewhere/x","headers":{},"body":""`, "POST //elsewhere/x HTTP/1.1", "Host:target.test"},
+		{"line end in a value", `"originalUrl":"/x","headers":{"x-a":"1\r\nx-b: 2"},"body":""`, refused, ""},
+		{"line end in a name", `"originalUrl":"/x","headers":{"x-a: 1\r\nx-b":"2"},"body":""`, refused, ""},
+		{"blank in a name", `"originalUrl":"/x","headers":{"x a":"2"},"body":""`, refused, ""},
+		{"line end in the path", `"originalUrl":"/x HTTP/1.1\r\nx-a: 1\r\n\r\n","headers":{},"body":""`, refused, ""},
+		{"blank in the query", `"originalUrl":"/x?a b","headers":{},"body":""`, refused, ""},
+		{"line end in the query", `"originalUrl":"/x?a\nb","headers":{},"body":""`, refused, ""},
+		{"line end in the method", `"method":"GET / HTTP/1.1\r\n\r\nPOST","originalUrl":"/x","headers":{},"body":""`, refused, ""},
+		{"blank in the method", `"method":"GET /","originalUrl":"/x","headers":{},"body":""`, refused, ""},
+		{"dot segments", `"originalUrl":"/x/../../etc","headers":{},"body":""`, refused, ""},
+	}
+	inBubble(t, func(t *testing.T) {
+		p := newPipes()
+		serveOn(t, &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Content-Type", "text/event-stream")
+			io.WriteString(w, readyFrame(5*time.Second))
+			for _, tt := range tests {
+				fmt.Fprintf(w, "data: {%s}\n\ndata: {\"originalUrl\":\"/end\",\"headers\":{},\"body\":\"\"}\n\n", tt.event)
+			}
+			http.NewResponseController(w).Flush()
+			<-r.Context().Done()
+		})}, p)
+		r := &relay{t: t, server: p, target: &target{got: make(chan recorded, 100), answer: func(recorded) string { return ok200 }}}
+		r.client("TARGET_CONCURRENCY=1")
+		synctest.Wait()
+		for _, tt := range tests {
+			got := <-r.target.got
+			if tt.line == refused {
+				if got.line != "POST /end HTTP/1.1" {
+					t.Errorf("%s: the target got %+v", tt.name, got)
+				}
+				continue
+			}
+			if end := <-r.target.got; got.line != tt.line || end.line != "POST /end HTTP/1.1" {
+				t.Errorf("%s: the target got %q, then %q", tt.name, got.line, end.line)
+			}
+			for field := range strings.FieldsSeq(tt.headers) {
+				name, want, _ := strings.Cut(field, ":")
+				var values []string
+				for _, h := range got.headers {
+					if strings.EqualFold(h[0], name) {
+						values = append(values, h[1])
+					}
+				}
+				if have := strings.Join(values, "|"); have != want {
+					t.Errorf("%s: %s is %q, want %q", tt.name, name, have, want)
+				}
+			}
+		}
+		if n := len(r.target.got); n != 0 {
+			t.Errorf("%d requests more", n)
+		}
+	})
+}
+
+// Benchmarks. Each stands beside a bare reference in the same run: what
+// net/http alone does when it reads the body, answers 200 and writes bytes
+// that were formatted beforehand.
+
+// githubBody is a push event as GitHub sends it, of n bytes.
+func githubBody(n int) []byte {
+	commit := `{"id":"7fd1a60b01f91b314f59955a4e4d4e80d8edf11d","message":"Fix the \"frobnicator\"\n\nIt was <broken> & slow","timestamp":"2026-01-02T03:04:05+01:00","url":"https://github.com/octo/relay/commit/7fd1a60b","author":{"name":"Zoë Ünal","email":"zoe@example.com"},"added":["a/b.go"],"removed":[],"modified":["README.md"]}`
+	b := []byte(`{"ref":"refs/heads/main","repository":{"id":1296269,"full_name":"octo/relay"},"commits":[` + commit)
+	for len(b) < n {
+		b = append(b, ","+commit...)
+	}
+	return append(b[:n-4], `"}]}`...)
+}
+
+// webhookRequest is the raw request that carries body to channel bench.
+func webhookRequest(body []byte) []byte {
+	return append(fmt.Appendf(nil, "POST /webhooks/bench/github HTTP/1.1\r\nHost: relay.example.com\r\nUser-Agent: GitHub-Hookshot/9729b30\r\n"+
+		"Accept: */*\r\nContent-Type: application/json\r\nX-GitHub-Delivery: 72d3162e-cc78-11e3-81ab-4c9367dc0958\r\nX-GitHub-Event: push\r\n"+
+		"X-GitHub-Hook-ID: 292430182\r\nX-Hub-Signature-256: sha256=d57c68ca6f92289e6987922ff26938930f6e66a2d161ef06abdf1859230aa23c\r\n"+
+		"Content-Length: %d\r\n\r\n", len(body)), body...)
+}
+
+const subscribeRequest = "GET /subscribe/bench/ HTTP/1.1\r\nHost: relay.example.com\r\nAccept: text/event-stream\r\n\r\n"
+
+// frameLength is how many bytes of the stream the request takes as an event.
+func frameLength(request []byte) int {
+	r, _ := http.ReadRequest(bufio.NewReader(bytes.NewReader(request)))
+	body, _ := io.ReadAll(r.Body)
+	e := newEvent("bench", &Webhook{
+		ID: newID("replica"), Method: r.Method, Path: r.URL.Path, Body: body, Time: time.Now(),
+		Headers: append(endToEnd(r.Header), Header{"Host", []string{r.Host}}),
+	})
+	return len(e.frame)
+}
+
+// bareHandler writes frame to every subscriber for each request that it reads.
+type bareHandler struct {
+	frame []byte
+	mu    sync.Mutex // a frame is not cut by another one
+	conns []net.Conn
+}
+
+func (h *bareHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if r.Method == http.MethodGet {
+		conn, _, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			panic(err)
+		}
+		io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"+readyFrame(5*time.Second))
+		h.mu.Lock()
+		h.conns = append(h.conns, conn)
+		h.mu.Unlock()
+		return
+	}
+	io.Copy(io.Discard, r.Body)
+	h.mu.Lock()
+	for _, conn := range h.conns {
+		conn.Write(h.frame)
+	}
+	h.mu.Unlock()
+	w.WriteHeader(http.StatusOK)
+}
+
+// readStreamHead reads to the end of the ready event.
+func readStreamHead(tb testing.TB, conn net.Conn) {
+	tb.Helper()
+	conn.SetReadDeadline(time.Now().Add(patience))
+	defer conn.SetReadDeadline(time.Time{})
+	var head []byte
+	b := make([]byte, 512)
+	for !bytes.Contains(head, []byte("}\n\n")) {
+		n, err := conn.Read(b)
+		if err != nil {
+			tb.Fatalf("stream: %v after %q", err, head)
+		}
+		head = append(head, b[:n]...)
+	}
+}
+
+// load is a number of keep-alive senders and streams at one address. It costs
+// no more than the system calls.
+type load struct {
+	tb      testing.TB
+	request []byte
+	senders []net.Conn
+	streams []*discard
+	took    []time.Duration // of each request, when it is not nil
+}
+
+// discard is a stream that is read and counted.
+type discard struct {
+	conn net.Conn
+	want chan int // bytes until done is told
+	done chan error
+}
+
+func newLoad(tb testing.TB, addr string, request []byte, senders, streams int) *load {
+	tb.Helper()
+	l := &load{tb: tb, request: request}
+	for range senders {
+		l.senders = append(l.senders, dial(tb, addr))
+	}
+	for range streams {
+		d := &discard{conn: dial(tb, addr), want: make(chan int), done: make(chan error)}
+		if _, err := io.WriteString(d.conn, subscribeRequest); err != nil {
+			tb.Fatal(err)
+		}
+		readStreamHead(tb, d.conn)
+		go func() { // ends with the load
+			b := make([]byte, 32<<10)
+			for want := range d.want {
+				var err error
+				for n := 0; want > 0 && err == nil; want -= n {
+					n, err = d.conn.Read(b)
+				}
+				d.done <- err
+			}
+		}()
+		tb.Cleanup(func() { close(d.want) })
+		l.streams = append(l.streams, d)
+	}
+	return l
+}
+
+// run sends n requests and waits until each stream has had n frames.
+func (l *load) run(n, frame int) {
+	for _, d := range l.streams {
+		d.want <- n * frame
+	}
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	share := n / len(l.senders)
+	for _, conn := range l.senders {
+		wg.Go(func() {
+			took := make([]time.Duration, 0, share)
+			b := make([]byte, 4<<10)
+			for range share {
+				begin := time.Now()
+				if _, err := conn.Write(l.request); err != nil {
+					l.tb.Error(err)
+					return
+				}
+				if n, err := conn.Read(b); err != nil || !bytes.HasPrefix(b[:n], []byte("HTTP/1.1 200")) || !bytes.HasSuffix(b[:n], []byte("\r\n\r\n")) {
+					l.tb.Errorf("answer: %v %q", err, b[:n])
+					return
+				}
+				took = append(took, time.Since(begin))
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			l.took = append(l.took, took...)
+		})
+	}
+	wg.Wait()
+	for _, d := range l.streams {
+		if err := <-d.done; err != nil {
+			l.tb.Fatal(err)
+		}
+	}
+}
+
+// turns is how often ours and bare alternate in one iteration, so that a
+// disturbance of the machine meets both.
+const turns = 5
+
+// duel runs ours and bare, n units of work each, by turns. It reports both
+// rates, the median of the turns' ratios, and the allocations of ours.
+func duel(b *testing.B, unit string, n int, ours, bare func()) {
+	ours()
+	bare()
+	var oursTook, bareTook time.Duration
+	var ratios []float64
+	var before, after runtime.MemStats
+	var mallocs uint64
+	for b.Loop() {
+		for range turns {
+			runtime.ReadMemStats(&before)
+			begin := time.Now()
+			ours()
+			o := time.Since(begin)
+			runtime.ReadMemStats(&after)
+			mallocs += after.Mallocs - before.Mallocs
+			begin = time.Now()
+			bare()
+			r := time.Since(begin)
+			oursTook, bareTook = oursTook+o, bareTook+r
+			ratios = append(ratios, float64(r)/float64(o))
+		}
+	}
+	slices.Sort(ratios)
+	total := float64(len(ratios) * n)
+	b.ReportMetric(total/oursTook.Seconds(), unit+"/s")
+	b.ReportMetric(total/bareTook.Seconds(), "bare-"+unit+"/s")
+	b.ReportMetric(float64(mallocs)/total, "allocs/"+unit)
+	b.ReportMetric(ratios[len(ratios)/2], "ratio")
+	b.ReportMetric(0, "ns/op") // of a number of turns, which means nothing
+}
+
+// quiet keeps heartbeats out of the count of bytes.
+const quiet = "SERVER_HEARTBEAT_INTERVAL=1h"
+
+// benchmarkStreams is n webhooks with such a body by 8 senders to that many streams.
+func benchmarkStreams(b *testing.B, unit string, body, streams, n int) {
+	request := webhookRequest(githubBody(body))
+	frame := frameLength(request)
+	l, bl := loopback(b), loopback(b)
+	newRig(b, l, quiet)
+	bare := &http.Server{Handler: &bareHandler{frame: make([]byte, frame)}}
+	serveOn(b, bare, bl)
+	b.Cleanup(func() {
+		for _, conn := range bare.Handler.(*bareHandler).conns {
+			conn.Close()
+		}
+	})
+	const senders = 8
+	ours := newLoad(b, l.Addr().String(), request, senders, streams)
+	theirs := newLoad(b, bl.Addr().String(), request, senders, streams)
+	duel(b, unit, n, func() { ours.run(n, frame) }, func() { theirs.run(n, frame) })
+}
+
+// BenchmarkIngest is a 10 KiB push event by 8 senders to 1 subscriber.
+func BenchmarkIngest(b *testing.B) { benchmarkStreams(b, "request", 10<<10, 1, 2000) }
+
+// BenchmarkFanout is 1 KiB events to 500 subscribers.
+func BenchmarkFanout(b *testing.B) { benchmarkStreams(b, "event", 1<<10, 500, 160) }
+
+// bareMain is net/http with an event stream as its documentation would have
+// it, for BenchmarkIdleStream. It announces its address as the program does.
+func bareMain() {
+	l, err := net.Listen("tcp", ":0")
+	if err != nil {
+		panic(err)
+	}
+	slog.New(slog.NewJSONHandler(os.Stderr, nil)).Info("listening", "addr", l.Addr().String())
+	http.Serve(l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "text/event-stream")
+		io.WriteString(w, readyFrame(5*time.Second))
+		http.NewResponseController(w).Flush()
+		<-r.Context().Done()
+	}))
+}
+
+// BenchmarkIdleStream is the resident memory of one idle HTTP/1.1 stream at
+// 2,000 of them, in a process of its own.
+func BenchmarkIdleStream(b *testing.B) {
+	const streams = 2000
+	perStream := func(main string) float64 {
+		cmd := exec.Command(os.Args[0])
+		cmd.Env = []string{"RELAY_TEST_MAIN=" + main, "RELAY_MODE=server", "SERVER_PORT=0", "LOG_FORMAT=json", "LOG_LEVEL=warn"}
+		if main == "1" {
+			cmd.Env[4] = "LOG_LEVEL=info" // it tells its address
+		}
+		log := &logBuffer{}
+		cmd.Stderr = log
+		if err := cmd.Start(); err != nil {
+			b.Fatal(err)
+		}
+		defer cmd.Wait()
+		defer cmd.Process.Kill()
+		eventually(b, "listening", func() bool { return len(log.lines("listening")) > 0 })
+		_, port, _ := net.SplitHostPort(log.lines("listening")[0]["addr"].(string))
+		conns := make([]net.Conn, 0, streams)
+		defer func() {
+			for _, conn := range conns {
+				conn.Close()
+			}
+		}()
+		before := residentBytes(b, cmd.Process.Pid)
+		for range streams {
+			conn, err := net.Dial("tcp", net.JoinHostPort("127.0.0.1", port))
+			if err != nil {
+				b.Fatal(err)
+			}
+			conns = append(conns, conn)
+			io.WriteString(conn, subscribeRequest)
+			readStreamHead(b, conn)
+		}
+		return float64(residentBytes(b, cmd.Process.Pid)-before) / streams
+	}
+	var ours, bare float64
+	n := 0.0
+	for b.Loop() {
+		ours += perStream("1")
+		bare += perStream("bare")
+		n++
+	}
+	b.ReportMetric(ours/n, "bytes/stream")
+	b.ReportMetric(bare/n, "bare-bytes/stream")
+	b.ReportMetric(bare/ours, "ratio")
+	b.ReportMetric(0, "ns/op")
+}
+
+// residentBytes is VmRSS of a process.
+func residentBytes(tb testing.TB, pid int) int64 {
+	tb.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		tb.Skip("no /proc on this system")
+	}
+	_, rest, _ := strings.Cut(string(status), "VmRSS:")
+	kb, err := strconv.ParseInt(strings.Fields(rest)[0], 10, 64)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return kb << 10
+}
+
+// BenchmarkStatusRoundTrip is the whole way in status mode: webhook, stream,
+// forward, report, answer; bare is a reverse proxy to the same target.
+func BenchmarkStatusRoundTrip(b *testing.B) {
+	request := webhookRequest(githubBody(10 << 10))
+	for _, senders := range []int{1, 64} {
+		b.Run(fmt.Sprintf("senders=%d", senders), func(b *testing.B) {
+			l, bl, tl := loopback(b), loopback(b), loopback(b)
+			serveOn(b, &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				io.Copy(io.Discard, r.Body)
+			})}, tl)
+			target := &url.URL{Scheme: "http", Host: tl.Addr().String()}
+			proxy := httputil.NewSingleHostReverseProxy(target)
+			transport := &http.Transport{MaxIdleConnsPerHost: senders}
+			proxy.Transport = transport
+			b.Cleanup(transport.CloseIdleConnections)
+			serveOn(b, &http.Server{Handler: proxy}, bl)
+			newRig(b, l, quiet, "RESPONSE_MODE=status")
+			client := newClientOf(b, "http://"+l.Addr().String()+"/subscribe/bench/", target.String())
+			ctx, cancel := context.WithCancel(context.Background())
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				client.Run(ctx)
+			}()
+			b.Cleanup(func() {
+				cancel()
+				<-done
+			})
+			eventually(b, "ready", func() bool { return client.Check(b.Context()) == nil })
+			ours := newLoad(b, l.Addr().String(), request, senders, 0)
+			bare := newLoad(b, bl.Addr().String(), request, senders, 0)
+			duel(b, "request", 640, func() { ours.run(640, 0) }, func() { bare.run(640, 0) })
+			for _, side := range []struct {
+				prefix string
+				took   []time.Duration
+			}{{"", ours.took}, {"bare-", bare.took}} {
+				slices.Sort(side.took)
+				for _, p := range []int{50, 99} {
+					at := side.took[len(side.took)*p/100]
+					b.ReportMetric(float64(at.Nanoseconds())/1e3, fmt.Sprintf("%sp%d-µs", side.prefix, p))
+				}
+			}
+		})
+	}
+}
