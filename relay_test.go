@@ -419,16 +419,17 @@ func wire(t testing.TB, addr, request string) (status int, answer string, header
 // compose is a request for channel m as bytes. It has a Host, and the
 // Content-Length of its body unless a header line gives another framing.
 func compose(line, body string, headers ...string) string {
-	head := line + "\r\nHost: relay.example.com\r\n"
+	var head strings.Builder
+	head.WriteString(line + "\r\nHost: relay.example.com\r\n")
 	framed := body == ""
 	for _, h := range headers {
-		head += h + "\r\n"
+		head.WriteString(h + "\r\n")
 		framed = framed || strings.HasPrefix(h, "Transfer-Encoding:")
 	}
 	if !framed {
-		head += fmt.Sprintf("Content-Length: %d\r\n", len(body))
+		fmt.Fprintf(&head, "Content-Length: %d\r\n", len(body))
 	}
-	return head + "\r\n" + body
+	return head.String() + "\r\n" + body
 }
 
 // webhook is compose for a body whose path does not matter.
