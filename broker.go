@@ -231,6 +231,9 @@ func newEvent(channel string, w *Webhook) *Event {
 	return e
 }
 
+// lineLimit is how many bytes a client takes for one line or event.
+const lineLimit = 64 << 20
+
 // size is what e counts for in a queue: the relay's own events, which have no
 // id, must not make a subscriber look slow.
 func (e *Event) size() int64 {

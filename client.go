@@ -34,7 +34,6 @@ const (
 	silenceDefault   = 30 * time.Second       // when the source announces no usable heartbeat interval
 	linger           = 2 * time.Second        // reading on from a stream after its successor is ready
 	lingerQuiet      = 500 * time.Millisecond // and then until a read waits this long: what the network holds comes within it
-	lineLimit        = 64 << 20               // bytes of a line, and of an event, on the stream
 	keepBuffer       = 1 << 20                // bytes of parse buffer kept after a large event
 	retryInitial     = 250 * time.Millisecond // first pause before forwarding again
 	retryMax         = 10 * time.Second       // longest pause, unless the target asks for more
@@ -42,6 +41,7 @@ const (
 	redirectLimit    = 5                      // 307 and 308 in a row
 	answerLimit      = 1 << 20                // bytes of a target's body that are reported
 	answerHeaders    = 64 << 10               // bytes of a target's header
+	discardTimeout   = 500 * time.Millisecond // for a body that nobody wants, so that its connection can be used again
 	reportTimeout    = 5 * time.Second        // for one try to report
 	memoryEvents     = 16384                  // event ids remembered
 	memoryBytes      = 16 << 20               // bytes of answers remembered
@@ -265,6 +265,9 @@ func (c *Client) follow(ctx context.Context) {
 			c.log.Info("stream ready")
 		case <-next.ended():
 			c.logEnd("subscribe", next.err)
+			if next.interval.Load() > 0 { // it was ready, if only for a moment
+				backoff.Reset()
+			}
 			next = nil
 			again(backoff.Next())
 		case <-drained:
@@ -600,6 +603,8 @@ func (c *Client) answer(ctx context.Context, w *Webhook, resp *http.Response) (A
 		return Answer{Err: answerUnreachable}, pause, fmt.Errorf("target answered %d", resp.StatusCode)
 	}
 	if !w.Respond || w.Brief {
+		late := time.AfterFunc(discardTimeout, func() { resp.Body.Close() }) // nobody waits for a body that stalls
+		defer late.Stop()
 		io.Copy(io.Discard, io.LimitReader(resp.Body, 64<<10))
 		return a, pause, nil
 	}
@@ -633,7 +638,7 @@ func retryAfterOf(v string) time.Duration {
 func (c *Client) targetRequest(ctx context.Context, w *Webhook, target string) *http.Request {
 	t := c.opts.Target
 	u := &url.URL{Scheme: t.Scheme, Host: t.Host, User: t.User, Opaque: target}
-	if strings.HasPrefix(target, "//") { // which Opaque would take for an authority
+	if strings.HasPrefix(target, "//") { // no relay sends this, and Opaque would take it for an authority
 		path, query := splitTarget(target)
 		u.Opaque, u.RawPath = "", path
 		u.Path, _ = url.PathUnescape(path)

@@ -260,7 +260,7 @@ func (s *Server) serveWebhook(w http.ResponseWriter, r *http.Request, channel st
 	if err != nil {
 		s.Refused.Add(1)
 		s.log.Debug("webhook refused", "channel", channel, "err", err)
-		if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
+		if _, ok := errors.AsType[*http.MaxBytesError](err); ok || err == errFrame {
 			refuse(w, http.StatusRequestEntityTooLarge, "payload too large")
 		} else {
 			refuse(w, http.StatusBadRequest, "body incomplete")
@@ -359,8 +359,14 @@ func (s *Server) capture(w http.ResponseWriter, r *http.Request, channel, mode s
 		webhook.Headers = append(webhook.Headers, Header{"Host", []string{r.Host}})
 	}
 	webhook.Path, webhook.Query = splitTarget(r.RequestURI)
-	return newEvent(channel, webhook), nil
+	event := newEvent(channel, webhook)
+	if len(event.frame) >= lineLimit {
+		return nil, errFrame
+	}
+	return event, nil
 }
+
+var errFrame = errors.New("frame is larger than clients take")
 
 // Held requests. The provider's open request is the only queue: a hold is one
 // map entry, one timer in the request's own goroutine, and the event.
