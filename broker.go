@@ -169,15 +169,17 @@ func (w *Webhook) check() error {
 	if !token(w.Method) {
 		return fmt.Errorf("method %.20q is no token", w.Method)
 	}
-	if err := checkPath(w.Path); err != nil {
-		return err
-	}
-	for i := range len(w.Query) {
-		if c := w.Query[i]; c <= ' ' || c == 0x7f {
+	return cmp.Or(checkPath(w.Path), checkQuery(w.Query), checkHeaders(w.Headers))
+}
+
+// checkQuery refuses what would end the request line.
+func checkQuery(query string) error {
+	for i := range len(query) {
+		if c := query[i]; c <= ' ' || c == 0x7f {
 			return errors.New("query has a control character or a space")
 		}
 	}
-	return checkHeaders(w.Headers)
+	return nil
 }
 
 // checkHeaders refuses names that are no tokens and values that would end
@@ -1061,7 +1063,7 @@ func (s *Subscriber) Take(dst []*Event) []*Event {
 	}
 	dst = append(dst[:0], s.queue[:n]...)
 	if s.queue = slices.Delete(s.queue, 0, n); len(s.queue) == 0 {
-		s.queue = nil
+		s.queue = nil // an idle stream costs little
 	}
 	if n == 0 {
 		s.writing = false

@@ -301,8 +301,12 @@ func (s *Server) admitWebhook(r *http.Request, channel string) (status int, mess
 	if !validName(channel) {
 		return http.StatusBadRequest, "invalid channel"
 	}
-	if path, _ := splitTarget(r.RequestURI); checkPath(path) != nil {
+	path, query := splitTarget(r.RequestURI)
+	if checkPath(path) != nil {
 		return http.StatusBadRequest, "invalid path"
+	}
+	if checkQuery(query) != nil { // which HTTP/2 can bring
+		return http.StatusBadRequest, "invalid query"
 	}
 	if s.opts.WebhooksAllowed != nil {
 		if addr, err := s.remote(r); err != nil || !contains(s.opts.WebhooksAllowed, addr) {
