@@ -1101,7 +1101,7 @@ func TestRedisRestartUnderLoad(t *testing.T) {
 			slowest := time.Duration(posts.slowest.Load())
 			t.Logf("accepted %d, refused and sent again %d, of these delivered twice %d, slowest answer %s",
 				len(posts.taken), posts.retried.Load(), len(repeated), slowest.Round(time.Millisecond))
-			if slowest > time.Second {
+			if slowest > 2*time.Second { // nobody may hang
 				t.Errorf("slowest answer took %s", slowest)
 			}
 			if n := posts.failed.Load(); n > 0 {
@@ -1287,7 +1287,8 @@ func postHeld(t testing.TB, p *program, channel, tail string) <-chan senderAnswe
 	return told
 }
 
-// expectAnswer waits until the sender is told and checks the status.
+// expectAnswer waits until the sender is told and checks the status. It waits
+// less than RESPONSE_TIMEOUT, which brings any answer there is in the end.
 func expectAnswer(t testing.TB, told <-chan senderAnswer, status int) senderAnswer {
 	t.Helper()
 	select {
@@ -1296,8 +1297,8 @@ func expectAnswer(t testing.TB, told <-chan senderAnswer, status int) senderAnsw
 			t.Errorf("sender got %d %s, want %d", o.status, o.body, status)
 		}
 		return o
-	case <-time.After(patience):
-		t.Fatal("sender was not told anything")
+	case <-time.After(6 * time.Second):
+		t.Fatal("sender was not told in time")
 		return senderAnswer{}
 	}
 }
@@ -1803,6 +1804,36 @@ func TestFailedSessionIsNotLive(t *testing.T) {
 	})
 }
 
+// TestConfirmationIsTheLast has a stream come back to a channel that is just
+// being left: what Redis confirms first is that it was left.
+func TestConfirmationIsTheLast(t *testing.T) {
+	r := startRedis(t)
+	way := newLink(t, r.addr)
+	bus, hub := startBus(t, way.addr(), "ONE")
+	inFlight := func() int {
+		s := bus.session.Load()
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.acks
+	}
+	first := joinLive(t, hub, "again")
+	way.silence()
+	hub.Leave(first.Subscriber, errPeerGone)
+	eventually(t, "the channel is left", func() bool { return r.subscriptions("bus:again") == 0 })
+	way.limit(0)
+	second := joinHub(t, hub, "again")
+	eventually(t, "it is wanted again", func() bool { return inFlight() == 2 })
+	way.speak()
+	eventually(t, "Redis has confirmed that it was left", func() bool { return inFlight() == 1 })
+	if second.isLive() {
+		t.Error("live before Redis knows")
+	}
+	way.limit(-1)
+	eventually(t, "Redis has confirmed that it is wanted", second.isLive)
+	mustPublish(t, bus, busEvent("again", 0))
+	eventually(t, "the event is there", func() bool { return len(second.got) == 1 })
+}
+
 // TestNothingGrowsWithoutRedis has streams come and go on ever new channels
 // while Redis is down.
 func TestNothingGrowsWithoutRedis(t *testing.T) {
@@ -1848,59 +1879,45 @@ func TestIdleConnectionsStay(t *testing.T) {
 	}
 }
 
-// BenchmarkRedisPublish publishes from 1, 8 and 64 concurrent requests, and
-// then the same bytes over a bare connection with as many commands in a batch.
+// BenchmarkRedisPublish publishes from 1, 8 and 64 concurrent requests, beside
+// the same bytes on a bare connection with as many commands in a batch.
 func BenchmarkRedisPublish(b *testing.B) {
 	r := startRedis(b)
 	bus, _ := startBus(b, r.addr, "BENCH")
-	e := busEvent("bench", 1<<10)
-	for _, n := range []int{1, 8, 64} {
-		b.Run(strconv.Itoa(n), func(b *testing.B) {
-			b.ReportAllocs()
-			work := make(chan struct{})
-			var wg sync.WaitGroup
-			for range n {
-				wg.Go(func() {
-					for range work {
-						mustPublish(b, bus, e)
-					}
-				})
-			}
-			for b.Loop() {
-				work <- struct{}{}
-			}
-			close(work)
-			wg.Wait()
-			relay := float64(b.N) / b.Elapsed().Seconds()
-			bare := barePublish(b, r, n, max(b.N, 2000), bus.eventName("bench"), e.wire)
-			b.ReportMetric(relay, "publishes/s")
-			b.ReportMetric(bare, "bare-publishes/s")
-			b.ReportMetric(relay/bare, "of-bare")
-		})
-	}
-}
-
-// barePublish is the rate of total publishes on one redigo connection, batch
-// of them pipelined at a time.
-func barePublish(b *testing.B, r *redisServer, batch, total int, name string, data []byte) float64 {
 	conn, err := redis.DialURL(r.url)
 	if err != nil {
 		b.Fatal(err)
 	}
 	defer conn.Close()
-	began := time.Now()
-	for range total / batch {
-		for range batch {
-			conn.Send("PUBLISH", name, data)
-		}
-		conn.Flush()
-		for range batch {
-			if _, err := conn.Receive(); err != nil {
-				b.Fatal(err)
-			}
-		}
+	e := busEvent("bench", 1<<10)
+	const total = 1920
+	for _, n := range []int{1, 8, 64} {
+		b.Run(strconv.Itoa(n), func(b *testing.B) {
+			duel(b, "publish", total, func() {
+				var wg sync.WaitGroup
+				for range n {
+					wg.Go(func() {
+						for range total / n {
+							mustPublish(b, bus, e)
+						}
+					})
+				}
+				wg.Wait()
+			}, func() {
+				for range total / n {
+					for range n {
+						conn.Send("PUBLISH", bus.eventName("bench"), e.wire)
+					}
+					conn.Flush()
+					for range n {
+						if _, err := conn.Receive(); err != nil {
+							b.Fatal(err)
+						}
+					}
+				}
+			})
+		})
 	}
-	return float64(total/batch*batch) / time.Since(began).Seconds()
 }
 
 // BenchmarkReplicaLatency is the time from a publish at one replica to the

@@ -55,10 +55,8 @@ func TestMain(m *testing.M) {
 // that env gives the program.
 type rig struct {
 	*Server
-	hub    *Hub
-	config *Config
-	log    *logBuffer
-	web    *http.Server
+	hub *Hub
+	log *logBuffer
 }
 
 // newRig serves on l until the test ends.
@@ -68,15 +66,14 @@ func newRig(t testing.TB, l net.Listener, env ...string) *rig {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := &rig{hub: &Hub{Limits: c.Limits}, config: c, log: &logBuffer{}}
+	r := &rig{hub: &Hub{Limits: c.Limits}, log: &logBuffer{}}
 	log := slog.New(slog.NewJSONHandler(r.log, &slog.HandlerOptions{Level: c.LogLevel}))
 	c.Server.Replica = "replica"
 	c.Server.HandlerTimeout = c.HandlerTimeout
 	if r.Server, err = NewServer(c.Server, r.hub, r.hub, log); err != nil {
 		t.Fatal(err)
 	}
-	r.web = webServer(r.Server, log)
-	serveOn(t, r.web, l)
+	serveOn(t, webServer(r.Server, log), l)
 	t.Cleanup(func() { // before the listener goes: streams that were taken from net/http are ours to end
 		r.hub.Evict(func(*Subscriber) error { return errShutdown })
 		r.streams.Wait()
@@ -232,6 +229,8 @@ type outcome struct {
 
 // post sends one webhook, or whatever method says, and waits for the answer.
 func post(ctx context.Context, rt http.RoundTripper, method, url, body string, headers ...string) (r outcome) {
+	ctx, cancel := context.WithTimeout(ctx, time.Hour) // of a bubble, where that is no time
+	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, method, url, strings.NewReader(body))
 	if err != nil {
 		return outcome{err: err}
@@ -716,7 +715,11 @@ func TestEviction(t *testing.T) {
 		}
 		begin := time.Now()
 		do(r)
-		r.streams.Wait()
+		select {
+		case <-done(&r.streams):
+		case <-time.After(time.Hour):
+			t.Fatal("the stream does not end")
+		}
 		if took := time.Since(begin); took != within {
 			t.Errorf("ended after %s, want %s", took, within)
 		}
@@ -822,6 +825,21 @@ func TestShutdown(t *testing.T) {
 			t.Error("a legacy client was asked to move")
 		}
 	})
+}
+
+// TestDrain checks that a server which is about to end works on, and sends
+// keep-alive senders to another replica.
+func TestDrain(t *testing.T) {
+	l := loopback(t)
+	r := newRig(t, l)
+	const request = "POST /webhooks/ci HTTP/1.1\r\nHost: relay\r\n\r\n"
+	if answer := exchange(t, l.Addr().String(), request); !strings.HasPrefix(answer, "HTTP/1.1 200") || strings.Contains(answer, "close") || r.Check(t.Context()) != nil {
+		t.Errorf("before: %q", answer)
+	}
+	r.Drain()
+	if answer := exchange(t, l.Addr().String(), request); !strings.HasPrefix(answer, "HTTP/1.1 200") || !strings.Contains(answer, "Connection: close") || r.Check(t.Context()) == nil {
+		t.Errorf("draining: %q", answer)
+	}
 }
 
 // TestShutdownMoves checks that a server whose clients have moved ends at once
@@ -1143,12 +1161,15 @@ func TestHeldForClient(t *testing.T) {
 			t.Errorf("got %+v after %s", a, a.at.Sub(begin))
 		}
 	})
-	relayTest(t, nil, []string{"RESPONSE_TIMEOUT=1s, ci=2500"}, func(t *testing.T, r *relay) {
-		begin := time.Now()
-		a := r.post()
-		wantUnavailable(t, a, "nobody connected")
-		if took := a.at.Sub(begin); took != 2500*time.Millisecond {
-			t.Errorf("took %s", took)
+	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
+		newRig(t, p, "RESPONSE_MODE=status", "RESPONSE_TIMEOUT=2500, ci=14m") // longer than any deadline of net/http
+		for channel, timeout := range map[string]time.Duration{"ci": 14 * time.Minute, "other": 2500 * time.Millisecond} {
+			begin := time.Now()
+			a := post(t.Context(), rt, "POST", "http://relay.test/webhooks/"+channel, "{}")
+			wantUnavailable(t, a, "nobody connected")
+			if took := a.at.Sub(begin); took != timeout {
+				t.Errorf("%s took %s", channel, took)
+			}
 		}
 	})
 }
@@ -1320,7 +1341,7 @@ func TestSeveralSubscribers(t *testing.T) {
 		after   time.Duration
 	}{
 		{"first success wins", []string{`{"status":500}`, `{"status":204}`}, 204, 2 * time.Second},
-		{"success does not wait", []string{`{"status":200}`}, 200, time.Second},
+		{"success does not wait", []string{`{"status":200,"headers":{"x-of":"target"},"body":"more than was asked for"}`}, 200, time.Second},
 		{"best failure", []string{`{"status":500}`, `{"status":404}`, `{"error":"timeout"}`}, 404, 3 * time.Second},
 		{"target's word beats silence", []string{`{"error":"unreachable"}`, `{"error":"timeout"}`, `{"status":503}`}, 503, 3 * time.Second},
 		{"timeout beats unreachable", []string{`{"error":"unreachable"}`, `{"error":"timeout"}`, `{"error":"unreachable"}`}, 504, 3 * time.Second},
@@ -1357,6 +1378,9 @@ func TestSeveralSubscribers(t *testing.T) {
 					a := <-answer
 					if took := a.at.Sub(begin); a.status != tt.status || took != tt.after {
 						t.Errorf("got %d after %s, want %d after %s", a.status, took, tt.status, tt.after)
+					}
+					if a.header.Get("X-Of") != "" || a.status < 300 && a.body != "" {
+						t.Errorf("got %+v, want the status alone", a)
 					}
 				})
 			})
@@ -1728,6 +1752,29 @@ func TestHoldAgain(t *testing.T) {
 	}
 }
 
+// TestNeverLive checks that a stream which was given a held event and never
+// began is out of account, as one that ended is.
+func TestNeverLive(t *testing.T) {
+	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
+		r := newRig(t, p, "RESPONSE_MODE=status")
+		r.hub.Watch = func(string) {} // nothing becomes live by itself
+		never := make(chan outcome, 1)
+		go func() { never <- post(t.Context(), rt, "GET", streamURL, "", features...) }()
+		synctest.Wait()
+		begin := time.Now()
+		answer := make(chan outcome, 1)
+		go func() { answer <- post(t.Context(), rt, "POST", hooksURL, "{}") }()
+		wantUnavailable(t, <-never, "bus unavailable")
+		r.hub.Watch = nil
+		second := listen(t, rt, streamURL, features...)
+		synctest.Wait()
+		post(t.Context(), rt, "POST", streamURL+"responses/"+second.next(t, 1).id, `{"status":500}`)
+		if a := <-answer; a.status != 500 || a.at.Sub(begin) != liveTimeout {
+			t.Errorf("got %d after %s, want 500 after %s", a.status, a.at.Sub(begin), liveTimeout)
+		}
+	})
+}
+
 // Who may subscribe, and from where.
 
 // TestParseTokens is the form of a tokens file. What is malformed is refused as
@@ -1878,7 +1925,7 @@ func TestTokensReload(t *testing.T) {
 
 		swap("..3", "ci new\nother else\n")
 		live(2)
-		<-old.done
+		old.endedAt(t)
 		opens("new", true)
 		opens("old", false)
 		opens("master", true)
@@ -2574,7 +2621,7 @@ func duel(b *testing.B, unit string, n int, ours, bare func()) {
 }
 
 // quiet keeps heartbeats out of the count of bytes.
-const quiet = "SERVER_HEARTBEAT_INTERVAL=1h"
+const quiet = "SERVER_HEARTBEAT_INTERVAL=5m"
 
 // benchmarkStreams is n webhooks with such a body by 8 senders to that many streams.
 func benchmarkStreams(b *testing.B, unit string, body, streams, n int) {
