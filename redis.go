@@ -26,6 +26,7 @@ const (
 	unreadTimeout  = 300 * time.Millisecond  // to read what Redis sent before a session ended
 	pipeCount      = 4                       // publishing connections
 	pipeQueue      = 512                     // requests that wait on one of them
+	signalQueue    = 16 << 10                // likewise on the first, which takes all signals: nobody repeats one
 	pipeBatch      = 64                      // requests between two flushes; below pipeQueue, or the reader would wait for what was never sent
 )
 
@@ -211,13 +212,17 @@ func (b *RedisBus) serve(ctx context.Context) (worked bool, err error) {
 	}
 	defer conn.Close()
 	s.sub = redis.PubSubConn{Conn: conn}
-	for range pipeCount {
+	for i := range pipeCount {
+		queue := pipeQueue
+		if i == 0 {
+			queue = signalQueue
+		}
 		conn, err := b.dial(ctx)
 		if err != nil {
 			return false, err
 		}
 		defer conn.Close()
-		s.pipes = append(s.pipes, &pipe{conn: conn, queue: make(chan *request, pipeQueue), flight: make(chan *request, pipeQueue)})
+		s.pipes = append(s.pipes, &pipe{conn: conn, queue: make(chan *request, queue), flight: make(chan *request, pipeQueue)})
 	}
 
 	defer func() { // after receive has ended, which confirms

@@ -1617,16 +1617,19 @@ func TestStreamsMoveWhileClientIsFull(t *testing.T) {
 
 // startBus runs one replica's bus without a server around it, and waits until
 // it works.
-func startBus(t testing.TB, addr, replica string) (*RedisBus, *Hub) {
+func startBus(t testing.TB, addr, replica string, onSignal ...func(Signal)) (*RedisBus, *Hub) {
 	t.Helper()
-	bus, hub := runBus(t, addr, replica)
+	bus, hub := runBus(t, addr, replica, onSignal...)
 	awaitBus(t, bus)
 	return bus, hub
 }
 
-func runBus(t testing.TB, addr, replica string) (*RedisBus, *Hub) {
+func runBus(t testing.TB, addr, replica string, onSignal ...func(Signal)) (*RedisBus, *Hub) {
 	t.Helper()
 	hub := &Hub{Limits: Limits{Subscribers: 1 << 20, PerAddress: 1 << 20, Buffer: 1 << 30}, OnSignal: func(Signal) {}}
+	for _, f := range onSignal {
+		hub.OnSignal = f
+	}
 	bus := NewRedisBus(RedisOptions{
 		URL: "redis://" + addr, Prefix: "bus:", MaxAttempts: -1,
 		Backoff: Backoff{Initial: 5 * time.Millisecond, Max: 50 * time.Millisecond, Factor: 2},
@@ -1832,6 +1835,33 @@ func TestConfirmationIsTheLast(t *testing.T) {
 	eventually(t, "Redis has confirmed that it is wanted", second.isLive)
 	mustPublish(t, bus, busEvent("again", 0))
 	eventually(t, "the event is there", func() bool { return len(second.got) == 1 })
+}
+
+// TestSignalsAreNotLost has a replica say more at once than its connection
+// takes. A sender waits for each of these signals, and nobody repeats them.
+func TestSignalsAreNotLost(t *testing.T) {
+	r := startRedis(t)
+	way := newLink(t, r.addr)
+	var heard atomic.Int64
+	startBus(t, r.addr, "HOLDER", func(sig Signal) {
+		if sig.Kind == signalTaken {
+			heard.Add(1)
+		}
+	})
+	bus, _ := startBus(t, way.addr(), "OTHER")
+	way.limit(0)
+	const n = 5000
+	for i := range n {
+		sig := Signal{Kind: signalTaken, To: "HOLDER", Event: strconv.Itoa(i), Data: strings.Repeat("x", 60)}
+		if _, err := bus.Signal(t.Context(), sig); err != nil {
+			t.Fatalf("signal %d: %v", i, err)
+		}
+	}
+	way.limit(-1)
+	eventually(t, "all signals arrive", func() bool { return heard.Load() == n })
+	if n := bus.Sessions.Load(); n != 1 {
+		t.Errorf("%d sessions, want 1", n)
+	}
 }
 
 // TestNothingGrowsWithoutRedis has streams come and go on ever new channels

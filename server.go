@@ -601,23 +601,23 @@ func (h *hold) mark(d Delivery, state byte) {
 }
 
 // answer notes a client's report. A client has one answer for all its
-// streams; one without a name answers for one of the nameless.
+// streams; one without a name answers for one of the nameless, best for one
+// that has not answered yet and whose stream still is there.
 func (h *hold) answer(client string, a Answer) {
 	if h.best == nil || a.rank() < h.best.rank() {
 		h.best = &a
 	}
-	matched := false
-	for i := range h.given {
-		if g := &h.given[i]; g.Client == client && g.Subscriber != "" && g.state != stateAnswered && !g.Legacy {
-			g.state, matched = stateAnswered, true
-			if client == "" {
-				break
+	for _, state := range []byte{stateOpen, stateLost} {
+		for i := range h.given {
+			if g := &h.given[i]; g.Client == client && g.Subscriber != "" && g.state == state && !g.Legacy {
+				g.state = stateAnswered
+				if client == "" {
+					return
+				}
 			}
 		}
 	}
-	if !matched || client != "" {
-		h.given = append(h.given, given{Delivery{Client: client}, stateAnswered})
-	}
+	h.given = append(h.given, given{Delivery{Client: client}, stateAnswered})
 }
 
 // signal takes what replicas say about held requests. It never blocks: the
@@ -986,14 +986,12 @@ func (s *Server) serveSubscribe(w http.ResponseWriter, r *http.Request, channel 
 		return
 	}
 	if !s.keys.Load().allows(channel, credential) { // revoked before the hub could evict it
-		s.hub.Leave(sub, errRevoked)
-		s.exit(sub)
+		s.abandon(sub, errRevoked)
 		refuse(w, http.StatusUnauthorized, "missing or wrong token")
 		return
 	}
 	if !s.awaitLive(r.Context(), sub) {
-		s.hub.Leave(sub, errPeerGone)
-		s.exit(sub)
+		s.abandon(sub, errPeerGone)
 		refuse(w, http.StatusServiceUnavailable, "bus unavailable")
 		return
 	}
@@ -1033,8 +1031,7 @@ func (s *Server) serveResponse(w http.ResponseWriter, r *http.Request, st *strea
 func (s *Server) serveConn(w http.ResponseWriter, st *stream) {
 	conn, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {
-		s.hub.Leave(st.sub, err)
-		s.exit(st.sub)
+		s.abandon(st.sub, err)
 		refuse(w, http.StatusServiceUnavailable, "no stream on this connection")
 		return
 	}
@@ -1075,6 +1072,18 @@ func (s *Server) exit(sub *Subscriber) {
 		s.movers.Done()
 	}
 	s.streams.Done()
+}
+
+// abandon ends a stream that never began. It may have been given events.
+func (s *Server) abandon(sub *Subscriber, reason error) {
+	s.hub.Leave(sub, reason)
+	s.tellLeft(sub)
+	s.exit(sub)
+}
+
+// tellLeft tells all replicas that sub answers no more.
+func (s *Server) tellLeft(sub *Subscriber) {
+	s.bus.Signal(context.Background(), Signal{Kind: signalLeft, Channel: sub.Channel, Subscriber: sub.ID})
 }
 
 // awaitLive waits until the bus has confirmed the subscription.
@@ -1160,7 +1169,7 @@ func (st *stream) end() {
 	if conn, ok := st.out.(connSink); ok {
 		conn.Close()
 	}
-	s.bus.Signal(context.Background(), Signal{Kind: signalLeft, Channel: sub.Channel, Subscriber: sub.ID})
+	s.tellLeft(sub)
 	if reason == errSlow || reason == errRevoked {
 		level = slog.LevelWarn
 	}
