@@ -46,6 +46,7 @@ const (
 	reloadInterval = 3 * time.Second        // between looks at the tokens file
 	tokensLimit    = 1 << 20                // bytes of the tokens file
 	reportLimit    = 8 << 20                // bytes of a client's report
+	givenLimit     = 1024                   // deliveries of one held event, beyond which none is noted before its receipt
 	chatterLimit   = 4 << 10                // bytes a subscriber may send after its request
 	retryAfter     = "5"                    // seconds, on every 503
 )
@@ -290,6 +291,7 @@ func (s *Server) serveWebhook(w http.ResponseWriter, r *http.Request, channel st
 	} else {
 		s.log.Debug("webhook published", "channel", channel, "event", event.ID)
 	}
+	event.release()
 	w.Header()["Content-Length"] = zeroLength
 }
 
@@ -586,18 +588,28 @@ func (h *hold) mark(d Delivery, state byte) {
 			return
 		}
 	}
-	if state == stateOpen {
-		for i, g := range h.given { // the answer came first
-			if g.Subscriber == "" && g.Client == d.Client {
-				state = stateAnswered
-				if d.Client == "" { // one anonymous answer is one delivery's
-					h.given = slices.Delete(h.given, i, i+1)
-				}
-				break
+	if state != stateOpen {
+		h.early(given{d, state})
+		return
+	}
+	for i, g := range h.given { // the answer came first
+		if g.Subscriber == "" && g.Client == d.Client {
+			state = stateAnswered
+			if d.Client == "" { // one anonymous answer is one delivery's
+				h.given = slices.Delete(h.given, i, i+1)
 			}
+			break
 		}
 	}
 	h.given = append(h.given, given{d, state})
+}
+
+// early notes what became of a delivery whose receipt is still to come. What
+// subscribers can send without end has a bound. It needs Server.mu.
+func (h *hold) early(g given) {
+	if (h.sending || h.pending > 0) && len(h.given) < givenLimit {
+		h.given = append(h.given, g)
+	}
 }
 
 // answer notes a client's report. A client has one answer for all its
@@ -617,7 +629,7 @@ func (h *hold) answer(client string, a Answer) {
 			}
 		}
 	}
-	h.given = append(h.given, given{Delivery{Client: client}, stateAnswered})
+	h.early(given{Delivery{Client: client}, stateAnswered})
 }
 
 // signal takes what replicas say about held requests. It never blocks: the
@@ -1232,6 +1244,7 @@ func (st *stream) write() {
 					Kind: signalWritten, To: replicaOf(e.ID), Channel: sub.Channel, Event: e.ID, Subscriber: sub.ID,
 				})
 			}
+			e.release()
 		}
 	}
 }

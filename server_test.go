@@ -1685,11 +1685,30 @@ func TestHoldVerdict(t *testing.T) {
 		{"receipt of one replica of two", []step{sent(2), taken(b), answer("b", 500)}, undecided},
 		{"receipts of both", []step{sent(2), taken(b), answer("b", 500), taken(c), answer("c", 404)}, 404},
 		{"one answer for all streams of a client", []step{sent(1), taken(a1, a2), answer("a", 500)}, 500},
-		{"one answer for a stream that is given it later", []step{sent(1), taken(a1), answer("a", 500), taken(a2)}, 500},
+		{"one answer for a stream that is given it later", []step{sent(2), taken(a1), answer("a", 500), taken(a2)}, 500},
 		{"one of two nameless", []step{sent(1), taken(x, y), answer("", 500)}, undecided},
 		{"two of two nameless", []step{sent(1), taken(x, y), answer("", 500), answer("", 404)}, 404},
 		{"one of two nameless before the receipt", []step{sent(1), answer("", 500), taken(x, y)}, undecided},
 		{"two of two nameless before the receipt", []step{sent(1), answer("", 500), answer("", 404), taken(x, y)}, 404},
+		{"many answers and ends of nobody in particular", []step{sent(1), taken(b), func(h *hold) {
+			for range 2 * givenLimit {
+				h.answer(rand.Text(), Answer{Status: 500})
+			}
+			for range 2 * givenLimit {
+				h.mark(Delivery{Subscriber: rand.Text()}, stateLost)
+			}
+			if len(h.given) != 1 {
+				t.Errorf("%d notes are kept", len(h.given))
+			}
+		}}, undecided},
+		{"many answers of nobody in particular before the receipt", []step{sent(1), func(h *hold) {
+			for range 2 * givenLimit {
+				h.answer(rand.Text(), Answer{Status: 500})
+			}
+			if len(h.given) != givenLimit {
+				t.Errorf("%d notes are kept", len(h.given))
+			}
+		}, taken(b), answer("b", 404)}, 404},
 		{"left", []step{sent(1), taken(b), left("3")}, undecided},
 		{"left before the receipt", []step{sent(1), left("3"), taken(b)}, undecided},
 		{"left before the receipt of two", []step{sent(1), left("3"), taken(b, c), answer("c", 500)}, 500},
