@@ -206,17 +206,35 @@ type Event struct {
 	ID      string
 	Channel string
 	Respond bool
-	Only    string // deliver to this subscriber alone; empty: to all
-	frame   []byte // the SSE block
-	wire    []byte // the envelope of openEvent, which frame is the end of
-	tail    int    // where the changing end of frame begins: respond and timeout
+	Only    string       // deliver to this subscriber alone; empty: to all
+	frame   []byte       // the SSE block
+	wire    []byte       // the envelope of openEvent, which frame is the end of
+	tail    int          // where the changing end of frame begins: respond and timeout
+	uses    atomic.Int32 // queues that hold it; -1 once its maker has released it, too
+}
+
+// wires recycles the memory of events, which is most of what the collector has
+// to do under load: BenchmarkIngest has 0.6 of the bare rate without it, and
+// 0.7 with it.
+var wires = sync.Pool{New: func() any { return new([]byte) }}
+
+// release gives up one use of e: its maker's, or that of a queue whose stream
+// has written it. After the last one nobody may touch its bytes. A use that is
+// never given up, such as an evicted subscriber's, leaves e to the collector.
+func (e *Event) release() {
+	if e.uses.Add(-1) < 0 && cap(e.wire) <= 64<<10 {
+		b := e.wire
+		e.wire, e.frame = nil, nil
+		wires.Put(&b)
+	}
 }
 
 // newEvent encodes w for channel: the one encoding that every subscriber on
 // every replica gets.
 func newEvent(channel string, w *Webhook) *Event {
 	e := &Event{ID: w.ID, Channel: channel, Respond: w.Respond}
-	e.wire = make([]byte, 0, 512+3*len(w.Path)+2*len(w.Query)+headerBytes(w.Headers)+len(w.Body)+len(w.Body)/4)
+	recycled := *wires.Get().(*[]byte)
+	e.wire = slices.Grow(recycled[:0], 512+3*len(w.Path)+2*len(w.Query)+headerBytes(w.Headers)+len(w.Body)+len(w.Body)/4)
 	e.wire = e.appendEnvelope(e.wire)
 	start := len(e.wire)
 	b := append(e.wire, "id: "...)
@@ -1038,6 +1056,7 @@ func (h *Hub) Push(s *Subscriber, e *Event) bool {
 
 // push queues e and sees that somebody writes it. It needs hub.mu.
 func (s *Subscriber) push(e *Event) {
+	e.uses.Add(1)
 	s.queue = append(s.queue, e)
 	s.bytes += e.size()
 	if !s.writing {

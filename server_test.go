@@ -742,6 +742,53 @@ func TestEviction(t *testing.T) {
 	}
 }
 
+// TestEventMemoryIsNotShared sends many webhooks at once to streams that read
+// at their own pace: the memory of an event goes to the next one only after
+// every stream has written it.
+func TestEventMemoryIsNotShared(t *testing.T) {
+	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
+		newRig(t, p)
+		var streams []*listener
+		for range 4 {
+			streams = append(streams, listen(t, rt, streamURL))
+		}
+		stalled, _ := http.NewRequestWithContext(t.Context(), "GET", streamURL, nil)
+		resp, err := rt.RoundTrip(stalled)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		const senders, webhooks = 8, 25
+		var sent sync.WaitGroup
+		for sender := range senders {
+			sent.Go(func() {
+				for n := range webhooks {
+					name := fmt.Sprintf("%d-%d;", sender, n)
+					if r := post(t.Context(), rt, "POST", "http://relay/webhooks/ci/"+name, strings.Repeat(name, 1000)); r.status != 200 {
+						t.Errorf("webhook %s: %+v", name, r)
+					}
+				}
+			})
+		}
+		sent.Wait()
+		synctest.Wait()
+		for _, l := range streams {
+			arrived := map[string]bool{}
+			for _, e := range l.got("message") {
+				w := e.webhook(t)
+				name := strings.TrimPrefix(w.Path, "/webhooks/ci/")
+				if e.id != w.ID || string(w.Body) != strings.Repeat(name, 1000) {
+					t.Fatalf("event %q of %s has another one's bytes", w.ID, name)
+				}
+				arrived[name] = true
+			}
+			if len(arrived) != senders*webhooks {
+				t.Errorf("%d webhooks arrived", len(arrived))
+			}
+		}
+	})
+}
+
 // TestSubscriberLimits checks that overload is 503: legacy clients end for good
 // at 429.
 func TestSubscriberLimits(t *testing.T) {
