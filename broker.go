@@ -120,7 +120,8 @@ var errPath = errors.New("path has a dot segment, a backslash, a space, a contro
 
 // checkPath refuses every path that could leave the prefix it is appended to,
 // in any reading a target may give it: dot segments, also escaped, behind an
-// escaped slash or with parameters ("..;x", as servlet containers read it);
+// escaped slash, with parameters ("..;x", as servlet containers read it) or
+// before what may look like a query or a fragment ("..#x", as URL parsers do);
 // backslashes and control characters, plain or escaped; a plain space, which
 // would end it.
 func checkPath(path string) error {
@@ -137,7 +138,10 @@ func checkPath(path string) error {
 	segment := 0
 	for i := 0; i <= len(plain); i++ {
 		if i == len(plain) || plain[i] == '/' {
-			name, _, _ := strings.Cut(plain[segment:i], ";")
+			name := plain[segment:i]
+			if end := strings.IndexAny(name, ";?#"); end >= 0 {
+				name = name[:end]
+			}
 			if name == "." || name == ".." {
 				return errPath
 			}
@@ -624,8 +628,8 @@ func jsonError(err error) error {
 }
 
 // validName tells whether s can be a channel or an id: 1 to 128 of the
-// unreserved characters of RFC 3986 section 2.3. Nothing that a replica uses
-// internally is of this form.
+// unreserved characters of RFC 3986 section 2.3, and no dot segment. Nothing
+// that a replica uses internally is of this form.
 func validName(s string) bool {
 	for i := range len(s) {
 		c := s[i] | 0x20
@@ -633,7 +637,7 @@ func validName(s string) bool {
 			return false
 		}
 	}
-	return 0 < len(s) && len(s) <= 128
+	return 0 < len(s) && len(s) <= 128 && s != "." && s != ".."
 }
 
 // encode is the report's JSON; with full unset headers and body stay out.
@@ -717,6 +721,24 @@ func (b *Backoff) Next() time.Duration {
 
 // Reset starts over after a success.
 func (b *Backoff) Reset() { b.tries = 0 }
+
+// hush bounds log lines that strangers can cause. The zero value is ready, and
+// safe for concurrent use.
+type hush struct {
+	second atomic.Int64 // Unix seconds
+	lines  atomic.Int64 // in that second
+}
+
+// hushLines is how many of them a second may have.
+const hushLines = 50
+
+// now tells whether one more line may be written.
+func (h *hush) now() bool {
+	if t := time.Now().Unix(); h.second.Swap(t) != t {
+		h.lines.Store(0)
+	}
+	return h.lines.Add(1) <= hushLines
+}
 
 // Bus carries events to the subscribers of all replicas. All methods are safe
 // for concurrent use.

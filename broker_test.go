@@ -309,6 +309,7 @@ var pathCases = []struct {
 	{"/\\", false}, {"/a\\..\\b", false}, {"/%5c", false}, {"/a%5C..%5Cb", false},
 	{"/\x00", false}, {"/%00", false}, {"/a\r\nb", false}, {"/%0d%0a", false}, {"/%0A", false}, {"/\t", false}, {"/%7f", false}, {"/\x7f", false}, {"/%1F", false},
 	{"/%", false}, {"/%2", false}, {"/%zz", false}, {"/a%2", false},
+	{"/..#/a", false}, {"/..%23", false}, {"/..%3fa", false}, {"/.#", false}, {"/a#..", true}, {"/a#b/c", true},
 	{"/a b", false}, {"/ HTTP/1.1", false}, // a space ends the request target
 }
 
@@ -336,7 +337,9 @@ func confined(base, p string) bool {
 	slashed := strings.ReplaceAll(decoded, `\`, "/")
 	var bare []string
 	for segment := range strings.SplitSeq(slashed, "/") {
-		segment, _, _ = strings.Cut(segment, ";")
+		if i := strings.IndexAny(segment, ";?#"); i >= 0 {
+			segment = segment[:i]
+		}
 		bare = append(bare, segment)
 	}
 	for _, reading := range []string{p, decoded, slashed, strings.Join(bare, "/")} {

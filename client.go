@@ -34,6 +34,7 @@ const (
 	silenceDefault   = 30 * time.Second       // when the source announces no usable heartbeat interval
 	linger           = 2 * time.Second        // reading on from a stream after its successor is ready
 	lingerQuiet      = 500 * time.Millisecond // and then until a read waits this long: what the network holds comes within it
+	retiredLimit     = 8                      // streams that are still being left
 	keepBuffer       = 1 << 20                // bytes of parse buffer kept after a large event
 	retryInitial     = 250 * time.Millisecond // first pause before forwarding again
 	retryMax         = 10 * time.Second       // longest pause, unless the target asks for more
@@ -81,8 +82,9 @@ type Client struct {
 	work     context.Context // of forwards; set by Run, ends after the handler timeout
 	taking   context.Context // set by Run; ends when no more events are taken
 	memory   memory
+	refusals hush                         // of events
 	current  atomic.Pointer[subscription] // the stream that counts; nil: none is ready
-	pings    chan chan struct{}           // proof of life of the follow loop
+	probes   chan chan struct{}           // proof of life of the follow loop
 
 	Events, Duplicates, Invalid, Forwarded, Failed, Retries, Reconnects, Reports atomic.Int64
 }
@@ -112,7 +114,7 @@ func NewClient(opts ClientOptions, log *slog.Logger) *Client {
 		source: transport(false),
 		target: transport(opts.Insecure),
 		slots:  make(chan struct{}, opts.Concurrency),
-		pings:  make(chan chan struct{}),
+		probes: make(chan chan struct{}),
 	}
 	c.source.IdleConnTimeout = time.Minute
 	c.target.IdleConnTimeout = reuseTimeout
@@ -125,9 +127,8 @@ func (c *Client) Run(ctx context.Context) error {
 	work, abandon := context.WithCancel(context.WithoutCancel(ctx))
 	defer abandon()
 	c.work, c.taking = work, ctx
+	context.AfterFunc(ctx, func() { time.AfterFunc(c.opts.HandlerTimeout, abandon) }) // for what is read already
 	c.follow(ctx)
-	late := time.AfterFunc(c.opts.HandlerTimeout, abandon)
-	defer late.Stop()
 	c.forwards.Wait()
 	c.source.CloseIdleConnections()
 	c.target.CloseIdleConnections()
@@ -148,9 +149,9 @@ func (c *Client) Check(context.Context) error {
 
 // Alive is nil while the follow loop turns.
 func (c *Client) Alive(ctx context.Context) error {
-	pong := make(chan struct{})
+	seen := make(chan struct{})
 	select {
-	case c.pings <- pong:
+	case c.probes <- seen:
 		return nil
 	case <-ctx.Done():
 		return errors.New("follow loop is stuck")
@@ -167,6 +168,7 @@ type subscription struct {
 	drain  chan struct{} // closed at drain
 	done   chan struct{} // closed at the end, after err is set
 	err    error
+	before <-chan struct{} // done of the stream it is to replace; nil: there was none
 
 	heard    atomic.Int64 // Unix nanoseconds of the last read that began or ended
 	reading  atomic.Bool  // a read waits, since heard
@@ -201,27 +203,8 @@ func (s *subscription) retire(after time.Duration) {
 	})
 }
 
-// The channels of a subscription that may not exist.
-func (s *subscription) readied() <-chan struct{} {
-	if s == nil {
-		return nil
-	}
-	return s.ready
-}
-
-func (s *subscription) drained() <-chan struct{} {
-	if s == nil {
-		return nil
-	}
-	return s.drain
-}
-
-func (s *subscription) ended() <-chan struct{} {
-	if s == nil {
-		return nil
-	}
-	return s.done
-}
+// none is no subscription: its channels block for ever.
+var none = &subscription{}
 
 // follow keeps one stream alive until ctx ends, and never gives up before.
 func (c *Client) follow(ctx context.Context) {
@@ -239,49 +222,50 @@ func (c *Client) follow(ctx context.Context) {
 		waiting = true
 		retry.Reset(d)
 	}
-	var current, next *subscription
-	var moving bool     // current was asked to move
-	var since time.Time // when current became ready
+	current, next := none, none
+	var left []*subscription    // retired, the oldest first
+	var drained <-chan struct{} // current.drain, until it was asked to move
+	var since time.Time         // when current became ready
 	for {
-		drained := current.drained()
-		if moving {
-			drained = nil
-		}
 		select {
 		case <-ctx.Done():
 			return
-		case pong := <-c.pings:
-			close(pong)
+		case seen := <-c.probes:
+			close(seen)
 		case <-retry.C:
 			waiting = false
-			next = c.subscribe(ctx, &streams)
-		case <-next.readied():
+			next = c.subscribe(ctx, &streams, current.done)
+		case <-next.ready:
 			backoff.Reset()
-			if current != nil {
+			if current != none {
 				current.retire(linger) // what was sent before the move still arrives
+				if left = append(left, current); len(left) > retiredLimit {
+					left[0].cancel() // the source wants nothing but moves
+					left = left[1:]
+				}
 			}
-			current, next, moving, since = next, nil, false, time.Now()
+			current, next, drained, since = next, none, next.drain, time.Now()
 			c.current.Store(current)
 			c.log.Info("stream ready")
-		case <-next.ended():
+		case <-next.done:
 			c.logEnd("subscribe", next.err)
 			if next.interval.Load() > 0 { // it was ready, if only for a moment
 				backoff.Reset()
 			}
-			next = nil
+			next = none
 			again(backoff.Next())
 		case <-drained:
 			c.log.Info("stream asked to move")
-			moving = true
-			if next == nil && !waiting { // at once, unless the source asks for nothing else
+			drained = nil
+			if next == none && !waiting { // at once, unless the source asks for nothing else
 				again(max(0, c.opts.ReconnectInterval-time.Since(since)))
 			}
-		case <-current.ended():
+		case <-current.done:
 			c.logEnd("stream", current.err)
 			c.Reconnects.Add(1)
-			current, moving = nil, false
+			current, drained = none, nil
 			c.current.Store(nil)
-			if next == nil && !waiting {
+			if next == none && !waiting {
 				again(backoff.Next())
 			}
 		}
@@ -313,9 +297,10 @@ var (
 
 // subscribe starts a stream in a goroutine of streams, which ends with ctx or
 // with the stream.
-func (c *Client) subscribe(ctx context.Context, streams *sync.WaitGroup) *subscription {
+func (c *Client) subscribe(ctx context.Context, streams *sync.WaitGroup, before <-chan struct{}) *subscription {
 	ctx, cancel := context.WithCancelCause(ctx)
 	s := &subscription{
+		before: before,
 		cancel: func() { cancel(context.Canceled) },
 		ready:  make(chan struct{}), drain: make(chan struct{}), done: make(chan struct{}),
 	}
@@ -372,11 +357,18 @@ func (c *Client) read(ctx context.Context, s *subscription, watchdog *time.Timer
 				close(s.drain)
 			}
 		case "message":
+			if c.opts.Concurrency == 1 && s.before != nil { // what the stream before has is older
+				select {
+				case <-s.before:
+				case <-ctx.Done():
+					return ctx.Err()
+				}
+			}
 			duplicate, err := c.take(m.data)
 			if err != nil {
 				return err
 			}
-			if duplicate && s.retired.Load() {
+			if duplicate && s.retired.Load() && c.current.Load() != nil {
 				return errMoved // all that follows comes on its successor too
 			}
 		}
@@ -461,8 +453,9 @@ func (c *Client) take(data []byte) (duplicate bool, err error) {
 	received := time.Now()
 	w, err := decodeWebhook(data)
 	if err != nil {
-		c.Invalid.Add(1)
-		c.log.Warn("event refused", "err", err)
+		if c.Invalid.Add(1); c.refusals.now() {
+			c.log.Warn("event refused", "err", err)
+		}
 		return false, nil
 	}
 	known := w.ID != ""
@@ -481,13 +474,17 @@ func (c *Client) take(data []byte) (duplicate bool, err error) {
 			}
 		}
 	}
+	over := c.work.Done()
+	if w.Respond { // its server holds it and gives it to the next
+		over = c.taking.Done()
+	}
 	select {
 	case c.slots <- struct{}{}:
-	case <-c.taking.Done():
+	case <-over:
 		if answer == nil {
 			c.memory.forget(w.ID)
 		}
-		return false, c.taking.Err()
+		return false, c.work.Err() // nil at first: what else was read still counts
 	}
 	c.forwards.Go(func() {
 		defer func() { <-c.slots }()
@@ -533,6 +530,11 @@ func (c *Client) forward(ctx context.Context, w *Webhook, received time.Time) An
 			log.Log(ctx, level, "webhook forwarded", "status", a.Status, "attempt", attempt)
 			return a
 		}
+		if errors.Is(err, errHeard) {
+			c.Failed.Add(1)
+			log.Error("webhook given up", "attempt", attempt, "err", err)
+			return a
+		}
 		if last.Status == 0 || a.Status != 0 { // what the target said beats its silence
 			last = a
 		}
@@ -544,12 +546,7 @@ func (c *Client) forward(ctx context.Context, w *Webhook, received time.Time) An
 		}
 		c.Retries.Add(1)
 		log.Warn("webhook will be forwarded again", "status", a.Status, "attempt", attempt, "wait", wait, "err", err)
-		timer := time.NewTimer(wait)
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-			timer.Stop()
-		}
+		sleep(ctx, wait)
 	}
 }
 
@@ -575,15 +572,18 @@ func (c *Client) attempt(ctx context.Context, w *Webhook) (a Answer, pause time.
 		}
 		next, redirected := c.redirect(resp, target)
 		if redirected {
-			io.Copy(io.Discard, io.LimitReader(resp.Body, 4<<10))
-			resp.Body.Close()
+			drop(resp.Body)
 			target = next
 			continue
 		}
 		return c.answer(ctx, w, resp)
 	}
-	return Answer{Err: answerUnreachable}, 0, fmt.Errorf("target redirects more than %d times", redirectLimit)
+	return Answer{Err: answerUnreachable}, 0, fmt.Errorf("%w: more than %d redirects", errHeard, redirectLimit)
 }
+
+// errHeard marks a target that has the webhook, but whose answer is of no use:
+// another try would only deliver it once more.
+var errHeard = errors.New("useless answer")
 
 // silence is the answer for a target that gave none.
 func (c *Client) silence(ctx context.Context, err error) (Answer, time.Duration, error) {
@@ -600,25 +600,33 @@ func (c *Client) answer(ctx context.Context, w *Webhook, resp *http.Response) (A
 	a := Answer{Status: resp.StatusCode}
 	pause := retryAfterOf(resp.Header.Get("Retry-After"))
 	if a.Status < 200 || a.Status > 599 { // 101 is none that could be passed on
-		return Answer{Err: answerUnreachable}, pause, fmt.Errorf("target answered %d", resp.StatusCode)
+		return Answer{Err: answerUnreachable}, pause, fmt.Errorf("%w: status %d", errHeard, resp.StatusCode)
 	}
 	if !w.Respond || w.Brief {
-		late := time.AfterFunc(discardTimeout, func() { resp.Body.Close() }) // nobody waits for a body that stalls
-		defer late.Stop()
-		io.Copy(io.Discard, io.LimitReader(resp.Body, 64<<10))
+		drop(resp.Body)
 		return a, pause, nil
 	}
 	a.Headers = slices.DeleteFunc(endToEnd(resp.Header), func(h Header) bool { return checkHeaders([]Header{h}) != nil })
 	body, err := io.ReadAll(io.LimitReader(resp.Body, answerLimit+1))
 	switch {
-	case err != nil:
-		return c.silence(ctx, err)
-	case len(body) > answerLimit: // half a body would be worse than none
-		c.log.Warn("answer of the target is too large, its body is left out", "event", w.ID, "status", a.Status)
+	case err != nil && !passing(a.Status):
+		a, pause, err := c.silence(ctx, err)
+		return a, pause, fmt.Errorf("%w: %w", errHeard, err)
+	case err != nil || len(body) > answerLimit: // half a body would be worse than none
+		c.log.Warn("answer of the target is too large or cut off, its body is left out", "event", w.ID, "status", a.Status)
 	default:
 		a.Body = body
 	}
 	return a, pause, nil
+}
+
+// drop reads and closes a body that nobody wants, so that its connection can
+// be used again; one that stalls is not waited for.
+func drop(body io.ReadCloser) {
+	late := time.AfterFunc(discardTimeout, func() { body.Close() })
+	defer late.Stop()
+	io.Copy(io.Discard, io.LimitReader(body, 64<<10))
+	body.Close()
 }
 
 // retryAfterOf reads a Retry-After of RFC 9110 section 10.2.3: seconds or a date.
@@ -656,7 +664,7 @@ func (c *Client) targetRequest(ctx context.Context, w *Webhook, target string) *
 		req.Body, _ = req.GetBody()
 	}
 	if t.Scheme == "http" && u.Opaque != "" && c.target.Proxy != nil {
-		if proxy, _ := c.target.Proxy(req); proxy != nil {
+		if proxy, _ := c.target.Proxy(req); proxy != nil && strings.HasPrefix(proxy.Scheme, "http") {
 			u.Opaque = "//" + t.Host + target
 		}
 	}
@@ -699,7 +707,7 @@ func (c *Client) redirect(resp *http.Response, from string) (target string, ok b
 	if !strings.EqualFold(to.Scheme, c.opts.Target.Scheme) || !strings.EqualFold(hostPort(to), hostPort(c.opts.Target)) {
 		return "", false
 	}
-	if !within(c.base, to.EscapedPath()) {
+	if !within(c.base, to.EscapedPath()) || checkQuery(to.RawQuery) != nil {
 		return "", false
 	}
 	return to.RequestURI(), true
@@ -735,19 +743,21 @@ func (c *Client) report(ctx context.Context, id string, a *Answer, full bool, en
 			return
 		}
 		status, ok := errors.AsType[*statusError](err)
-		timer := time.NewTimer(backoff.Next())
-		if ok && status.status < 500 && status.status != http.StatusTooManyRequests {
-			timer.Stop()
-			c.log.Warn("report refused", "event", id, "err", err)
-			return
-		}
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-			timer.Stop()
+		refused := ok && status.status < 500 && status.status != http.StatusTooManyRequests
+		if refused || !sleep(ctx, backoff.Next()) {
 			c.log.Warn("report given up", "event", id, "err", err)
 			return
 		}
+	}
+}
+
+// sleep waits for d; it is false when ctx ends first.
+func sleep(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-time.After(d):
+		return true
+	case <-ctx.Done():
+		return false
 	}
 }
 
@@ -769,20 +779,20 @@ func (c *Client) reportOnce(ctx context.Context, u *url.URL, body []byte) error 
 }
 
 // memory remembers the ids of recent events and the answers to them, so that
-// an event that arrives twice is forwarded once. It is bounded by count, by
-// bytes and by age; the zero value is ready.
+// an event that arrives twice is forwarded once. What is under way is bounded
+// by the slots, the rest by count, by bytes and by age; the zero value is ready.
 type memory struct {
 	mu      sync.Mutex
 	entries map[string]*memoryEntry
-	order   []*memoryEntry // by age, oldest first; holds forgotten ones too
-	bytes   int
+	order   []*memoryEntry // the answered ones, oldest first
+	bytes   int            // of order
 }
 
 // memoryEntry is guarded by memory.mu.
 type memoryEntry struct {
 	id     string
+	answer *Answer // nil while the forward is under way, like all below
 	since  time.Time
-	answer *Answer // nil while the forward is under way
 	size   int
 }
 
@@ -796,54 +806,34 @@ func (m *memory) begin(id string) (first bool, answer *Answer) {
 	if m.entries == nil {
 		m.entries = map[string]*memoryEntry{}
 	}
-	e := &memoryEntry{id: id, since: time.Now(), size: len(id)}
-	m.entries[id] = e
-	m.order = append(m.order, e)
-	m.bytes += e.size
-	m.trim()
+	m.entries[id] = &memoryEntry{id: id}
 	return true, nil
 }
 
-// finish keeps the answer to id.
+// finish keeps the answer to id, which is under way.
 func (m *memory) finish(id string, a *Answer) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if e := m.entries[id]; e != nil && e.answer == nil {
-		e.answer = a
-		n := len(a.Body) + headerBytes(a.Headers)
-		e.size += n
-		m.bytes += n
-		m.trim()
+	e := m.entries[id]
+	if e == nil || e.answer != nil {
+		return
+	}
+	e.answer, e.since, e.size = a, time.Now(), len(id)+len(a.Body)+headerBytes(a.Headers)
+	m.order = append(m.order, e)
+	m.bytes += e.size
+	for len(m.order) > memoryEvents || m.bytes > memoryBytes || time.Since(m.order[0].since) > memoryAge {
+		old := m.order[0]
+		m.order[0], m.order = nil, m.order[1:]
+		m.bytes -= old.size
+		delete(m.entries, old.id)
 	}
 }
 
-// forget drops id, which was not forwarded.
+// forget drops id, which is under way and was not forwarded.
 func (m *memory) forget(id string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if e := m.entries[id]; e != nil {
-		m.drop(e)
-	}
-}
-
-// trim needs mu.
-func (m *memory) trim() {
-	for len(m.order) > 0 {
-		e := m.order[0]
-		if len(m.order) <= memoryEvents && m.bytes <= memoryBytes && time.Since(e.since) <= memoryAge && m.entries[e.id] == e {
-			return
-		}
-		m.order[0], m.order = nil, m.order[1:]
-		m.drop(e)
-	}
-}
-
-// drop needs mu.
-func (m *memory) drop(e *memoryEntry) {
-	if m.entries[e.id] == e {
-		delete(m.entries, e.id)
-		m.bytes -= e.size
-	}
+	delete(m.entries, id)
 }
 
 // The event stream, read.
