@@ -1098,7 +1098,7 @@ func TestDrainAtOnce(t *testing.T) {
 func TestDrainInOrder(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
 		w.options.Concurrency = 1
-		w.respond = func(http.ResponseWriter, *http.Request, int) { time.Sleep(time.Second) }
+		w.respond = func(http.ResponseWriter, *http.Request, int) { time.Sleep(5 * time.Second) }
 		w.startAll()
 		first := w.ready()
 		first.send(hook("1"))
