@@ -237,8 +237,16 @@ func (e *Event) release() {
 // every replica gets.
 func newEvent(channel string, w *Webhook) *Event {
 	e := &Event{ID: w.ID, Channel: channel, Respond: w.Respond}
-	recycled := *wires.Get().(*[]byte)
-	e.wire = slices.Grow(recycled[:0], 512+3*len(w.Path)+2*len(w.Query)+headerBytes(w.Headers)+len(w.Body)+len(w.Body)/4)
+	size := 512 + 3*len(w.Path) + 2*len(w.Query) + headerBytes(w.Headers) + len(w.Body) + len(w.Body)/4
+	if !w.Respond { // held events would only drain the pool
+		recycled := wires.Get().(*[]byte)
+		if cap(*recycled) <= 2*size { // budgets count bytes that are used
+			e.wire = (*recycled)[:0]
+		} else {
+			wires.Put(recycled)
+		}
+	}
+	e.wire = slices.Grow(e.wire, size)
 	e.wire = e.appendEnvelope(e.wire)
 	start := len(e.wire)
 	b := append(e.wire, "id: "...)
@@ -875,6 +883,7 @@ type Subscriber struct {
 	abort   func() // guarded by hub.mu, like all below: makes a blocked read or write fail; called once, must not block
 	live    bool   // Live is closed
 	writing bool   // Write is under way, or the stream has not begun
+	missed  bool   // a held event found no room in queue
 	finish  error  // end with this reason once the queue is empty
 	reason  error  // why it ended
 	queue   []*Event
@@ -1037,7 +1046,8 @@ func (h *Hub) end(s *Subscriber, reason error) {
 
 // Deliver queues e for its channel's subscribers. For an event that asks for
 // a response it returns to whom it went. A subscriber whose queue would
-// overflow is evicted; an empty queue takes any one event.
+// overflow is evicted, unless the event is held and comes again: see Missed. An
+// empty queue takes any one event.
 func (h *Hub) Deliver(e *Event) (taken []Delivery, n int) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -1051,6 +1061,9 @@ func (h *Hub) Deliver(e *Event) (taken []Delivery, n int) {
 			continue
 		}
 		if s.bytes > 0 && s.bytes+size > h.Limits.Buffer {
+			if s.missed = s.missed || e.Respond; e.Respond {
+				continue
+			}
 			h.Evicted.Add(1)
 			h.end(s, errSlow)
 			continue
@@ -1113,6 +1126,15 @@ func (s *Subscriber) Take(dst []*Event) []*Event {
 		}
 	}
 	return dst
+}
+
+// Missed tells, once, whether held events found no room in the queue of s.
+func (s *Subscriber) Missed() bool {
+	s.hub.mu.Lock()
+	defer s.hub.mu.Unlock()
+	missed := s.missed
+	s.missed = false
+	return missed
 }
 
 // Confirm marks a channel's bus subscription as live.

@@ -19,9 +19,10 @@ import (
 )
 
 const (
-	publishTimeout = 800 * time.Millisecond // to hear from Redis before a webhook gets 503
-	pingInterval   = time.Second            // on the receiving connection
-	pingTimeout    = 2500 * time.Millisecond
+	publishTimeout = 800 * time.Millisecond  // to hear from Redis before a webhook gets 503
+	pingInterval   = time.Second             // on every connection
+	silenceTimeout = 2500 * time.Millisecond // on a connection before it counts as broken
+	lasting        = time.Second             // for which a connection must last, or the next one waits
 	settleTimeout  = 1500 * time.Millisecond // for the other replicas to come back after an outage
 	unreadTimeout  = 300 * time.Millisecond  // to read what Redis sent before a session ended
 	pipeCount      = 4                       // publishing connections
@@ -45,8 +46,9 @@ type RedisOptions struct {
 // nothing from outside reaches those two.
 //
 // Everything lives in sessions: a receiving connection and a few publishing
-// ones that come up together and end together at the first error. While there
-// is no session nothing is queued.
+// ones that come up together. A session ends with its receiving connection, or
+// when a publishing one cannot be replaced: what Redis sends between two
+// sessions is lost. While there is no session nothing is queued.
 type RedisBus struct {
 	opts    RedisOptions
 	replica string
@@ -100,26 +102,34 @@ func (b *RedisBus) eventName(channel string) string   { return b.opts.Prefix + c
 func (b *RedisBus) replicaName(replica string) string { return b.opts.Prefix + "@" + replica }
 func (b *RedisBus) allName() string                   { return b.opts.Prefix + "@all" }
 
-// Check implements Bus.
-func (b *RedisBus) Check(context.Context) error {
-	if b.session.Load() == nil {
-		return errBusDown
+// working is the session, unless there is none or Redis is silent.
+func (b *RedisBus) working() (*session, error) {
+	s := b.session.Load()
+	if s == nil || s.silent.Load() {
+		return nil, errBusDown
 	}
-	return nil
+	return s, nil
 }
 
-// Publish implements Bus. It fails at once while Redis is down, and after
-// publishTimeout when Redis does not answer, which ends the session.
+// Check implements Bus.
+func (b *RedisBus) Check(context.Context) error {
+	_, err := b.working()
+	return err
+}
+
+// Publish implements Bus. It fails at once while Redis is down or silent, and
+// after publishTimeout when Redis does not answer.
 func (b *RedisBus) Publish(ctx context.Context, e *Event) (int, error) {
-	s := b.session.Load()
-	if s == nil {
-		return 0, errBusDown
+	s, err := b.working()
+	if err != nil {
+		return 0, err
 	}
 	return s.ask(ctx, s.next(), "PUBLISH", b.eventName(e.Channel), e.wire)
 }
 
 // Signal implements Bus. All signals take one connection, so that they keep
-// their order; only one with From waits for Redis to answer.
+// their order, and wait there while Redis is silent; only one with From waits
+// for Redis to answer.
 func (b *RedisBus) Signal(ctx context.Context, sig Signal) (int, error) {
 	if sig.To == b.replica {
 		b.hub.OnSignal(sig)
@@ -144,6 +154,7 @@ func (b *RedisBus) Signal(ctx context.Context, sig Signal) (int, error) {
 func (b *RedisBus) Run(ctx context.Context) error {
 	backoff := b.opts.Backoff
 	for tries, told := 0, false; ; {
+		began := time.Now()
 		worked, err := b.serve(ctx)
 		if ctx.Err() != nil {
 			return nil
@@ -154,15 +165,18 @@ func (b *RedisBus) Run(ctx context.Context) error {
 		} else {
 			b.log.Debug("redis is still down", "err", err)
 		}
-		pause := time.Duration(0)
 		if worked {
-			backoff.Reset()
 			tries = 0
 		} else {
-			b.known.CompareAndSwap(0, math.MaxInt64) // others may come back after us: see settle
+			b.known.CompareAndSwap(0, math.MaxInt64) // others may come back after us: see join
 			if tries++; b.opts.MaxAttempts >= 0 && tries > b.opts.MaxAttempts {
 				return fmt.Errorf("connect to redis %d times: %w", tries, err)
 			}
+		}
+		pause := time.Duration(0)
+		if worked && time.Since(began) > lasting {
+			backoff.Reset()
+		} else {
 			pause = backoff.Next()
 		}
 		select {
@@ -183,12 +197,12 @@ type session struct {
 	pipes  []*pipe
 	turn   atomic.Uint32
 	wanted chan struct{} // closed when every first subscription is confirmed
+	heard  atomic.Int64  // Unix nanoseconds of the last word of Redis, on any connection
+	silent atomic.Bool   // a request was not answered, and none has been since
 
 	mu    sync.Mutex           // taken before the hub's
 	names map[string]*interest // guarded by mu: by Redis channel
-	acks  int                  // guarded by mu: confirmations on their way
-	first bool                 // guarded by mu: wanted is not closed yet
-	own   []string             // names that are not the hub's
+	own   []string             // names that are not the hub's, the last to be subscribed
 }
 
 // interest is what Redis was told about one channel.
@@ -203,7 +217,7 @@ func (b *RedisBus) serve(ctx context.Context) (worked bool, err error) {
 	ctx, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
 	s := &session{
-		bus: b, ctx: ctx, fail: fail, wanted: make(chan struct{}), first: true,
+		bus: b, ctx: ctx, fail: fail, wanted: make(chan struct{}),
 		names: map[string]*interest{}, own: []string{b.replicaName(b.replica), b.allName()},
 	}
 	conn, err := b.dial(ctx)
@@ -212,6 +226,7 @@ func (b *RedisBus) serve(ctx context.Context) (worked bool, err error) {
 	}
 	defer conn.Close()
 	s.sub = redis.PubSubConn{Conn: conn}
+	var conns []redis.Conn // one for each of pipes
 	for i := range pipeCount {
 		queue := pipeQueue
 		if i == 0 {
@@ -222,7 +237,8 @@ func (b *RedisBus) serve(ctx context.Context) (worked bool, err error) {
 			return false, err
 		}
 		defer conn.Close()
-		s.pipes = append(s.pipes, &pipe{conn: conn, queue: make(chan *request, queue), flight: make(chan *request, pipeQueue)})
+		conns = append(conns, conn)
+		s.pipes = append(s.pipes, &pipe{queue: make(chan *request, queue)})
 	}
 
 	defer func() { // after receive has ended, which confirms
@@ -233,10 +249,7 @@ func (b *RedisBus) serve(ctx context.Context) (worked bool, err error) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	received := make(chan struct{})        // closed when receive has ended
-	end := context.AfterFunc(ctx, func() { // ends blocked reads and writes
-		for _, p := range s.pipes {
-			p.conn.Close()
-		}
+	end := context.AfterFunc(ctx, func() { // ends a blocked read or write
 		if stopped.Err() == nil { // what is unread was accepted from its senders
 			select {
 			case <-received:
@@ -258,9 +271,8 @@ func (b *RedisBus) serve(ctx context.Context) (worked bool, err error) {
 		defer close(received)
 		return s.receive()
 	})
-	for _, p := range s.pipes {
-		run(func() error { return p.write(ctx) })
-		run(func() error { return p.read(ctx) })
+	for i, p := range s.pipes {
+		run(func() error { return s.keep(p, conns[i]) })
 	}
 	if err := s.start(); err != nil {
 		fail(err)
@@ -271,9 +283,8 @@ func (b *RedisBus) serve(ctx context.Context) (worked bool, err error) {
 	case <-ctx.Done():
 		return false, context.Cause(ctx)
 	}
-	s.settle()
-	if ctx.Err() != nil {
-		return false, context.Cause(ctx)
+	if err := s.join(); err != nil {
+		return false, err
 	}
 	b.session.Store(s)
 	b.Sessions.Add(1)
@@ -283,7 +294,6 @@ func (b *RedisBus) serve(ctx context.Context) (worked bool, err error) {
 		again.To = b.replica // no subscriber here has missed anything that others hold
 	}
 	b.Signal(ctx, again)
-	b.Signal(ctx, Signal{Kind: signalJoined})
 	run(s.count)
 
 	<-ctx.Done()
@@ -299,7 +309,7 @@ func (b *RedisBus) dial(ctx context.Context) (redis.Conn, error) {
 		redis.DialConnectTimeout(publishTimeout),
 		redis.DialTLSHandshakeTimeout(publishTimeout),
 		redis.DialReadTimeout(publishTimeout),
-		redis.DialWriteTimeout(publishTimeout),
+		redis.DialWriteTimeout(silenceTimeout),
 		redis.DialTLSConfig(&tls.Config{RootCAs: b.opts.Roots, MinVersion: tls.VersionTLS12}),
 	)
 	if err != nil {
@@ -382,7 +392,6 @@ func (s *session) want(name string, wanted bool) error {
 	}
 	in.subscribed = wanted
 	in.acks++
-	s.acks++
 	command := "UNSUBSCRIBE"
 	if wanted {
 		command = "SUBSCRIBE"
@@ -400,7 +409,6 @@ func (s *session) confirmed(name string) {
 		return
 	}
 	in.acks--
-	s.acks--
 	if in.acks == 0 {
 		if in.subscribed {
 			s.confirm(name)
@@ -408,8 +416,7 @@ func (s *session) confirmed(name string) {
 			delete(s.names, name)
 		}
 	}
-	if s.first && s.acks == 0 {
-		s.first = false
+	if name == s.bus.allName() { // asked for last, and once
 		close(s.wanted)
 	}
 }
@@ -426,7 +433,11 @@ func (s *session) confirm(name string) {
 // for longer than a ping takes.
 func (s *session) receive() error {
 	for {
-		switch m := s.sub.ReceiveWithTimeout(pingTimeout).(type) {
+		m := s.sub.ReceiveWithTimeout(silenceTimeout)
+		if _, broken := m.(error); !broken {
+			s.hear()
+		}
+		switch m := m.(type) {
 		case redis.Message:
 			s.deliver(m.Channel, m.Data)
 		case redis.Subscription:
@@ -463,29 +474,40 @@ func (s *session) deliver(name string, data []byte) {
 	}
 }
 
-// settle waits after an outage for the replicas that were there before it:
-// an event published earlier would miss the subscribers of a late one.
-func (s *session) settle() {
-	deadline := time.Now().Add(settleTimeout)
-	for {
+// join tells the other replicas of this one. After an outage it waits for those
+// that were there before it: an event published earlier would miss the
+// subscribers of a late one.
+func (s *session) join() error {
+	joined := Signal{Kind: signalJoined}
+	if _, err := s.ask(s.ctx, s.pipes[0], "PUBLISH", s.bus.allName(), joined.encode()); err != nil {
+		return fmt.Errorf("publish to redis: %w", err)
+	}
+	if err := s.primary(); err != nil {
+		return err
+	}
+	late := time.NewTimer(settleTimeout)
+	defer late.Stop()
+	for waiting := true; ; {
 		n, err := s.replicas()
 		if err != nil {
-			return // the next session waits for the same ones
+			return err
 		}
-		if n >= s.bus.known.Load() || time.Now().After(deadline) {
+		if n >= s.bus.known.Load() || !waiting {
 			s.bus.known.Store(max(n, 1))
-			return
+			return nil
 		}
 		select {
+		case <-s.bus.recount: // one more has joined
+		case <-late.C:
+			waiting = false
 		case <-s.ctx.Done():
-			return
-		case <-time.After(50 * time.Millisecond):
+			return context.Cause(s.ctx)
 		}
 	}
 }
 
-// count keeps the number of replicas known; asking is also the health check
-// of a publishing connection.
+// count keeps the number of replicas known, and looks after the publishing
+// connections and after Redis itself.
 func (s *session) count() error {
 	tick := time.NewTicker(pingInterval)
 	defer tick.Stop()
@@ -498,13 +520,31 @@ func (s *session) count() error {
 			for _, p := range s.pipes { // some servers close idle connections
 				p.put(&request{cmd: "PING"})
 			}
+			if err := s.primary(); err == errDemoted {
+				return err
+			}
 		}
-		n, err := s.replicas()
-		if err != nil {
-			return err
+		if n, err := s.replicas(); err == nil {
+			s.bus.known.Store(max(n, 1))
 		}
-		s.bus.known.Store(max(n, 1))
 	}
+}
+
+var errDemoted = errors.New("redis is a replica of another one now, which replicas of the relay may have followed")
+
+// primary is errDemoted when what is published here does not reach those who
+// followed a failover (https://redis.io/docs/latest/commands/role/).
+func (s *session) primary() error {
+	v, err := redis.Values(s.do(s.ctx, s.pipes[0], &request{cmd: "ROLE", reply: make(chan reply, 1)}))
+	if _, refused := errors.AsType[redis.Error](err); refused {
+		return nil // not every user may ask, and not every server knows
+	}
+	if err == nil && len(v) > 0 {
+		if role, _ := redis.String(v[0], nil); role == "slave" {
+			return errDemoted
+		}
+	}
+	return err
 }
 
 // replicas asks Redis how many replicas listen.
@@ -533,27 +573,78 @@ func (s *session) do(ctx context.Context, p *pipe, r *request) (any, error) {
 	if err := p.put(r); err != nil {
 		return nil, err
 	}
+	began := time.Now()
 	timer := time.NewTimer(publishTimeout)
 	defer timer.Stop()
 	select {
 	case got := <-r.reply:
 		return got.value, got.err
 	case <-ctx.Done():
+		r.dropped.Store(true)
 		return nil, ctx.Err()
 	case <-s.ctx.Done():
 		return nil, errBusDown
 	case <-timer.C:
-		err := fmt.Errorf("redis did not answer within %s", publishTimeout)
-		s.fail(err)
-		return nil, err
+		r.dropped.Store(true)
+		if s.heard.Load() < began.UnixNano() && s.silent.CompareAndSwap(false, true) {
+			s.bus.log.Error("redis is silent")
+		}
+		return nil, fmt.Errorf("redis did not answer within %s", publishTimeout)
 	}
+}
+
+// hear notes that Redis has said something.
+func (s *session) hear() {
+	s.heard.Store(time.Now().UnixNano())
+	if s.silent.CompareAndSwap(true, false) {
+		s.bus.log.Info("redis answers again")
+	}
+}
+
+// keep works on p over conn, and over a new connection when that breaks. It
+// ends with s, or when none can be made or lasts.
+func (s *session) keep(p *pipe, conn redis.Conn) error {
+	for {
+		began := time.Now()
+		err := s.work(p, conn)
+		if s.ctx.Err() != nil || time.Since(began) < lasting {
+			return err
+		}
+		s.bus.log.Warn("redis connection is replaced", "err", err)
+		if conn, err = s.bus.dial(s.ctx); err != nil {
+			return err
+		}
+		if p == s.pipes[0] { // signals may be lost
+			s.bus.Signal(s.ctx, Signal{Kind: signalAgain})
+		}
+	}
+}
+
+// work sends the requests of p over conn and hands back the replies until conn
+// breaks or s ends; whoever waits then is told.
+func (s *session) work(p *pipe, conn redis.Conn) error {
+	ctx, fail := context.WithCancelCause(s.ctx)
+	stop := context.AfterFunc(ctx, func() { conn.Close() }) // ends blocked reads and writes
+	defer stop()
+	flight := make(chan *request, pipeQueue) // sent, not yet answered
+	var wg sync.WaitGroup
+	wg.Go(func() { fail(p.write(ctx, conn, flight)) })
+	wg.Go(func() { fail(s.read(ctx, conn, flight)) })
+	wg.Wait()
+	conn.Close()
+	err := fmt.Errorf("publish to redis: %w", context.Cause(ctx))
+	for len(flight) > 0 {
+		(<-flight).answer(nil, err)
+	}
+	return err
 }
 
 // request is one command on a publishing connection.
 type request struct {
-	cmd   string
-	args  []any
-	reply chan reply // with room for one; nil: nobody waits
+	cmd     string
+	args    []any
+	reply   chan reply  // with room for one; nil: nobody waits
+	dropped atomic.Bool // nobody waits any more: what is not sent yet shall not be
 }
 
 type reply struct {
@@ -561,12 +652,15 @@ type reply struct {
 	err   error
 }
 
-// pipe is one publishing connection: write sends requests as they come and
-// flushes once for all that wait, read hands the replies back in order.
+func (r *request) answer(value any, err error) {
+	if r.reply != nil {
+		r.reply <- reply{value, err}
+	}
+}
+
+// pipe is what one publishing connection after the other works off.
 type pipe struct {
-	conn   redis.Conn
-	queue  chan *request
-	flight chan *request // sent, not yet answered
+	queue chan *request
 }
 
 // put queues r, or fails at once when the connection cannot keep up.
@@ -579,7 +673,8 @@ func (p *pipe) put(r *request) error {
 	}
 }
 
-func (p *pipe) write(ctx context.Context) error {
+// write sends requests as they come, and flushes once for all that wait.
+func (p *pipe) write(ctx context.Context, conn redis.Conn, flight chan<- *request) error {
 	for {
 		var r *request
 		select {
@@ -588,13 +683,16 @@ func (p *pipe) write(ctx context.Context) error {
 		case r = <-p.queue:
 		}
 		for n := 1; r != nil; n++ {
-			if err := p.conn.Send(r.cmd, r.args...); err != nil {
-				return fmt.Errorf("publish to redis: %w", err)
-			}
-			select {
-			case p.flight <- r:
-			case <-ctx.Done():
-				return nil
+			if !r.dropped.Load() {
+				select {
+				case flight <- r:
+				case <-ctx.Done():
+					r.answer(nil, errBusDown)
+					return nil
+				}
+				if err := conn.Send(r.cmd, r.args...); err != nil {
+					return err
+				}
 			}
 			r = nil
 			if n < pipeBatch {
@@ -604,26 +702,27 @@ func (p *pipe) write(ctx context.Context) error {
 				}
 			}
 		}
-		if err := p.conn.Flush(); err != nil {
-			return fmt.Errorf("publish to redis: %w", err)
+		if err := conn.Flush(); err != nil {
+			return err
 		}
 	}
 }
 
-func (p *pipe) read(ctx context.Context) error {
+// read hands the replies back in the order of the requests.
+func (s *session) read(ctx context.Context, conn redis.Conn, flight <-chan *request) error {
 	for {
 		var r *request
 		select {
 		case <-ctx.Done():
 			return nil
-		case r = <-p.flight:
+		case r = <-flight:
 		}
-		value, err := p.conn.Receive()
+		value, err := redis.ReceiveWithTimeout(conn, silenceTimeout)
 		if _, refused := errors.AsType[redis.Error](err); err != nil && !refused {
-			return fmt.Errorf("publish to redis: %w", err)
+			r.answer(nil, err)
+			return err
 		}
-		if r.reply != nil {
-			r.reply <- reply{value, err}
-		}
+		s.hear()
+		r.answer(value, err)
 	}
 }

@@ -16,6 +16,7 @@ import (
 	mathrand "math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/http/httputil"
 	"net/url"
 	"os"
@@ -692,7 +693,7 @@ func TestRedisHoldsOnlySubscriptions(t *testing.T) {
 	for line := range strings.Lines(stats) {
 		command, _, _ := strings.Cut(strings.TrimPrefix(line, "cmdstat_"), ":")
 		switch strings.TrimSpace(command) {
-		case "subscribe", "unsubscribe", "publish", "ping", "pubsub|numsub", "pubsub|channels", "dbsize", "info", "", "# Commandstats":
+		case "subscribe", "unsubscribe", "publish", "ping", "role", "pubsub|numsub", "pubsub|channels", "dbsize", "info", "", "# Commandstats":
 		default:
 			t.Errorf("command %q was used", command)
 		}
@@ -965,11 +966,18 @@ func TestRedisFrozen(t *testing.T) {
 	}
 	r.thaw()
 	working("3")
+
+	r.freeze() // for so long that the connections count as broken
+	server.wait("redis is down")
+	r.thaw()
+	working("4")
 	if n := f.readies.Load(); n != 1 {
 		t.Errorf("%d ready events on one stream", n)
 	}
-	if n := len(server.log.lines("redis is down")); n != 2 {
-		t.Errorf("logged %d times that redis is down, want 2", n)
+	for msg, want := range map[string]int{"redis is silent": 3, "redis answers again": 2, "redis is down": 1, "redis is connected": 2} {
+		if n := len(server.log.lines(msg)); n != want {
+			t.Errorf("logged %d times that %s, want %d", n, msg, want)
+		}
 	}
 }
 
@@ -1624,16 +1632,20 @@ func startBus(t testing.TB, addr, replica string, onSignal ...func(Signal)) (*Re
 	return bus, hub
 }
 
+func busOptions(addr string) RedisOptions {
+	return RedisOptions{
+		URL: "redis://" + addr, Prefix: "bus:", MaxAttempts: -1,
+		Backoff: Backoff{Initial: 5 * time.Millisecond, Max: 50 * time.Millisecond, Factor: 2},
+	}
+}
+
 func runBus(t testing.TB, addr, replica string, onSignal ...func(Signal)) (*RedisBus, *Hub) {
 	t.Helper()
 	hub := &Hub{Limits: Limits{Subscribers: 1 << 20, PerAddress: 1 << 20, Buffer: 1 << 30}, OnSignal: func(Signal) {}}
 	for _, f := range onSignal {
 		hub.OnSignal = f
 	}
-	bus := NewRedisBus(RedisOptions{
-		URL: "redis://" + addr, Prefix: "bus:", MaxAttempts: -1,
-		Backoff: Backoff{Initial: 5 * time.Millisecond, Max: 50 * time.Millisecond, Factor: 2},
-	}, replica, hub, slog.New(slog.DiscardHandler))
+	bus := NewRedisBus(busOptions(addr), replica, hub, slog.New(slog.DiscardHandler))
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	wg.Go(func() { bus.Run(ctx) })
@@ -1817,7 +1829,7 @@ func TestConfirmationIsTheLast(t *testing.T) {
 		s := bus.session.Load()
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		return s.acks
+		return s.names["bus:again"].acks
 	}
 	first := joinLive(t, hub, "again")
 	way.silence()
@@ -1907,6 +1919,190 @@ func TestIdleConnectionsStay(t *testing.T) {
 	if n := bus.Sessions.Load(); n != 1 {
 		t.Errorf("%d sessions, want 1", n)
 	}
+}
+
+// TestConnectionIsReplaced breaks the publishing connections of two replicas.
+// Their subscriptions must not notice: what is published meanwhile would be lost.
+func TestConnectionIsReplaced(t *testing.T) {
+	t.Parallel() // it waits for connections to have lasted
+	r := startRedis(t)
+	near, hub := startBus(t, r.addr, "NEAR")
+	far, _ := startBus(t, r.addr, "FAR")
+	s := joinLive(t, hub, "replaced")
+	began, sent, broken := time.Now(), 0, 0
+	for after := 0; after < 100; {
+		if broken == 0 && time.Since(began) > lasting*3/2 {
+			r.cli("CLIENT", "KILL", "TYPE", "normal")
+			broken = sent
+		}
+		if _, err := far.Publish(t.Context(), busEvent("replaced", 0)); err == nil {
+			sent++
+			after = sent - broken
+			if broken == 0 {
+				after = 0
+			}
+		} else if time.Since(began) > patience {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Millisecond)
+	}
+	eventually(t, "all that was accepted is there", func() bool { return len(s.got) >= sent })
+	if near.Sessions.Load() != 1 || far.Sessions.Load() != 1 {
+		t.Errorf("%d and %d sessions, want one each", near.Sessions.Load(), far.Sessions.Load())
+	}
+}
+
+// TestDemotedRedis makes the Redis a replica of another one, as a failover does
+// that leaves connections open.
+func TestDemotedRedis(t *testing.T) {
+	r, other := startRedis(t), startRedis(t)
+	bus, hub := startBus(t, r.addr, "ONE")
+	s := joinLive(t, hub, "demoted")
+	host, port, _ := net.SplitHostPort(other.addr)
+	r.cli("REPLICAOF", host, port)
+	eventually(t, "the bus is down", func() bool { return bus.Check(t.Context()) != nil })
+	r.cli("REPLICAOF", "NO", "ONE")
+	awaitBus(t, bus)
+	mustPublish(t, bus, busEvent("demoted", 0))
+	eventually(t, "the event is there", func() bool { return len(s.got) == 1 })
+}
+
+// TestRedisUser is what a Redis user needs to be allowed, and that a server is
+// not ready, and says why once, when something is missing.
+func TestRedisUser(t *testing.T) {
+	commands := []string{"+subscribe", "+unsubscribe", "+publish", "+pubsub", "+ping"}
+	for _, missing := range append(commands, "") {
+		t.Run("without "+missing, func(t *testing.T) {
+			r := startRedis(t)
+			rights := []any{"SETUSER", "relay", "on", ">pw", "resetchannels", "&webhook-relay:*"}
+			for _, command := range commands {
+				if command != missing {
+					rights = append(rights, command)
+				}
+			}
+			r.cli("ACL", rights...)
+			server := startServer(t, "REDIS_URL=redis://relay:pw@"+r.addr, "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0")
+			switch missing {
+			case "":
+				awaitReady(t, server)
+				f := openFeed(t, server, "user")
+				postAccepted(t, server, "user", "x")
+				f.only(t, "x")
+				f.leave()
+			case "+subscribe", "+publish", "+pubsub":
+				eventually(t, "some tries", func() bool { return len(server.log.lines("redis is still down")) > 2 })
+				down := server.log.lines("redis is down")
+				if len(down) != 1 || !strings.Contains(down[0]["err"].(string), "NOPERM") {
+					t.Errorf("logged %v", down)
+				}
+				if got := probeStatus(t, server, "/ready"); got != 503 {
+					t.Errorf("/ready is %d", got)
+				}
+			}
+		})
+	}
+}
+
+// TestManyHeldAtOnce has one stream wake more held requests than the bus takes
+// at once: all of them are published.
+func TestManyHeldAtOnce(t *testing.T) {
+	r := startRedis(t)
+	hub := &Hub{Limits: Limits{Subscribers: 2, PerAddress: 2, Buffer: 1 << 30}}
+	log := slog.New(slog.DiscardHandler)
+	bus := NewRedisBus(busOptions(r.addr), "ONE", hub, log)
+	server, err := NewServer(ServerOptions{
+		Replica: "ONE", MaxPayload: 1 << 20, HeldBuffer: 256 << 20, HandlerTimeout: time.Second,
+		Modes: byChannel[string]{Default: modeStatus}, Timeouts: byChannel[time.Duration]{Default: time.Minute},
+	}, hub, bus, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var run, requests sync.WaitGroup
+	defer run.Wait()
+	defer cancel()
+	run.Go(func() { bus.Run(ctx) })
+	awaitBus(t, bus)
+	const n = 8000 // more than pipeCount*pipeQueue and what is in flight
+	for sent := 0; sent < n; sent += 200 {
+		for range 200 {
+			requests.Go(func() {
+				w := httptest.NewRecorder()
+				if server.ServeHTTP(w, httptest.NewRequest("POST", "/webhooks/ci/x", strings.NewReader("{}"))); w.Code != 204 {
+					t.Errorf("status %d", w.Code)
+				}
+			})
+		}
+		eventually(t, "they are held", func() bool {
+			held, _ := server.Held()
+			return held == sent+200
+		})
+	}
+	s := &Subscriber{Channel: "ci", Client: "C", Responds: true}
+	s.Write = func() {
+		for batch := s.Take(nil); len(batch) > 0; batch = s.Take(batch) {
+			for _, e := range batch {
+				server.answer(Signal{Kind: signalAnswer, Event: e.ID, Channel: "ci", Client: "C"}, Answer{Status: 204})
+			}
+		}
+	}
+	if err := hub.Subscribe(s); err != nil {
+		t.Fatal(err)
+	}
+	<-s.Live
+	bus.Signal(ctx, Signal{Kind: signalReady, Channel: "ci", Subscriber: s.ID})
+	s.Write()
+	eventually(t, "all are answered", func() bool {
+		held, _ := server.Held()
+		return held == 0
+	})
+	requests.Wait()
+	s.Writers.Wait()
+}
+
+// TestReceiversThatAreNoReplicas has somebody look on with PSUBSCRIBE, as Redis'
+// tools do: nobody waits for what such a receiver will never say.
+func TestReceiversThatAreNoReplicas(t *testing.T) {
+	r := startRedis(t)
+	a, b := startReplicas(t, r, "RESPONSE_MODE=status", "RESPONSE_TIMEOUT=1m")
+	conn, err := redis.DialURL(r.url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := conn.Do("PSUBSCRIBE", "*"); err != nil {
+		t.Fatal(err)
+	}
+	tg := newTarget(t, func(recorded) string { return "HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n" })
+	startClient(t, a.addr, "ci", tg.url).wait("stream ready")
+	openFeed(t, a, "legacy")
+	for channel, want := range map[string]int{"ci": 401, "legacy": 200} {
+		if status, _, _ := send(t, "POST", webhookURL(b, channel, "x"), "{}"); status != want {
+			t.Errorf("%s: status %d, want %d", channel, status, want)
+		}
+	}
+}
+
+// TestSignalsAtTheEnd listens for what a server says of its streams while it
+// ends: the others must hear of each.
+func TestSignalsAtTheEnd(t *testing.T) {
+	r := startRedis(t)
+	server := startServer(t, "REDIS_URL="+r.url, "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0", "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=2s", "REDIS_CHANNEL_PREFIX=bus:", "LOG_LEVEL=info")
+	awaitReady(t, server)
+	var left atomic.Int64
+	startBus(t, r.addr, "OTHER", func(sig Signal) {
+		if sig.Kind == signalLeft {
+			left.Add(1)
+		}
+	})
+	const n = 100
+	for i := range n {
+		openFeed(t, server, "end"+strconv.Itoa(i))
+	}
+	if err := server.stop(); err != nil {
+		t.Error(err)
+	}
+	eventually(t, "all have left", func() bool { return left.Load() == n })
 }
 
 // BenchmarkRedisPublish publishes from 1, 8 and 64 concurrent requests, beside

@@ -243,6 +243,7 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 	if web.Shutdown(finish) != nil {
 		web.Close()
 	}
+	bus.Signal(finish, Signal{Kind: signalJoined, From: c.Server.Replica}) // answered after all signals before it
 	stopProbes()
 	err = g.Wait()
 	log.Info("stopped")

@@ -36,6 +36,7 @@ const (
 	headerLimit    = 64 << 10               // bytes of a request's header
 	bodyTimeout    = 60 * time.Second       // to send a request's body
 	replyTimeout   = 10 * time.Second       // to take an answer
+	againAtOnce    = 128                    // held events that are published again; the others wait, or a bus could not keep up
 	takenTimeout   = 250 * time.Millisecond // for replicas to say to whom an event went
 	idleTimeout    = 2 * time.Minute        // between two requests on a connection
 	writeTimeout   = 60 * time.Second       // for one write to a stream: a full client may pause this long
@@ -96,6 +97,7 @@ type Server struct {
 	draining atomic.Bool   // not ready any more, but still at work
 	giveUp   chan struct{} // closed: held requests end with 503
 	closing  chan struct{} // closed: streams are being closed
+	turns    chan struct{} // one token for each held event that is being published again
 
 	mu       sync.Mutex
 	left     bool                 // guarded by mu: nothing new is taken
@@ -111,7 +113,7 @@ type Server struct {
 func NewServer(opts ServerOptions, hub *Hub, bus Bus, log *slog.Logger) (*Server, error) {
 	s := &Server{
 		opts: opts, log: log, hub: hub, bus: bus,
-		giveUp: make(chan struct{}), closing: make(chan struct{}),
+		giveUp: make(chan struct{}), closing: make(chan struct{}), turns: make(chan struct{}, againAtOnce),
 		holds: map[string]*hold{}, acks: map[string]chan bool{},
 	}
 	keys, err := loadKeys(opts)
@@ -479,10 +481,13 @@ func (s *Server) await(ctx context.Context, h *hold, deadline time.Time) (a Answ
 	}
 	for {
 		s.mu.Lock()
+		if !h.sending && time.Since(h.sent) >= takenTimeout {
+			h.pending = 0 // what took it was no replica, or is one no more
+		}
 		a, done := h.verdict()
 		again := h.takeAgain()
 		var look <-chan time.Time
-		if len(h.again) > 0 {
+		if h.pending > 0 {
 			look = time.After(takenTimeout)
 		}
 		s.mu.Unlock()
@@ -491,7 +496,10 @@ func (s *Server) await(ctx context.Context, h *hold, deadline time.Time) (a Answ
 		}
 		for _, only := range again {
 			// A bus that is down again says so when it is back: signalAgain.
-			if err := s.publish(ctx, h, h.event.again(only, time.Until(deadline))); err != nil {
+			s.turns <- struct{}{} // for less than a second
+			err := s.publish(ctx, h, h.event.again(only, time.Until(deadline)))
+			<-s.turns
+			if err != nil {
 				s.log.Debug("held webhook not published again", "event", h.event.ID, "err", err)
 			}
 		}
@@ -547,7 +555,7 @@ func (h *hold) takeAgain() (again []string) {
 	h.again = slices.DeleteFunc(h.again, func(id string) bool {
 		return slices.ContainsFunc(h.given, func(g given) bool { return g.Subscriber == id })
 	})
-	if len(h.again) == 0 || h.pending > 0 && time.Since(h.sent) < takenTimeout {
+	if len(h.again) == 0 || h.pending > 0 {
 		return nil
 	}
 	again, h.again = h.again, nil
@@ -666,7 +674,7 @@ func (s *Server) presence(sig Signal) {
 			continue
 		case sig.Kind == signalLeft:
 			h.mark(Delivery{Subscriber: sig.Subscriber}, stateLost)
-		default:
+		case !slices.Contains(h.again, sig.Subscriber):
 			h.again = append(h.again, sig.Subscriber)
 		}
 		wake(h.poke)
@@ -684,7 +692,9 @@ func (s *Server) receipt(sig Signal) {
 	if sig.Kind == signalWritten {
 		h.mark(Delivery{Subscriber: sig.Subscriber, Legacy: true}, stateWritten)
 	} else {
-		h.pending--
+		if h.sending || h.pending > 0 { // otherwise it comes late
+			h.pending--
+		}
 		for _, d := range decodeDeliveries(sig.Data) {
 			h.mark(d, stateOpen)
 		}
@@ -1246,6 +1256,9 @@ func (st *stream) write() {
 			}
 			e.release()
 		}
+		if sub.Missed() { // there is room again
+			s.bus.Signal(context.Background(), Signal{Kind: signalReady, Channel: sub.Channel, Subscriber: sub.ID})
+		}
 	}
 }
 
@@ -1259,7 +1272,7 @@ func (st *stream) sendBatch(batch []*Event) error {
 		b = append(b, e.frame...)
 	}
 	err := st.send(b)
-	if *buf = b; cap(b) <= 2*burst {
+	if *buf = b; err == nil && cap(b) <= 2*burst { // net/http may still read what it failed to write
 		scratch.Put(buf)
 	}
 	return err

@@ -446,12 +446,13 @@ func TestRoutes(t *testing.T) {
 		{"POST /webhooks/can:ary", 400, badChannel, ""},
 		{"POST /webhooks/\xc3\xbc", 400, badChannel, ""},
 		{"GET /subscribe/canary*", 400, badChannel, ""},
+		{"GET /subscribe/../", 400, badChannel, ""},
 		{"POST /subscribe/canary*/responses/x", 400, badChannel, ""},
 
 		{"POST /webhooks/ci/../x", 400, badPath, ""},
 		{"POST /webhooks/ci/..", 400, badPath, ""},
 		{"POST /webhooks/ci/./x", 400, badPath, ""},
-		{"POST /webhooks/..", 400, badPath, ""},
+		{"POST /webhooks/..", 400, badChannel, ""},
 		{"POST /webhooks/ci/%2e%2E/x", 400, badPath, ""},
 		{"POST /webhooks/ci/%2e/x", 400, badPath, ""},
 		{"POST /webhooks/ci/.%2e", 400, badPath, ""},
@@ -1248,6 +1249,59 @@ func TestStreamEndsBeforeAnswer(t *testing.T) {
 	})
 }
 
+// TestHeldAreMoreThanTheQueue has a stream become ready that takes held webhooks
+// more slowly than they come, and more of them than its queue: it is not
+// evicted for them, and gets all.
+func TestHeldAreMoreThanTheQueue(t *testing.T) {
+	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
+		r := newRig(t, p, "RESPONSE_MODE=status", "RESPONSE_TIMEOUT=60s", "SERVER_SUBSCRIBER_BUFFER=64kb")
+		const n = 40
+		told := make(chan outcome, n)
+		for range n {
+			go func() {
+				told <- post(t.Context(), rt, "POST", "http://relay.test/webhooks/ci", strings.Repeat("x", 16<<10))
+			}()
+		}
+		synctest.Wait()
+		req, _ := http.NewRequestWithContext(t.Context(), "GET", streamURL, nil)
+		req.Header.Set("X-Relay-Features", "respond")
+		resp, err := rt.RoundTrip(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		events := newParser(slowly{resp.Body})
+		for got := 0; got < n; {
+			m, err := events.next()
+			if err != nil {
+				t.Fatalf("after %d webhooks: %v", got, err)
+			}
+			if m.name == "message" {
+				got++
+				if r := post(t.Context(), rt, "POST", streamURL+"responses/"+m.id, `{"status":204}`); r.status != 204 {
+					t.Errorf("report: %+v", r)
+				}
+			}
+		}
+		for range n {
+			if r := <-told; r.status != 204 {
+				t.Errorf("sender got %+v", r)
+			}
+		}
+		if n := r.hub.Evicted.Load(); n != 0 {
+			t.Errorf("%d evicted", n)
+		}
+	})
+}
+
+// slowly is a reader that takes a while for little.
+type slowly struct{ io.Reader }
+
+func (s slowly) Read(p []byte) (int, error) {
+	time.Sleep(50 * time.Millisecond)
+	return s.Reader.Read(p[:min(len(p), 4<<10)])
+}
+
 // TestClientKilled checks that another client takes over when one is gone
 // without a word in the midst of a forward.
 func TestClientKilled(t *testing.T) {
@@ -1791,6 +1845,7 @@ func TestHoldAgain(t *testing.T) {
 		h := &hold{pending: 2}
 		h.mark(Delivery{Subscriber: "open"}, stateOpen)
 		h.mark(Delivery{Subscriber: "lost"}, stateLost)
+		h.pending = 0
 		return h
 	}
 	tests := []struct{ again, want []string }{
@@ -1810,6 +1865,10 @@ func TestHoldAgain(t *testing.T) {
 		}
 	}
 	h := given()
+	h.again, h.pending = []string{"new"}, 1
+	if h.takeAgain() != nil {
+		t.Error("to one that a receipt may yet name")
+	}
 	h.again = []string{""}
 	h.takeAgain()
 	h.answer("", Answer{Status: 500})
