@@ -41,29 +41,45 @@
 //
 //	what                                 bound                              at the bound
 //	webhook body                         SERVER_MAX_PAYLOAD_SIZE_LIMIT 3mb  413
+//	event on the stream                  64 MiB                             413
 //	request header                       64 KiB, 10 s                       431, connection closed
 //	request body                         60 s                               400, connection closed
-//	idle connection                      2 min                              closed
-//	connections                          SERVER_MAX_SUBSCRIBERS + 4096      wait in the kernel's queue
+//	bodies being read, held requests     SERVER_HELD_BUFFER 256mb           503
+//	a held request                       RESPONSE_TIMEOUT 9s, at most 15m   504; 503 when nobody took it
+//	notes on a held event                1024 before its receipts           not noted
+//	receipts of other replicas           250 ms                             not waited for
+//	held events published again at once  128                                wait
 //	answer to a provider                 10 s after it began                connection closed
+//	idle connection                      2 min                              closed
+//	connections                          SERVER_MAX_SUBSCRIBERS + 4096,     wait in the kernel's queue
+//	                                     256 to the health service
+//	requests on an HTTP/2 connection     250                                wait at the sender
 //	subscribers                          SERVER_MAX_SUBSCRIBERS 10000       503
 //	subscribers of one address           SERVER_MAX_SUBSCRIBERS_PER_ADDRESS
 //	                                     5000                               503
-//	undelivered frames of a subscriber   SERVER_SUBSCRIBER_BUFFER 16mb      evicted; it reconnects
-//	one write to a stream                60 s                               evicted; it reconnects
 //	becoming ready                       5 s                                503
-//	held requests                        SERVER_HELD_BUFFER 256mb           503
-//	a held request                       RESPONSE_TIMEOUT 9s, at most 15m   504; 503 when nobody took it
+//	undelivered frames of a subscriber   SERVER_SUBSCRIBER_BUFFER 16mb      evicted; it reconnects. Held
+//	                                                                        events wait for room instead
+//	one write to a stream                60 s                               evicted; it reconnects
+//	what a subscriber sends on           4 KiB                              stream closed
 //	report of a client                   8 MiB                              400
 //	tokens file                          1 MiB                              refused; the last good one stays
 //	publish over Redis                   800 ms; 512 wait per connection    503
+//	signals between replicas             16384 wait                         dropped; their holds time out
+//	silence of Redis                     2.5 s                              connected anew
+//	log lines that strangers cause       50 a second                        not written
 //	line or event at the client          64 MiB                             stream cut; it reconnects
-//	silence on a stream                  two heartbeats and 1 s             stream cut; it reconnects
+//	silence on a stream                  two heartbeats and 1 s; 20 s       stream cut; it reconnects
+//	                                     before ready
+//	streams that are being left          8                                  the oldest cut
+//	connecting to source and target      10 s, and 10 s for TLS             tried again
 //	forwards at once                     TARGET_CONCURRENCY 32              the client stops reading
 //	one attempt at the target            TARGET_TIMEOUT 30s                 tried again
 //	attempts at the target               TARGET_RETRY_WINDOW 60s            given up, logged
 //	answer of a target                   64 KiB header, 1 MiB body          unreachable; body left out
+//	body of a target that nobody wants   64 KiB, 500 ms                     connection closed
 //	redirects of a target                5                                  unreachable
+//	one try to report                    5 s                                tried again in the event's time
 //	events remembered by a client        16384, 16 MiB, 15 min              the oldest forgotten
 package main
 
@@ -199,7 +215,7 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 	if err != nil {
 		return fmt.Errorf("listen for webhooks: %w", err)
 	}
-	limited := &limitListener{Listener: listener, slots: make(chan struct{}, c.Limits.Subscribers+extraConnections), done: make(chan struct{})}
+	limited := limit(listener, c.Limits.Subscribers+extraConnections)
 	serve := web.Serve
 	if c.CertFile != "" {
 		cert := &certificate{certFile: c.CertFile, keyFile: c.KeyFile, log: log}
@@ -238,7 +254,7 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 	}
 	end := time.Now().Add(c.HandlerTimeout)
 	server.Shutdown()
-	finish, cancel := context.WithDeadline(context.Background(), end.Add(reserve/2))
+	finish, cancel := context.WithDeadline(context.Background(), end)
 	defer cancel()
 	if web.Shutdown(finish) != nil {
 		web.Close()
@@ -331,7 +347,7 @@ func serveHealth(c *Config, health *Health, log *slog.Logger) (serve func() erro
 	}
 	log.Info("health service listening", "addr", listener.Addr().String())
 	web := webServer(health, log)
-	return func() error { return orderly(web.Serve(listener)) }, func() { web.Close() }, nil
+	return func() error { return orderly(web.Serve(limit(listener, probeConnections))) }, func() { web.Close() }, nil
 }
 
 func orderly(err error) error {
@@ -378,8 +394,16 @@ func (g *group) Wait() error {
 // extraConnections is how many connections there may be beyond subscribers.
 const extraConnections = 4096
 
-// limitListener bounds the connections that are open at once: one too many
-// waits in the kernel's queue.
+// probeConnections is how many connections there may be to the health service.
+const probeConnections = 256
+
+// limit bounds the connections of l that are open at once: one too many waits
+// in the kernel's queue.
+func limit(l net.Listener, n int) net.Listener {
+	return &limitListener{Listener: l, slots: make(chan struct{}, n), done: make(chan struct{})}
+}
+
+// limitListener is what limit returns.
 type limitListener struct {
 	net.Listener
 	slots chan struct{}
@@ -568,7 +592,7 @@ func settings(c *Config) []setting {
 		{"SERVER_MAX_SUBSCRIBERS", "10000", "server", "most streams at once", integer(&l.Subscribers, 1, 10_000_000), nil},
 		{"SERVER_MAX_SUBSCRIBERS_PER_ADDRESS", "5000", "server", "most streams at once from one remote address", integer(&l.PerAddress, 1, 10_000_000), nil},
 		{"SERVER_SUBSCRIBER_BUFFER", "16mb", "server", "undelivered bytes of one subscriber before it is evicted", size(&l.Buffer), nil},
-		{"SERVER_HELD_BUFFER", "256mb", "server", "bytes of all requests held in status and response mode", size(&s.HeldBuffer), nil},
+		{"SERVER_HELD_BUFFER", "256mb", "server", "bytes of all requests held in status and response mode, and of bodies being read", size(&s.HeldBuffer), nil},
 		{"SERVER_STREAM_MAX_AGE", "", "server", "age at which streams are asked to move; none by default", duration(&s.StreamMaxAge, time.Second, maxDuration), nil},
 		{"SERVER_TLS_CERT_FILE", "", "server", "PEM certificate chain; re-read when it changes", text(&c.CertFile), nil},
 		{"SERVER_TLS_KEY_FILE", "", "server", "PEM private key", text(&c.KeyFile), nil},
@@ -595,8 +619,8 @@ func settings(c *Config) []setting {
 		{"TARGET_CONCURRENCY", "32", "client", "forwards at once; 1 keeps the order", integer(&c.Client.Concurrency, 1, 100_000), nil},
 		{"CA_FILE", "", "both", "PEM roots trusted for source, target and Redis, besides the system's", roots(&c.Client.Roots), nil},
 		{"TARGET_INSECURE_SKIP_VERIFY", "false", "client", "do not verify the target's certificate", boolean(&c.Client.Insecure), nil},
-		{"HTTPS_PROXY", "", "client", "proxy for https", ignored, redacted},
-		{"HTTP_PROXY", "", "client", "proxy for http", ignored, redacted},
+		{"HTTPS_PROXY", "", "client", "proxy for https", proxyURL, redacted},
+		{"HTTP_PROXY", "", "client", "proxy for http", proxyURL, redacted},
 		{"NO_PROXY", "", "client", "hosts that are reached without a proxy", ignored, nil},
 	}
 }
@@ -629,7 +653,8 @@ func loadConfig(environ []string) (*Config, []warning, error) {
 	table := settings(c)
 	for _, v := range table {
 		value := cmp.Or(env[v.name], v.fallback)
-		if value == "" || v.role != "both" && v.role != mode {
+		other := v.role != "both" && v.role != mode && (mode == "server" || mode == "client")
+		if value == "" || other {
 			continue
 		}
 		if v.fallback != "" { // a value may leave part of it: exceptions by channel
@@ -661,6 +686,9 @@ func loadConfig(environ []string) (*Config, []warning, error) {
 		require("SOURCE_URL")
 		require("TARGET_BASE_URL")
 	case "server":
+		if c.Port != 0 && c.Port == c.HealthPort && c.healthRuns() {
+			mistakes = append(mistakes, "SERVER_PORT, HEALTH_SERVICE_PORT: must differ")
+		}
 		if (c.CertFile == "") != (c.KeyFile == "") {
 			mistakes = append(mistakes, "SERVER_TLS_CERT_FILE, SERVER_TLS_KEY_FILE: set both or neither")
 		} else if c.CertFile != "" {
@@ -949,6 +977,19 @@ func webURL(dst **url.URL, query bool) func(string) error {
 		*dst = u
 		return nil
 	}
+}
+
+// proxyURL checks what net/http itself reads from the environment; without a
+// scheme it takes http.
+func proxyURL(v string) error {
+	if !strings.Contains(v, "://") {
+		v = "http://" + v
+	}
+	u, err := url.Parse(v)
+	if err != nil || u.Hostname() == "" || !slices.Contains([]string{"http", "https", "socks5", "socks5h"}, u.Scheme) {
+		return errors.New("must be an http, https or socks5 URL")
+	}
+	return nil
 }
 
 func redisURL(dst *string) func(string) error {

@@ -1795,6 +1795,9 @@ func TestMistakes(t *testing.T) {
 		{"TARGET_BASE_URL", append(client, "TARGET_BASE_URL=http://target//a")},
 		{"TARGET_BASE_URL", append(client, "TARGET_BASE_URL=http://target?")},
 		{"CA_FILE", append(client, "CA_FILE="+file("no certificate"))},
+		{"HTTP_PROXY", append(client, "HTTP_PROXY=::proxy")},
+		{"HTTP_PROXY", append(client, "HTTP_PROXY=http://pro xy")},
+		{"HTTPS_PROXY", append(client, "HTTPS_PROXY=socks9://proxy")},
 		{"SERVER_HEARTBEAT_INTERVAL", []string{server, "SERVER_HEARTBEAT_INTERVAL=0"}},
 		{"SERVER_HEARTBEAT_INTERVAL", []string{server, "SERVER_HEARTBEAT_INTERVAL=99"}},
 		{"SERVER_HEARTBEAT_INTERVAL", []string{server, "SERVER_HEARTBEAT_INTERVAL=1e3"}},
@@ -1803,6 +1806,7 @@ func TestMistakes(t *testing.T) {
 		{"SERVER_MAX_PAYLOAD_SIZE_LIMIT", []string{server, "SERVER_MAX_PAYLOAD_SIZE_LIMIT=nan"}},
 		{"SERVER_MAX_PAYLOAD_SIZE_LIMIT", []string{server, "SERVER_MAX_PAYLOAD_SIZE_LIMIT=inf"}},
 		{"SERVER_MAX_PAYLOAD_SIZE_LIMIT", []string{server, "SERVER_MAX_PAYLOAD_SIZE_LIMIT=mb"}},
+		{"SERVER_PORT, HEALTH_SERVICE_PORT", []string{server, "SERVER_PORT=9000", "HEALTH_SERVICE_PORT=9000"}},
 		{"SERVER_PORT", []string{server, "SERVER_PORT=tcp://10.0.0.1:3000"}}, // a Service named server, by links
 		{"RESPONSE_MODE", []string{server, "RESPONSE_MODE=accept, status"}},
 		{"RESPONSE_MODE", []string{server, "RESPONSE_MODE=slack=response,"}},
@@ -1826,6 +1830,14 @@ func TestMistakes(t *testing.T) {
 			t.Errorf("%q: %q, want one line about %s", test.env, text, test.name)
 		}
 	}
+	t.Run("of any role when there is none", func(t *testing.T) {
+		text := refusal(t, "RELAY_MODE=both", "SERVER_PORT=abc", "RECONNECT_INTERVAL=abc")
+		for _, name := range []string{"RELAY_MODE", "SERVER_PORT", "RECONNECT_INTERVAL"} {
+			if !strings.Contains(text, name) {
+				t.Errorf("%s is not in %q", name, text)
+			}
+		}
+	})
 	t.Run("files are read with the rest", func(t *testing.T) {
 		text := refusal(t, server, "SERVER_PORT=abc", "AUTH_TOKENS_FILE=/nonexistent", "SERVER_TLS_CERT_FILE=/nonexistent", "SERVER_TLS_KEY_FILE=/nonexistent")
 		for _, name := range []string{"SERVER_PORT", "AUTH_TOKENS_FILE", "SERVER_TLS_CERT_FILE"} {
@@ -1840,7 +1852,7 @@ func TestMistakes(t *testing.T) {
 func TestRoleInAnyCase(t *testing.T) {
 	c, _, err := loadConfig([]string{"RELAY_MODE=Server"})
 	if err != nil {
-		return // refusing it would be fine too
+		t.Fatal(err)
 	}
 	if c.Role != "server" || c.Server.MaxPayload != 3<<20 || c.Server.Heartbeat != 5*time.Second || c.Port != 3000 {
 		t.Errorf("role %q, port %d, limit %d, heartbeat %s: the server's settings are not read", c.Role, c.Port, c.Server.MaxPayload, c.Server.Heartbeat)

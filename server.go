@@ -91,9 +91,11 @@ type Server struct {
 	hub  *Hub
 	bus  Bus
 	keys atomic.Pointer[keyring]
+	held atomic.Int64 // bytes of all holds, and of bodies that are being read
 
 	Webhooks, Unheard, Refused, Answered, TimedOut, Heartbeats atomic.Int64
 
+	refusals hush          // of subscribers
 	draining atomic.Bool   // not ready any more, but still at work
 	giveUp   chan struct{} // closed: held requests end with 503
 	closing  chan struct{} // closed: streams are being closed
@@ -102,7 +104,6 @@ type Server struct {
 	mu       sync.Mutex
 	left     bool                 // guarded by mu: nothing new is taken
 	holds    map[string]*hold     // guarded by mu, by event id
-	held     int64                // guarded by mu: bytes of all holds
 	acks     map[string]chan bool // guarded by mu: reports on their way to another replica, by the id of their Signal
 	requests sync.WaitGroup       // webhooks being published or held; Add only under mu while !left
 	streams  sync.WaitGroup       // goroutines of streams; likewise
@@ -263,9 +264,13 @@ func (s *Server) serveWebhook(w http.ResponseWriter, r *http.Request, channel st
 	if err != nil {
 		s.Refused.Add(1)
 		s.log.Debug("webhook refused", "channel", channel, "err", err)
-		if _, ok := errors.AsType[*http.MaxBytesError](err); ok || err == errFrame {
+		_, large := errors.AsType[*http.MaxBytesError](err)
+		switch {
+		case errors.Is(err, errBudget):
+			refuse(w, http.StatusServiceUnavailable, "too many requests wait")
+		case large || err == errFrame:
 			refuse(w, http.StatusRequestEntityTooLarge, "payload too large")
-		} else {
+		default:
 			refuse(w, http.StatusBadRequest, "body incomplete")
 		}
 		return
@@ -338,6 +343,36 @@ func (s *Server) begin() bool {
 // bodies holds buffers for request bodies, which live only until they are encoded.
 var bodies = sync.Pool{New: func() any { return new(bytes.Buffer) }}
 
+// budgeted is a body whose bytes count as held while it is being read.
+type budgeted struct {
+	io.Reader
+	server *Server
+	taken  int64
+}
+
+var errBudget = errors.New("no room in the budget for held bytes")
+
+func (b *budgeted) Read(p []byte) (int, error) {
+	n, err := b.Reader.Read(p)
+	if !b.server.take(int64(n)) {
+		return n, errBudget
+	}
+	b.taken += int64(n)
+	return n, err
+}
+
+// take counts n bytes as held, unless the budget has no room; give is its
+// inverse.
+func (s *Server) take(n int64) bool {
+	if s.held.Add(n) > s.opts.HeldBuffer {
+		s.held.Add(-n)
+		return false
+	}
+	return true
+}
+
+func (s *Server) give(n int64) { s.held.Add(-n) }
+
 // capture reads the request to its end and encodes it: the only copy that is kept.
 func (s *Server) capture(w http.ResponseWriter, r *http.Request, channel, mode string) (*Event, error) {
 	buf := bodies.Get().(*bytes.Buffer)
@@ -349,7 +384,9 @@ func (s *Server) capture(w http.ResponseWriter, r *http.Request, channel, mode s
 	}()
 	if r.ContentLength != 0 {
 		buf.Grow(int(min(max(r.ContentLength, 0), 16<<10)) + bytes.MinRead)
-		if _, err := buf.ReadFrom(http.MaxBytesReader(w, r.Body, s.opts.MaxPayload)); err != nil {
+		body := budgeted{Reader: http.MaxBytesReader(w, r.Body, s.opts.MaxPayload), server: s}
+		defer func() { s.give(body.taken) }()
+		if _, err := buf.ReadFrom(&body); err != nil {
 			return nil, fmt.Errorf("read body: %w", err)
 		}
 	}
@@ -410,10 +447,10 @@ func (s *Server) serveHeld(w http.ResponseWriter, r *http.Request, e *Event, mod
 	rc.SetReadDeadline(time.Time{}) // the body is read; only the provider ends the wait early
 	timeout := s.opts.Timeouts.of(e.Channel)
 	rc.SetWriteDeadline(time.Now().Add(timeout + replyTimeout))
-	h, message := s.hold(e)
+	h := s.hold(e)
 	if h == nil {
 		s.Refused.Add(1)
-		refuse(w, http.StatusServiceUnavailable, message)
+		refuse(w, http.StatusServiceUnavailable, "too many requests wait")
 		return
 	}
 	defer s.release(h)
@@ -450,24 +487,23 @@ func (s *Server) serveHeld(w http.ResponseWriter, r *http.Request, e *Event, mod
 	}
 }
 
-// hold admits e, or says why not.
-func (s *Server) hold(e *Event) (*hold, string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.held+int64(len(e.wire)) > s.opts.HeldBuffer {
-		return nil, "too many requests wait"
+// hold admits e; it is nil when the budget has no room.
+func (s *Server) hold(e *Event) *hold {
+	if !s.take(int64(len(e.wire))) {
+		return nil
 	}
 	h := &hold{event: e, poke: make(chan struct{}, 1)}
-	s.held += int64(len(e.wire))
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.holds[e.ID] = h
-	return h, ""
+	return h
 }
 
 func (s *Server) release(h *hold) {
 	s.mu.Lock()
 	delete(s.holds, h.event.ID)
-	s.held -= int64(len(h.event.wire))
 	s.mu.Unlock()
+	s.give(int64(len(h.event.wire)))
 }
 
 // await publishes h's event, again whenever somebody new can take it, until
@@ -868,16 +904,23 @@ func (s *Server) authorise(w http.ResponseWriter, r *http.Request, method, chann
 		w.Header().Set("Allow", method)
 		refuse(w, http.StatusMethodNotAllowed, "method not allowed")
 	case s.opts.SubscribeAllowed != nil && (err != nil || !contains(s.opts.SubscribeAllowed, addr)):
-		s.log.Warn("subscriber refused: address not allowed", "channel", channel, "addr", addr)
+		s.warn("subscriber refused: address not allowed", "channel", channel, "addr", addr)
 		refuse(w, http.StatusForbidden, "address not allowed")
 	case !s.keys.Load().allows(channel, credential):
-		s.log.Warn("subscriber refused: missing or wrong token", "channel", channel, "addr", addr)
+		s.warn("subscriber refused: missing or wrong token", "channel", channel, "addr", addr)
 		w.Header().Set("WWW-Authenticate", "Bearer")
 		refuse(w, http.StatusUnauthorized, "missing or wrong token")
 	default:
 		return addr, credential, true
 	}
 	return addr, credential, false
+}
+
+// warn logs what strangers can cause.
+func (s *Server) warn(message string, args ...any) {
+	if s.refusals.now() {
+		s.log.Warn(message, args...)
+	}
 }
 
 func contains(list []netip.Prefix, addr netip.Addr) bool {
@@ -1003,7 +1046,7 @@ func (s *Server) serveSubscribe(w http.ResponseWriter, r *http.Request, channel 
 	sub.Write = st.write
 	if err := s.hub.Subscribe(sub); err != nil {
 		s.exit(sub)
-		s.log.Warn("subscriber refused", "channel", channel, "addr", addr, "err", err)
+		s.warn("subscriber refused", "channel", channel, "addr", addr, "err", err)
 		refuse(w, http.StatusServiceUnavailable, err.Error())
 		return
 	}
@@ -1278,9 +1321,10 @@ func (st *stream) sendBatch(batch []*Event) error {
 	return err
 }
 
-// Held is how many requests are held and how many bytes they take.
+// Held is how many requests are held, and how many bytes they and the bodies
+// that are being read take.
 func (s *Server) Held() (requests int, size int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.holds), s.held
+	return len(s.holds), s.held.Load()
 }

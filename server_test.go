@@ -547,6 +547,35 @@ func TestBodyOfSlowSender(t *testing.T) {
 	})
 }
 
+// TestBodyBudget: what senders that stall have sent counts as held, over all of
+// them, in every mode.
+func TestBodyBudget(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		p := newPipes()
+		r := newRig(t, p, "SERVER_HELD_BUFFER=4kb")
+		rt := p.transport(t, false)
+		conn, err := p.dial(t.Context(), "", "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(conn, "POST /webhooks/ci HTTP/1.1\r\nHost: relay\r\nContent-Length: 4000\r\n\r\n"+strings.Repeat("x", 3000))
+		synctest.Wait()
+		if _, n := r.Held(); n != 3000 {
+			t.Errorf("%d bytes are counted", n)
+		}
+		body := strings.Repeat("x", 2000)
+		wantUnavailable(t, post(t.Context(), rt, "POST", hooksURL, body), "too many requests wait")
+		conn.Close()
+		synctest.Wait()
+		if got := post(t.Context(), rt, "POST", hooksURL, body); got.status != 200 {
+			t.Errorf("after the sender has gone: %+v", got)
+		}
+		if _, n := r.Held(); n != 0 {
+			t.Errorf("%d bytes are counted at the end", n)
+		}
+	})
+}
+
 // Streams.
 
 // TestStreamBytes holds the beginning of a stream to the letter: legacy
