@@ -808,30 +808,10 @@ type Delivery struct {
 	Legacy     bool // cannot answer: written is all it can tell
 }
 
-func encodeDeliveries(list []Delivery) string {
-	var b []byte
-	for _, d := range list {
-		legacy := ""
-		if d.Legacy {
-			legacy = "1"
-		}
-		b = appendFields(b, d.Subscriber, d.Client, legacy)
-	}
-	return string(b)
-}
-
-func decodeDeliveries(data string) (list []Delivery) {
-	for b := []byte(data); len(b) > 0; {
-		var d Delivery
-		var legacy string
-		var err error
-		if b, err = cutFields(b, &d.Subscriber, &d.Client, &legacy); err != nil {
-			break
-		}
-		d.Legacy = legacy != ""
-		list = append(list, d)
-	}
-	return list
+// takenSignal tells the holder of e to whom it went.
+func takenSignal(e *Event, taken []Delivery) Signal {
+	data, _ := json.Marshal(taken)
+	return Signal{Kind: signalTaken, To: replicaOf(e.ID), Event: e.ID, Data: string(data)}
 }
 
 // Limits bound a Hub. Zero values refuse everything.
@@ -906,7 +886,7 @@ var (
 	errPeerGone    = errors.New("peer closed the stream")
 	errShutdown    = errors.New("shutting down")
 	errStreamAge   = errors.New("stream reached its age")
-	errOverdue     = errors.New("shutting down: subscriber did not take its events in time")
+	errOverdue     = errors.New("evicted: subscriber did not take its events in time")
 	errSubscribers = errors.New("too many subscribers")
 	errPerAddress  = errors.New("too many subscribers from one address")
 )
@@ -1193,7 +1173,7 @@ func (h *Hub) Count() (subscribers, channels int) {
 func (h *Hub) Publish(_ context.Context, e *Event) (int, error) {
 	taken, n := h.Deliver(e)
 	if e.Respond && n > 0 {
-		h.OnSignal(Signal{Kind: signalTaken, Event: e.ID, Data: encodeDeliveries(taken)})
+		h.OnSignal(takenSignal(e, taken))
 	}
 	return min(n, 1), nil
 }

@@ -215,9 +215,8 @@ func FuzzWebhook(f *testing.F) {
 // FuzzOpenEnvelope feeds what may come over Redis, from another version or
 // from anybody who can publish there.
 func FuzzOpenEnvelope(f *testing.F) {
-	sig := Signal{Kind: signalTaken, To: "a", From: "b", Channel: "c", Event: "d", Subscriber: "e", Client: "f", Data: encodeDeliveries([]Delivery{{"s", "c", true}, {"t", "", false}})}
+	sig := Signal{Kind: signalTaken, To: "a", From: "b", Channel: "c", Event: "d", Subscriber: "e", Client: "f", Data: "g"}
 	f.Add(sig.encode())
-	f.Add([]byte(sig.Data))
 	f.Add(newEvent("ci", &Webhook{ID: "r-1", Method: "POST", Path: "/x", Respond: true}).again("s", time.Second).wire)
 	f.Add([]byte{})
 	f.Add([]byte{envelopeVersion})
@@ -234,10 +233,6 @@ func FuzzOpenEnvelope(f *testing.F) {
 			if again, err := openSignal(sig.encode()); err != nil || again != sig {
 				t.Fatalf("signal %+v came back as %+v, %v", sig, again, err)
 			}
-		}
-		list := decodeDeliveries(string(wire))
-		if again := decodeDeliveries(encodeDeliveries(list)); !slices.Equal(again, list) {
-			t.Fatalf("deliveries %+v came back as %+v", list, again)
 		}
 		// Any strings make the round trip, whatever they hold.
 		s := string(wire)
@@ -772,8 +767,12 @@ func TestHubTakenBy(t *testing.T) {
 	if len(signals) != 1 || signals[0].Kind != signalTaken || signals[0].Event != "2" {
 		t.Fatalf("signals %+v", signals)
 	}
+	var taken []Delivery
+	if err := json.Unmarshal([]byte(signals[0].Data), &taken); err != nil {
+		t.Error(err)
+	}
 	got := map[Delivery]bool{}
-	for _, d := range decodeDeliveries(signals[0].Data) {
+	for _, d := range taken {
 		got[d] = true
 	}
 	if want := map[Delivery]bool{{ours.ID, "c", false}: true, {legacy.ID, "", true}: true}; !maps.Equal(got, want) {

@@ -470,7 +470,7 @@ func (s *session) deliver(name string, data []byte) {
 	b.Received.Add(1)
 	taken, _ := b.hub.Deliver(e)
 	if e.Respond {
-		b.Signal(s.ctx, Signal{Kind: signalTaken, To: replicaOf(e.ID), Event: e.ID, Data: encodeDeliveries(taken)})
+		b.Signal(s.ctx, takenSignal(e, taken))
 	}
 }
 

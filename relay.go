@@ -317,6 +317,7 @@ func webServer(handler http.Handler, log *slog.Logger) *http.Server {
 		ReadTimeout:       bodyTimeout,                // held requests and streams set their own
 		WriteTimeout:      bodyTimeout + replyTimeout, // likewise
 		IdleTimeout:       idleTimeout,
+		HTTP2:             &http.HTTP2Config{WriteByteTimeout: writeTimeout / 2}, // it takes a second one after partial progress
 		MaxHeaderBytes:    headerLimit,
 		ErrorLog:          stdlog.New(httpLog{log}, "", 0),
 	}

@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/subtle"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -37,6 +38,7 @@ const (
 	bodyTimeout    = 60 * time.Second       // to send a request's body
 	replyTimeout   = 10 * time.Second       // to take an answer
 	againAtOnce    = 128                    // held events that are published again; the others wait, or a bus could not keep up
+	busPause       = time.Second            // before a held event is published again that the bus did not take
 	takenTimeout   = 250 * time.Millisecond // for replicas to say to whom an event went
 	idleTimeout    = 2 * time.Minute        // between two requests on a connection
 	writeTimeout   = 60 * time.Second       // for one write to a stream: a full client may pause this long
@@ -102,12 +104,12 @@ type Server struct {
 	turns    chan struct{} // one token for each held event that is being published again
 
 	mu       sync.Mutex
-	left     bool                 // guarded by mu: nothing new is taken
-	holds    map[string]*hold     // guarded by mu, by event id
-	acks     map[string]chan bool // guarded by mu: reports on their way to another replica, by the id of their Signal
-	requests sync.WaitGroup       // webhooks being published or held; Add only under mu while !left
-	streams  sync.WaitGroup       // goroutines of streams; likewise
-	movers   sync.WaitGroup       // streams that can follow a drain; likewise
+	left     bool             // guarded by mu: nothing new is taken
+	holds    map[string]*hold // guarded by mu, by event id
+	requests sync.WaitGroup   // webhooks being published or held; Add only under mu while !left
+	streams  sync.WaitGroup   // goroutines of streams; likewise
+	movers   sync.WaitGroup   // streams that can follow a drain; likewise
+	acks     sync.Map         // of chan bool: reports on their way to another replica, by the id of their Signal
 }
 
 // NewServer wires a server to its hub and bus, and reads the tokens file.
@@ -115,7 +117,7 @@ func NewServer(opts ServerOptions, hub *Hub, bus Bus, log *slog.Logger) (*Server
 	s := &Server{
 		opts: opts, log: log, hub: hub, bus: bus,
 		giveUp: make(chan struct{}), closing: make(chan struct{}), turns: make(chan struct{}, againAtOnce),
-		holds: map[string]*hold{}, acks: map[string]chan bool{},
+		holds: map[string]*hold{},
 	}
 	keys, err := loadKeys(opts)
 	if err != nil {
@@ -179,7 +181,8 @@ func (s *Server) Drain() { s.draining.Store(true) }
 // and closes the streams, all within the handler timeout.
 func (s *Server) Shutdown() {
 	end := time.Now().Add(s.opts.HandlerTimeout)
-	late := time.AfterFunc(time.Until(end)-min(reserve, s.opts.HandlerTimeout/4), func() { close(s.giveUp) })
+	last := min(reserve, s.opts.HandlerTimeout/4)
+	late := time.AfterFunc(time.Until(end)-last, func() { close(s.giveUp) })
 	s.draining.Store(true)
 	s.mu.Lock()
 	s.left = true
@@ -189,7 +192,7 @@ func (s *Server) Shutdown() {
 	}
 	select {
 	case <-done(&s.requests):
-	case <-time.After(s.opts.HandlerTimeout): // an answer is stuck in its connection, which our caller closes
+	case <-time.After(time.Until(end)): // an answer is stuck in its connection, which our caller closes
 	}
 	select {
 	case <-done(&s.movers):
@@ -198,10 +201,13 @@ func (s *Server) Shutdown() {
 	}
 	close(s.closing)
 	s.hub.FinishAll(errShutdown)
-	cut := time.AfterFunc(time.Until(end), func() {
+	cut := time.AfterFunc(time.Until(end)-last/2, func() {
 		s.hub.Evict(func(*Subscriber) error { return errOverdue })
 	})
-	s.streams.Wait()
+	select {
+	case <-done(&s.streams):
+	case <-time.After(time.Until(end)): // an HTTP/2 connection takes nothing, likewise
+	}
 	cut.Stop()
 	if late.Stop() {
 		close(s.giveUp)
@@ -285,7 +291,8 @@ func (s *Server) serveWebhook(w http.ResponseWriter, r *http.Request, channel st
 		s.serveHeld(w, r, event, mode)
 		return
 	}
-	receivers, err := s.bus.Publish(r.Context(), event)
+	// A sender that closes its side after the request looks as if it had gone.
+	receivers, err := s.bus.Publish(context.WithoutCancel(r.Context()), event)
 	if err != nil {
 		s.Refused.Add(1)
 		s.log.Debug("webhook refused", "channel", channel, "event", event.ID, "err", err)
@@ -311,10 +318,12 @@ func (s *Server) admitWebhook(r *http.Request, channel string) (status int, mess
 		return http.StatusBadRequest, "invalid channel"
 	}
 	path, query := splitTarget(r.RequestURI)
-	if checkPath(path) != nil {
+	switch { // HTTP/2 can bring such methods and queries
+	case !token(r.Method):
+		return http.StatusBadRequest, "invalid method"
+	case checkPath(path) != nil:
 		return http.StatusBadRequest, "invalid path"
-	}
-	if checkQuery(query) != nil { // which HTTP/2 can bring
+	case checkQuery(query) != nil:
 		return http.StatusBadRequest, "invalid query"
 	}
 	if s.opts.WebhooksAllowed != nil {
@@ -531,15 +540,18 @@ func (s *Server) await(ctx context.Context, h *hold, deadline time.Time) (a Answ
 			return a, 0, ""
 		}
 		for _, only := range again {
-			// A bus that is down again says so when it is back: signalAgain.
 			s.turns <- struct{}{} // for less than a second
 			err := s.publish(ctx, h, h.event.again(only, time.Until(deadline)))
 			<-s.turns
 			if err != nil {
 				s.log.Debug("held webhook not published again", "event", h.event.ID, "err", err)
+				s.mu.Lock()
+				h.again = append(h.again, only)
+				s.mu.Unlock()
+				look = time.After(busPause)
 			}
 		}
-		if again != nil {
+		if again != nil && look == nil {
 			continue
 		}
 		select {
@@ -691,11 +703,8 @@ func (s *Server) signal(sig Signal) {
 		}
 		s.bus.Signal(context.Background(), ack) // without From it does not wait
 	case signalAck:
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		if ack := s.acks[sig.Subscriber]; ack != nil {
-			ack <- sig.Data != "" // has room for one, and is asked once
-			delete(s.acks, sig.Subscriber)
+		if ack, ok := s.acks.LoadAndDelete(sig.Subscriber); ok {
+			ack.(chan bool) <- sig.Data != "" // has room for one, and is asked once
 		}
 	}
 }
@@ -731,7 +740,9 @@ func (s *Server) receipt(sig Signal) {
 		if h.sending || h.pending > 0 { // otherwise it comes late
 			h.pending--
 		}
-		for _, d := range decodeDeliveries(sig.Data) {
+		var taken []Delivery
+		json.Unmarshal([]byte(sig.Data), &taken) // a replica's own words
+		for _, d := range taken {
 			h.mark(d, stateOpen)
 		}
 	}
@@ -793,14 +804,8 @@ func (s *Server) route(ctx context.Context, sig Signal, a Answer) (taken bool, e
 	}
 	sig.From = s.opts.Replica
 	ack := make(chan bool, 1)
-	s.mu.Lock()
-	s.acks[sig.Subscriber] = ack
-	s.mu.Unlock()
-	defer func() {
-		s.mu.Lock()
-		delete(s.acks, sig.Subscriber)
-		s.mu.Unlock()
-	}()
+	s.acks.Store(sig.Subscriber, ack)
+	defer s.acks.Delete(sig.Subscriber)
 	receivers, err := s.bus.Signal(ctx, sig)
 	if err != nil || receivers == 0 {
 		return false, err
@@ -998,7 +1003,7 @@ type stream struct {
 	out       sink
 	heartbeat *time.Timer
 	age       *time.Timer // nil without StreamMaxAge
-	asked     bool        // to move; belongs to age
+	ages      int         // how often age has fired; belongs to age
 }
 
 // streamHeader is the response header of every stream; no-transform and
@@ -1156,16 +1161,9 @@ func (s *Server) awaitLive(ctx context.Context, sub *Subscriber) bool {
 	select {
 	case <-sub.Live:
 		return true
-	default:
-	}
-	timeout := time.NewTimer(liveTimeout)
-	defer timeout.Stop()
-	select {
-	case <-sub.Live:
-		return true
 	case <-ctx.Done():
 	case <-s.closing:
-	case <-timeout.C:
+	case <-time.After(liveTimeout):
 	}
 	return false
 }
@@ -1209,14 +1207,20 @@ func (st *stream) begin(out sink, abort func(), head string) {
 	st.write()
 }
 
-// aged asks a stream of full age to move, and ends it one handler timeout later.
+// aged asks a stream of full age to move. It ends it one handler timeout later,
+// once its queue is empty, and after another one whatever is in it.
 func (st *stream) aged() {
-	if st.asked {
-		st.server.hub.Finish(st.sub, errStreamAge)
+	hub := st.server.hub
+	st.ages++
+	switch st.ages {
+	case 1:
+		st.server.askToMove(st.sub)
+	case 2:
+		hub.Finish(st.sub, errStreamAge)
+	default:
+		hub.Leave(st.sub, errOverdue)
 		return
 	}
-	st.asked = true
-	st.server.askToMove(st.sub)
 	st.age.Reset(st.server.opts.HandlerTimeout)
 }
 
