@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"maps"
 	"net/http/httptest"
@@ -151,10 +152,67 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
+// TestMetricsOfHeld: a held webhook is counted once it has ended, with an answer
+// or without, and every heartbeat of every stream is.
+func TestMetricsOfHeld(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		p := newPipes()
+		rt := p.transport(t, false)
+		r := newRig(t, p, "RESPONSE_MODE=status", "SERVER_HEARTBEAT_INTERVAL=2s")
+		check := func(when string, answered, unanswered, heartbeats int) {
+			t.Helper()
+			synctest.Wait()
+			text := (&Health{Metrics: serverMetrics(r.Server, r.hub, nil)}).exposition()
+			for _, sample := range []string{
+				fmt.Sprintf("\nrelay_webhooks_answered_total %d\n", answered),
+				fmt.Sprintf("\nrelay_webhooks_unanswered_total %d\n", unanswered),
+				fmt.Sprintf("\nrelay_heartbeats_total %d\n", heartbeats),
+			} {
+				if !strings.Contains(text, sample) {
+					t.Errorf("%s: no %q in\n%s", when, sample, text)
+				}
+			}
+		}
+		listeners := []*listener{listen(t, rt, streamURL, features...), listen(t, rt, streamURL, features...)}
+		told := make(chan outcome)
+		hold := func(ctx context.Context) { go func() { told <- post(ctx, rt, "POST", hooksURL, "x") }() }
+		time.Sleep(5 * time.Second)
+		check("at the start", 0, 0, 4)
+
+		for n := 1; n <= 2; n++ {
+			hold(t.Context())
+			id := listeners[0].next(t, n).webhook(t).ID
+			check("held", n-1, 0, 4)
+			post(t.Context(), rt, "POST", streamURL+"responses/"+id, `{"status":200}`)
+			if got := <-told; got.status != 200 {
+				t.Errorf("answer %+v, want 200", got)
+			}
+			check("answered", n, 0, 4)
+		}
+
+		for _, l := range listeners {
+			l.close()
+			<-l.done
+		}
+		hold(t.Context())
+		if got := <-told; got.status != 503 {
+			t.Errorf("answer %+v, want 503", got)
+		}
+		check("nobody came", 2, 1, 4)
+		ctx, hangUp := context.WithCancel(t.Context())
+		hold(ctx)
+		time.Sleep(time.Second)
+		hangUp()
+		<-told
+		check("the sender hung up", 2, 2, 4)
+	})
+}
+
 // TestHealthOfServer asks the program itself: what it counts, and what becomes
 // of its probes while it ends.
 func TestHealthOfServer(t *testing.T) {
-	server := startServer(t, "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=300")
+	t.Parallel()
+	server := startServer(t, "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=2000")
 	get := func(path string) (int, string) {
 		status, body, _ := send(t, "GET", "http://"+server.health+path, "")
 		return status, body

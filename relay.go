@@ -42,7 +42,7 @@
 //	what                                 bound                              at the bound
 //	webhook body                         SERVER_MAX_PAYLOAD_SIZE_LIMIT 3mb  413
 //	event on the stream                  64 MiB                             413
-//	request header                       64 KiB, 10 s                       431, connection closed
+//	request header                       64 KiB (and net/http's 4), 10 s    431, or 400; connection closed
 //	request body                         60 s                               400, connection closed
 //	bodies being read, held requests     SERVER_HELD_BUFFER 256mb           503
 //	a held request                       RESPONSE_TIMEOUT 9s, at most 15m   504; 503 when nobody took it
@@ -495,14 +495,14 @@ func serverMetrics(s *Server, hub *Hub, bus *RedisBus) []Metric {
 		counter("relay_webhooks_refused_total", "Webhooks answered with an error of the relay before they were published.", &s.Refused),
 		counter("relay_webhooks_unheard_total", "Webhooks accepted in accept mode that reached no subscriber.", &s.Unheard),
 		counter("relay_webhooks_answered_total", "Held webhooks answered by the target.", &s.Answered),
-		counter("relay_webhooks_unanswered_total", "Held webhooks that ended without an answer.", &s.TimedOut),
+		counter("relay_webhooks_unanswered_total", "Held webhooks that ended without an answer.", &s.Unanswered),
 		counter("relay_events_delivered_total", "Events queued for subscribers.", &hub.Delivered),
 		counter("relay_subscribers_evicted_total", "Subscribers evicted because they were too slow.", &hub.Evicted),
 		counter("relay_heartbeats_total", "Heartbeats written.", &s.Heartbeats),
 		gauge("relay_subscribers", "Live streams.", func() int64 { n, _ := hub.Count(); return int64(n) }),
 		gauge("relay_channels", "Channels with subscribers.", func() int64 { _, n := hub.Count(); return int64(n) }),
 		gauge("relay_held_requests", "Requests held for an answer.", func() int64 { n, _ := s.Held(); return int64(n) }),
-		gauge("relay_held_bytes", "Bytes of requests held for an answer.", func() int64 { _, n := s.Held(); return n }),
+		gauge("relay_held_bytes", "Bytes of requests held for an answer, and of bodies being read.", func() int64 { _, n := s.Held(); return n }),
 	}
 	if bus != nil {
 		metrics = append(metrics,

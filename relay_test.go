@@ -21,6 +21,7 @@ import (
 	"go/types"
 	"io"
 	"log"
+	"log/slog"
 	"maps"
 	"net"
 	"net/http"
@@ -38,6 +39,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -1354,6 +1356,17 @@ func TestCertificatesAreVerified(t *testing.T) {
 	})
 	env := []string{"RELAY_MODE=client", "SOURCE_URL=" + source.URL + "/subscribe/m/", "TARGET_BASE_URL=" + target.URL, "RECONNECT_INTERVAL=1", "TARGET_RETRY_WINDOW=0", "AUTH_TOKEN=secret"}
 	root := "CA_FILE=" + writePEM(t, "CERTIFICATE", source.Certificate().Raw) // both servers'
+	arrives := func(want string) {
+		t.Helper()
+		select {
+		case got := <-forwarded:
+			if got != want {
+				t.Errorf("target got %q, want %q", got, want)
+			}
+		case <-time.After(patience):
+			t.Fatalf("%s did not reach the target", want)
+		}
+	}
 
 	client := start(t, append(env, "TARGET_INSECURE_SKIP_VERIFY=true")...)
 	if err := fmt.Sprint(client.wait("subscribe ended")[0]["err"]); !strings.Contains(err, "certificate") {
@@ -1365,9 +1378,7 @@ func TestCertificatesAreVerified(t *testing.T) {
 	}
 	client = start(t, append(env, root)...)
 	client.wait("stream ready")
-	if got := <-forwarded; got != "/x" {
-		t.Errorf("target got %q", got)
-	}
+	arrives("/x")
 	client.stop()
 
 	plain := steady(t, dataBlock(map[string]string{"originalUrl": "/y"}))
@@ -1380,9 +1391,7 @@ func TestCertificatesAreVerified(t *testing.T) {
 		t.Fatalf("%d webhooks were sent to an unverified target", n)
 	}
 	start(t, append(env, "SOURCE_URL="+plain.URL, "TARGET_INSECURE_SKIP_VERIFY=true")...)
-	if got := <-forwarded; got != "/y" {
-		t.Errorf("target got %q", got)
-	}
+	arrives("/y")
 }
 
 // TestServerTLS is the main path with the server's own certificate.
@@ -2151,7 +2160,7 @@ func TestHealthServiceDetection(t *testing.T) {
 // sent to another replica with the one status that ends no legacy client.
 func TestShutdownAnswers503(t *testing.T) {
 	t.Parallel()
-	server := startServer(t, "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=1000")
+	server := startServer(t, "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=4000")
 	legacy := openStream(t, server.addr, "m")
 	stream := openStream(t, server.addr, "m", "X-Relay-Features: respond, drain")
 	for _, s := range []*legacyStream{legacy, stream} {
@@ -2175,15 +2184,15 @@ func TestShutdownAnswers503(t *testing.T) {
 	if err := server.stop(); err != nil {
 		t.Errorf("run returned %v", err)
 	}
-	if took := time.Since(began); took > 3*time.Second {
+	if took := time.Since(began); took > 8*time.Second {
 		t.Errorf("shutdown took %s", took)
 	}
 }
 
 // TestServerRestart: a client outlives its server and finds the next one.
 func TestServerRestart(t *testing.T) {
-	quick := "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=200"
-	server := startServer(t, quick)
+	env := []string{"HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=200", fmt.Sprintf("SERVER_PORT=%d", freePorts(t, 1)[0])}
+	server := startServer(t, env...)
 	target := newTarget(t, nil)
 	client := startClient(t, server.addr, "m", target.url)
 	send(t, "POST", "http://"+server.addr+"/webhooks/m/1", "")
@@ -2192,8 +2201,7 @@ func TestServerRestart(t *testing.T) {
 		t.Errorf("run returned %v", err)
 	}
 	client.wait("stream ended")
-	_, port, _ := net.SplitHostPort(server.addr)
-	server = startServer(t, quick, "SERVER_PORT="+port)
+	server = startServer(t, env...)
 	eventually(t, "second stream", func() bool { return len(client.log.lines("stream ready")) == 2 })
 	send(t, "POST", "http://"+server.addr+"/webhooks/m/2", "")
 	if got := target.next(t).line; got != "POST /webhooks/m/2 HTTP/1.1" {
@@ -2202,7 +2210,7 @@ func TestServerRestart(t *testing.T) {
 }
 
 // TestClientFinishesForwards: a client that is told to end takes nothing new
-// and brings what it has to its end.
+// and brings what it has to its end, for which it stays live.
 func TestClientFinishesForwards(t *testing.T) {
 	answer := make(chan string)
 	target := newTarget(t, func(recorded) string { return <-answer })
@@ -2212,10 +2220,12 @@ func TestClientFinishesForwards(t *testing.T) {
 		<-r.Context().Done()
 		close(left)
 	})
-	client := startClient(t, hostOf(source.URL), "m", target.url)
+	client := startClient(t, hostOf(source.URL), "m", target.url, probed...)
 	target.next(t)
 	client.cancel()
 	<-left
+	eventually(t, "unready", func() bool { return probe(t, client, "/ready") == 503 })
+	checkProbes(t, client, "finishing", 200, 503, 503)
 	select {
 	case <-client.done:
 		t.Fatal("ended with a forward under way")
@@ -2527,6 +2537,223 @@ func TestStderrIsTheLogAlone(t *testing.T) {
 	}
 }
 
+// TestEnvironmentProxy: HTTP_PROXY stands between the client and both source
+// and target, except for what NO_PROXY names. net/http reads them once, from
+// the environment of the process. It never asks a proxy for localhost, but does
+// for 0.0.0.0, which is this host, too.
+func TestEnvironmentProxy(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name, host     string // host of source and target; %s is which one, PORT one that listens
+		noProxy        string
+		source, target string // who is asked for it, and how
+	}{
+		{"names", "%s.example", "", "proxy http://source.example", "proxy http://target.example"},
+		{"an address", "0.0.0.0:PORT", "target.example", "proxy http://0.0.0.0:PORT", "proxy http://0.0.0.0:PORT"},
+		{"an exception", "0.0.0.0:PORT", "target.example, 0.0.0.0", "itself ", "itself "},
+	} {
+		asked := make(chan string, 100)
+		answers := func(who string) string {
+			return newSource(t, func(_ int, w http.ResponseWriter, r *http.Request) {
+				asked <- r.Method + " " + who + " " + r.RequestURI
+				if r.Method == "GET" {
+					tell(w, readyBlock, dataBlock(map[string]any{"id": "1", "originalUrl": "/x?y=%zz", "respond": true, "timeout": 60000}))
+					<-r.Context().Done()
+				}
+			}).URL
+		}
+		proxy, itself := answers("proxy"), answers("itself")
+		_, port, _ := net.SplitHostPort(hostOf(itself))
+		base := func(name string) string {
+			return "http://" + strings.NewReplacer("%s", name, "PORT", port).Replace(test.host)
+		}
+		launch(t, []string{
+			"RELAY_MODE=client", "SOURCE_URL=" + base("source") + "/subscribe/m/", "TARGET_BASE_URL=" + base("target"),
+			"HTTP_PROXY=" + proxy, "NO_PROXY=" + test.noProxy,
+		})
+		for _, want := range []string{
+			"GET " + test.source + "/subscribe/m/", "POST " + test.target + "/x?y=%zz", "POST " + test.source + "/subscribe/m/responses/1",
+		} {
+			select {
+			case got := <-asked:
+				if want = strings.ReplaceAll(want, "PORT", port); got != want {
+					t.Errorf("%s: request %q, want %q", test.name, got, want)
+				}
+			case <-time.After(patience):
+				t.Fatalf("%s: no %q", test.name, want)
+			}
+		}
+	}
+}
+
+// What net/http does for us.
+
+// TestHTTPLog: a panic is a bug of ours and an error; whatever else net/http
+// has to say is the doing of strangers.
+func TestHTTPLog(t *testing.T) {
+	said := &logBuffer{}
+	web := webServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic("bug") }),
+		slog.New(slog.NewJSONHandler(said, &slog.HandlerOptions{Level: slog.LevelDebug})))
+	l := loopback(t)
+	serveOn(t, web, l)
+	exchange(t, l.Addr().String(), compose("GET / HTTP/1.1", ""))
+	web.ErrorLog.Print("http: TLS handshake error from 192.0.2.1:4711: EOF")
+	records := said.lines("net/http")
+	if len(records) != 2 {
+		t.Fatalf("%d records, want 2:\n%s", len(records), said)
+	}
+	for i, want := range []struct{ level, text string }{{"ERROR", "bug"}, {"DEBUG", "handshake"}} {
+		if got := records[i]; got["level"] != want.level || !strings.Contains(fmt.Sprint(got["err"]), want.text) {
+			t.Errorf("record %v, want %s with %s", got, want.level, want.text)
+		}
+	}
+}
+
+// TestLimit: so many connections are open at once, the next one waits until
+// one is closed, and a connection that is closed twice was still only one.
+func TestLimit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newPipes()
+		l := limit(p, 2)
+		var conns []net.Conn
+		ended := make(chan error, 1)
+		go func() {
+			for {
+				conn, err := l.Accept()
+				if err != nil {
+					ended <- err
+					return
+				}
+				conns = append(conns, conn)
+			}
+		}()
+		for range 6 { // those that are not accepted wait until the end
+			go p.dial(t.Context(), "", "")
+		}
+		for i, want := range []int{2, 3, 3, 4} {
+			if synctest.Wait(); len(conns) != want {
+				t.Fatalf("%d connections accepted at step %d, want %d", len(conns), i, want)
+			}
+			conns[i/2].Close() // each twice
+		}
+		if synctest.Wait(); len(ended) > 0 {
+			t.Fatalf("Accept ended: %v", <-ended)
+		}
+		l.Close()
+		if synctest.Wait(); len(ended) == 0 || !errors.Is(<-ended, net.ErrClosed) {
+			t.Error("Accept did not end with net.ErrClosed")
+		}
+		for range 3 { // a failure takes no slot
+			if _, err := l.Accept(); !errors.Is(err, net.ErrClosed) {
+				t.Errorf("Accept on a closed listener: %v", err)
+			}
+		}
+	})
+}
+
+// TestFailedAcceptTakesNoSlot: net/http tries again, as after too many open files.
+func TestFailedAcceptTakesNoSlot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		inner := newPipes()
+		inner.Close()
+		l := limit(inner, 1)
+		ended := 0
+		go func() {
+			for range 3 {
+				l.Accept()
+				ended++
+			}
+		}()
+		if synctest.Wait(); ended != 3 {
+			t.Errorf("%d failures, then Accept waits", ended)
+		}
+		l.Close()
+	})
+}
+
+// TestHeaderLimit is the bound of the package doc, from both sides; net/http
+// lets 4 KiB more pass.
+func TestHeaderLimit(t *testing.T) {
+	l := loopback(t)
+	newRig(t, l)
+	for n, want := range map[int]string{headerLimit - 1<<10: "HTTP/1.1 200 OK\r\n", headerLimit + 8<<10: "HTTP/1.1 431 Request Header Fields Too Large\r\n"} {
+		answer := exchange(t, l.Addr().String(), webhook("", "Connection: close", "X-Long: "+strings.Repeat("v", n)))
+		if !strings.HasPrefix(answer, want) {
+			t.Errorf("header of %d bytes: answer %.100q, want %q", n, answer, want)
+		}
+	}
+}
+
+// TestSlowHeader: a sender that does not come to the end of its header is cut,
+// however busy it looks.
+func TestSlowHeader(t *testing.T) {
+	first := webhook("")
+	for _, test := range []struct {
+		name, begin, rest string // rest comes byte by byte
+	}{
+		{"nothing", "", ""},
+		{"half a line", "POST /webh", ""},
+		{"a byte a second", "POST /webhooks/m HTTP/1.1\r\nX: ", strings.Repeat("x", 100)},
+		{"half a second request", first + "POST /webh", ""},
+	} {
+		inBubble(t, func(t *testing.T) {
+			p := newPipes()
+			server := newRig(t, p)
+			conn, err := p.dial(t.Context(), "", "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			begin := time.Now()
+			go func() {
+				io.WriteString(conn, test.begin)
+				for i := range test.rest {
+					time.Sleep(time.Second)
+					if _, err := io.WriteString(conn, test.rest[i:i+1]); err != nil {
+						return
+					}
+				}
+			}()
+			io.ReadAll(conn)
+			if took := time.Since(begin); took < headerTimeout || took > headerTimeout+time.Second {
+				t.Errorf("%s: cut after %s, want %s", test.name, took, headerTimeout)
+			}
+			if n, want := server.Webhooks.Load(), strings.Count(test.begin, first); n != int64(want) {
+				t.Errorf("%s: %d webhooks, want %d", test.name, n, want)
+			}
+			conn.Close()
+		})
+	}
+}
+
+// TestIdleConnection: a connection stays for the next request, but not for ever.
+func TestIdleConnection(t *testing.T) {
+	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
+		newRig(t, p)
+		for _, step := range []struct {
+			idle  time.Duration // before the request
+			conns int           // opened so far
+		}{{0, 1}, {idleTimeout - time.Second, 1}, {idleTimeout + 5*time.Second, 2}} {
+			time.Sleep(step.idle)
+			if r := post(t.Context(), rt, "POST", hooksURL, "x"); r.status != 200 {
+				t.Fatalf("after %s: %+v", step.idle, r)
+			}
+			if n := len(p.open); n != step.conns {
+				t.Errorf("after %s: %d connections, want %d", step.idle, n, step.conns)
+			}
+		}
+	})
+}
+
+// TestOptionsAsterisk: the relay answers it itself, like all it does not know.
+func TestOptionsAsterisk(t *testing.T) {
+	l := loopback(t)
+	newRig(t, l)
+	status, answer, header := wire(t, l.Addr().String(), compose("OPTIONS * HTTP/1.1", ""))
+	if status != 404 || answer != relayError(404, "not found") || header.Get("Content-Type") != "application/json" {
+		t.Errorf("answer %d %q %s, want 404", status, header, answer)
+	}
+}
+
 // The repository.
 
 // readFile is a file of the repository.
@@ -2539,24 +2766,69 @@ func readFile(t testing.TB, name string) string {
 	return string(b)
 }
 
-// TestReadme holds the tables of variables to the program's.
+// TestReadme holds the tables of variables to the program's: each variable is
+// in the table of its role, with its default.
 func TestReadme(t *testing.T) {
 	rows := map[string][]string{}
-	for _, m := range regexp.MustCompile("(?m)^\\| *`([A-Z][A-Z0-9_]+)` *\\| *([^|]*?) *\\|").FindAllStringSubmatch(readFile(t, "README.md"), -1) {
-		rows[m[1]] = append(rows[m[1]], strings.Trim(m[2], "`"))
+	role := ""
+	for line := range strings.Lines(readFile(t, "README.md")) {
+		switch line {
+		case "Both roles:\n":
+			role = "both"
+		case "Server:\n":
+			role = "server"
+		case "Client:\n":
+			role = "client"
+		}
+		if m := variableRow.FindStringSubmatch(line); m != nil {
+			rows[m[1]] = append(rows[m[1]], role+": "+strings.Trim(m[2], "`"))
+		}
 	}
 	for _, s := range settings(&Config{}) {
 		want := s.fallback
 		if want == "" {
 			want = "none"
 		}
-		if got := rows[s.name]; !slices.Equal(got, []string{want}) {
-			t.Errorf("%s has the rows %q, want one with the default %s", s.name, got, want)
+		if got := rows[s.name]; !slices.Equal(got, []string{s.role + ": " + want}) {
+			t.Errorf("%s has the rows %q, want one of role %s with the default %s", s.name, got, s.role, want)
 		}
 		delete(rows, s.name)
 	}
 	for name := range rows {
 		t.Errorf("%s is no variable of the program", name)
+	}
+}
+
+var (
+	variableRow = regexp.MustCompile("^\\| *`([A-Z][A-Z0-9_]+)` *\\| *([^|]*?) *\\|")
+	metricTable = regexp.MustCompile("(?m)^\\| *metric of the (server|client) .*\n\\|[-| ]*\n((?:\\|.*\n)*)")
+	metricRow   = regexp.MustCompile("(?m)^\\| *`([^`]+)` *\\|")
+)
+
+// TestReadmeMetrics holds the tables of metrics to the program's.
+func TestReadmeMetrics(t *testing.T) {
+	hub := &Hub{}
+	server, err := NewServer(ServerOptions{}, hub, hub, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tables := map[string][]string{}
+	for _, m := range metricTable.FindAllStringSubmatch(readFile(t, "README.md"), -1) {
+		for _, row := range metricRow.FindAllStringSubmatch(m[2], -1) {
+			tables[m[1]] = append(tables[m[1]], row[1])
+		}
+	}
+	for role, metrics := range map[string][]Metric{
+		"server": serverMetrics(server, hub, &RedisBus{}), "client": clientMetrics(&Client{}),
+	} {
+		var want []string
+		for _, m := range metrics {
+			want = append(want, m.Name)
+		}
+		slices.Sort(want)
+		if got := slices.Sorted(slices.Values(tables[role])); !slices.Equal(got, want) {
+			t.Errorf("metrics of the %s are %q, want %q", role, got, want)
+		}
 	}
 }
 
@@ -2684,7 +2956,7 @@ func TestManifests(t *testing.T) {
 	documents := readManifests(t)
 	for _, d := range documents {
 		kind, name := d.at("kind").text, d.at("metadata", "name").text
-		component := d.at("metadata", "labels", "app.kubernetes.io/component").text
+		component := componentOf(d.at("metadata"))
 		kinds[component+" "+kind]++
 		if d.at("apiVersion").text == "" || name == "" || component == "" {
 			t.Errorf("%s %q: apiVersion, name or component is missing", kind, name)
@@ -2698,10 +2970,8 @@ func TestManifests(t *testing.T) {
 			labels[key] = value.text
 		}
 		pods[name] = labels
-		for key, value := range d.at("spec", "selector", "matchLabels").fields {
-			if labels[key] != value.text {
-				t.Errorf("%s selects %s=%s, which its pods do not have", name, key, value.text)
-			}
+		if got := componentOf(d.at("spec", "template", "metadata")); got != component {
+			t.Errorf("%s: its pods are of the component %q, want %q", name, got, component)
 		}
 		for _, container := range spec.at("containers").items {
 			own := container.at("securityContext")
@@ -2764,6 +3034,10 @@ func TestManifests(t *testing.T) {
 			if timeout := time.Duration(container.at(probe, "timeoutSeconds").number(t)) * time.Second; timeout <= checkTimeout {
 				t.Errorf("%s: %s waits %s, a check may take %s", name, probe, timeout, checkTimeout)
 			}
+			period := map[string]int{"livenessProbe": 30, "readinessProbe": 5}[probe]
+			if got := container.at(probe, "periodSeconds").number(t); got != period {
+				t.Errorf("%s: %s comes every %d s, want %d", name, probe, got, period)
+			}
 		}
 		env := map[string]*node{}
 		var environ []string
@@ -2795,7 +3069,7 @@ func TestManifests(t *testing.T) {
 			}
 		}
 	}
-	for _, kind := range []string{"server Deployment", "server Service", "server Ingress", "server PodDisruptionBudget", "client Deployment"} {
+	for _, kind := range []string{"server Deployment", "server Service", "server Ingress", "server PodDisruptionBudget", "client Deployment", "redis Deployment", "redis Service", "redis NetworkPolicy"} {
 		if kinds[kind] != 1 {
 			t.Errorf("%d of %s, want 1", kinds[kind], kind)
 		}
@@ -2809,34 +3083,110 @@ func TestManifests(t *testing.T) {
 	if roles["REDIS_URL"] != "" {
 		t.Error("there is no commented REDIS_URL")
 	}
-	checkServices(t, documents, pods, c)
+	checkSelectors(t, documents, pods)
+	checkIngress(t, documents, c)
+	checkRedis(t, documents, pods)
 }
 
-// checkServices follows the Ingress to the Service to the server's port.
-func checkServices(t *testing.T, documents []*node, pods map[string]map[string]string, c *Config) {
-	services := map[string]*node{}
+// componentOf is the side that metadata gives to an object.
+func componentOf(metadata *node) string {
+	return metadata.at("labels", "app.kubernetes.io/component").text
+}
+
+// selected are the components whose pods the labels of selector are for.
+func selected(selector *node, pods map[string]map[string]string) (components []string) {
+	for _, labels := range pods {
+		matches := true
+		for key, value := range selector.fields {
+			matches = matches && labels[key] == value.text
+		}
+		if matches {
+			components = append(components, labels["app.kubernetes.io/component"])
+		}
+	}
+	return components
+}
+
+// checkSelectors: each object selects the pods of its own side, and no others.
+func checkSelectors(t *testing.T, documents []*node, pods map[string]map[string]string) {
 	for _, d := range documents {
-		selector := d.at("spec", "selector")
-		if kind := d.at("kind").text; kind == "Service" {
-			services[d.at("metadata", "name").text] = d
-		} else if kind == "PodDisruptionBudget" {
-			selector = selector.at("matchLabels")
-		} else {
+		var selector *node
+		switch kind := d.at("kind").text; kind {
+		case "Service":
+			selector = d.at("spec", "selector")
+		case "Deployment", "PodDisruptionBudget":
+			selector = d.at("spec", "selector", "matchLabels")
+		case "NetworkPolicy":
+			selector = d.at("spec", "podSelector", "matchLabels")
+		case "Ingress":
+			continue
+		default:
+			t.Errorf("%s is not checked", kind)
 			continue
 		}
-		found := 0
-		for _, labels := range pods {
-			matches := true
-			for key, value := range selector.fields {
-				matches = matches && labels[key] == value.text
-			}
-			if matches {
-				found++
-			}
+		if got, want := selected(selector, pods), []string{componentOf(d.at("metadata"))}; !slices.Equal(got, want) {
+			t.Errorf("%s %s selects the pods of %q, want %q", d.at("kind").text, d.at("metadata", "name").text, got, want)
 		}
-		if found != 1 {
-			t.Errorf("%s selects the pods of %d Deployments", d.at("metadata", "name").text, found)
+	}
+}
+
+// find is the object of such a component and kind, or an empty node.
+func find(documents []*node, component, kind string) *node {
+	for _, d := range documents {
+		if componentOf(d.at("metadata")) == component && d.at("kind").text == kind {
+			return d
 		}
+	}
+	return &node{}
+}
+
+var commentedRedis = regexp.MustCompile(`(?m)^ *# *- name: REDIS_URL\n *# *value: "(.*)"$`)
+
+// checkRedis follows the commented REDIS_URL through the Service and the
+// NetworkPolicy to the container's port.
+func checkRedis(t *testing.T, documents []*node, pods map[string]map[string]string) {
+	service, policy := find(documents, "redis", "Service"), find(documents, "redis", "NetworkPolicy").at("spec")
+	ports := find(documents, "redis", "Deployment").at("spec", "template", "spec", "containers", "0", "ports").items
+	if len(ports) != 1 || ports[0].at("containerPort").text != "6379" { // where redis-server listens unless told otherwise
+		t.Fatal("redis: the container's port is not 6379 alone")
+	}
+	if s := service.at("spec", "ports"); len(s.items) != 1 || s.at("0", "targetPort").text != "6379" {
+		t.Error("redis: the Service does not lead to the container's port")
+	}
+	m := commentedRedis.FindStringSubmatch(readFile(t, "manifests.yaml"))
+	if m == nil {
+		t.Fatal("the commented REDIS_URL has no value")
+	}
+	if _, _, err := loadConfig([]string{"RELAY_MODE=server", "REDIS_URL=" + m[1]}); err != nil {
+		t.Error(err)
+	}
+	if want := "redis://" + service.at("metadata", "name").text + ":" + service.at("spec", "ports", "0", "port").text; m[1] != want {
+		t.Errorf("the commented REDIS_URL is %q, want %q", m[1], want)
+	}
+	if types := policy.at("policyTypes"); len(types.items) != 1 || types.at("0").text != "Ingress" {
+		t.Error("redis: the NetworkPolicy is not one for ingress")
+	}
+	rule := policy.at("ingress", "0")
+	from, admitted := rule.at("from", "0"), rule.at("ports")
+	if len(policy.at("ingress").items) != 1 || len(rule.at("from").items) != 1 || len(from.fields) != 1 ||
+		!slices.Equal(selected(from.at("podSelector", "matchLabels"), pods), []string{"server"}) {
+		t.Error("redis: the NetworkPolicy does not admit the servers alone")
+	}
+	if len(admitted.items) != 1 || admitted.at("0", "port").text != "6379" || admitted.at("0", "protocol").text != "TCP" {
+		t.Error("redis: the NetworkPolicy does not admit to the container's port alone")
+	}
+}
+
+// checkIngress follows it to the Service to the server's port.
+func checkIngress(t *testing.T, documents []*node, c *Config) {
+	services := map[string]*node{}
+	for _, d := range documents {
+		if d.at("kind").text == "Service" {
+			services[d.at("metadata", "name").text] = d
+		}
+	}
+	if c.Port != 3000 || c.HealthPort != 9000 {
+		t.Errorf("ports are %d and %d, want those of the legacy images, 3000 and 9000", c.Port, c.HealthPort)
 	}
 	for _, d := range documents {
 		if d.at("kind").text != "Ingress" {
@@ -2851,7 +3201,7 @@ func checkServices(t *testing.T, documents []*node, pods map[string]map[string]s
 			"proxy-send-timeout":      func(v string) bool { n, _ := strconv.Atoi(v); return n > int(bodyTimeout/time.Second) },
 			"proxy-body-size": func(v string) bool {
 				n, _ := strconv.Atoi(strings.TrimSuffix(v, "m"))
-				return int64(n)<<20 >= c.Server.MaxPayload
+				return int64(n)<<20 >= max(c.Server.MaxPayload, reportLimit)
 			},
 		} {
 			if a := annotations[prefix+name]; a == nil || !ok(a.text) {
@@ -2862,8 +3212,16 @@ func checkServices(t *testing.T, documents []*node, pods map[string]map[string]s
 		var paths []string
 		for _, path := range d.at("spec", "rules", "0", "http", "paths").items {
 			paths = append(paths, path.at("path").text)
+			if got := path.at("pathType").text; got != "Prefix" {
+				t.Errorf("Ingress: %s is of type %q, want Prefix", path.at("path").text, got)
+			}
 			backend := path.at("backend", "service")
-			if port := services[backend.at("name").text].at("spec", "ports", "0"); backend.at("port", "number").text != port.at("port").text || port.at("targetPort").number(t) != c.Port {
+			service := services[backend.at("name").text]
+			if service == nil {
+				t.Errorf("Ingress: there is no Service %q", backend.at("name").text)
+				continue
+			}
+			if port := service.at("spec", "ports", "0"); backend.at("port", "number").text != port.at("port").text || port.at("targetPort").number(t) != c.Port {
 				t.Errorf("Ingress: %s does not lead to the server's port", path.at("path").text)
 			}
 		}

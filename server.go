@@ -95,7 +95,7 @@ type Server struct {
 	keys atomic.Pointer[keyring]
 	held atomic.Int64 // bytes of all holds, and of bodies that are being read
 
-	Webhooks, Unheard, Refused, Answered, TimedOut, Heartbeats atomic.Int64
+	Webhooks, Unheard, Refused, Answered, Unanswered, Heartbeats atomic.Int64
 
 	refusals hush          // of subscribers
 	draining atomic.Bool   // not ready any more, but still at work
@@ -467,14 +467,14 @@ func (s *Server) serveHeld(w http.ResponseWriter, r *http.Request, e *Event, mod
 	log := s.log.With("channel", e.Channel, "event", e.ID)
 	switch {
 	case status != 0:
-		s.TimedOut.Add(1)
+		s.Unanswered.Add(1)
 		log.Info("webhook not answered", "status", status)
 		refuse(w, status, message)
 	case answer.Err == answerUnreachable:
-		s.Answered.Add(1)
+		s.Unanswered.Add(1)
 		refuse(w, http.StatusBadGateway, "target unreachable")
 	case answer.Err != "":
-		s.Answered.Add(1)
+		s.Unanswered.Add(1)
 		refuse(w, http.StatusGatewayTimeout, "no answer in time")
 	default:
 		s.Answered.Add(1)
