@@ -602,7 +602,7 @@ func (w *world) serveSource(rw http.ResponseWriter, r *http.Request) {
 		other(rw, r)
 		return
 	}
-	if r.RequestURI != w.options.Source.RequestURI() || r.Header.Get("Accept") != "text/event-stream" || r.Header.Get("X-Relay-Features") != "respond, drain" {
+	if r.RequestURI != w.options.Source.RequestURI() || r.Header.Get("Accept") != "text/event-stream" || r.Header.Get("X-Relay-Features") != "respond, drain" || r.Header["Last-Event-Id"] != nil {
 		w.t.Errorf("subscribes to %s with %q", r.URL, r.Header)
 	}
 	conn, _, err := http.NewResponseController(rw).Hijack()
@@ -903,6 +903,30 @@ func TestReconnectBackoff(t *testing.T) {
 			t.Errorf("%d reconnects counted, want that of the stream that was ready", n)
 		}
 	})
+}
+
+// TestReconnectAsNew: what a stream said of ids and of retry changes nothing in
+// how the client asks for the next one. Nothing is stored that it could ask for.
+func TestReconnectAsNew(t *testing.T) {
+	for _, retry := range []string{"", "retry: 0\n", "retry: 1\n\n", "retry: 600000\n\n"} {
+		t.Run(fmt.Sprintf("%q", retry), func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				w.options.ReconnectInterval = 4 * time.Second
+				w.startAll()
+				for n := range 3 {
+					f := w.ready()
+					f.send(retry, hook(strconv.Itoa(n)), "id: last\n", retry, "data\n\n")
+					w.until("a webhook", func() bool { return len(w.ids()) == n+1 })
+					f.Close()
+					ended := time.Now()
+					w.until("another try", func() bool { return len(w.tries()) == n+2 })
+					if d := w.tries()[n+1].Sub(ended); d < 2*time.Second || d > 4*time.Second {
+						t.Errorf("came back after %v, want the setting's 4s less a half at most", d)
+					}
+				}
+			})
+		})
+	}
 }
 
 // TestReconnectForEver: nothing that a source says ends the client.
@@ -1575,6 +1599,64 @@ func TestClientReports(t *testing.T) {
 	}
 }
 
+// TestReportHangs: a report whose connection says nothing is given up after its
+// own time and sent again over another one.
+func TestReportHangs(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		w.reply = func(n int) int {
+			if n == 1 {
+				time.Sleep(time.Minute)
+			}
+			return 204
+		}
+		w.steady(nil).send(asking("1", 30*time.Second))
+		w.until("a report is taken", func() bool { return w.Reports.Load() == 1 })
+		reports := w.reported()
+		if len(reports) != 2 || reports[0].body != reports[1].body {
+			t.Fatalf("reports %+v", reports)
+		}
+		if d := reports[1].at.Sub(reports[0].at) - reportTimeout; d < retryInitial/2 || d > retryInitial+50*time.Millisecond {
+			t.Errorf("sent again %v after %v", d, reportTimeout)
+		}
+		time.Sleep(time.Minute) // the handler of the first one ends
+	})
+}
+
+// TestTargetConnectionReuse: webhooks in short succession share a connection,
+// and an idle one is closed before a target does that on its side, which would
+// meet the next webhook.
+func TestTargetConnectionReuse(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		var opened, closed []time.Time // guarded by w.mu
+		note := func(_ net.Conn, state http.ConnState) {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			switch state {
+			case http.StateNew:
+				opened = append(opened, time.Now())
+			case http.StateClosed:
+				closed = append(closed, time.Now())
+			}
+		}
+		serveOn(t, &http.Server{Handler: http.HandlerFunc(w.serveTarget), ConnState: note}, w.target)
+		w.start()
+		f := w.ready()
+		w.heartbeats(f)
+		for n := range 3 {
+			f.send(hook(strconv.Itoa(n)))
+			time.Sleep(reuseTimeout - 100*time.Millisecond)
+		}
+		last := w.forwarded()[2].at
+		time.Sleep(time.Minute)
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if len(opened) != 1 || len(closed) != 1 {
+			t.Fatalf("%d connections were opened, %d closed", len(opened), len(closed))
+		}
+		at(t, "closed", closed[0].Sub(last), reuseTimeout)
+	})
+}
+
 // TestAnswers is what of a target's answer a provider may see.
 func TestAnswers(t *testing.T) {
 	large := strings.Repeat("a", answerLimit+1)
@@ -1862,8 +1944,8 @@ func TestHostileTarget(t *testing.T) {
 }
 
 // TestHostileStream: whatever a source sends, nothing of it leaves the
-// target's base, the client stays within its bounds, and the next good event
-// is forwarded.
+// target's base, the client stays within its bounds and keeps nothing of it, and
+// the next good event is forwarded.
 func TestHostileStream(t *testing.T) {
 	many := strings.Repeat("data:x\n\n", 4096)
 	for _, tc := range []struct {
@@ -1873,7 +1955,9 @@ func TestHostileStream(t *testing.T) {
 		invalid int64 // events refused
 	}{
 		{"endless line", strings.Repeat("a", 1<<20), 0, 0},
+		{"endless event", "data:" + strings.Repeat("a", 1<<20) + "\n", 0, 0},
 		{"tiny events", many, 4, 4 * 4096},
+		{"large events", "data:" + strings.Repeat("a", 1<<20) + "\n\n", 32, 32},
 		{"empty lines", strings.Repeat("\n", 64<<10), 16, 0},
 		{"comments", strings.Repeat(":\r", 64<<10), 8, 0},
 		{"bad JSON", "data: {\n\ndata: null\n\ndata: []\n\ndata: {\"originalUrl\":5}\n\n", 1, 4},
@@ -1886,11 +1970,20 @@ func TestHostileStream(t *testing.T) {
 			inWorld(t, func(t *testing.T, w *world) {
 				w.startAll()
 				f := w.ready()
+				piece := []byte(tc.piece)
+				var before, after runtime.MemStats
+				runtime.GC()
+				runtime.ReadMemStats(&before)
 				var err error
-				for n := 0; err == nil && (tc.repeat == 0 || n < tc.repeat); n++ {
-					err = f.send(tc.piece)
+				sent := 0
+				for n := 0; err == nil && (n < tc.repeat || tc.repeat == 0 && sent < 2*lineLimit); n++ {
+					_, err = f.Write(piece)
+					sent += len(piece)
 				}
 				if tc.repeat == 0 {
+					if sent > lineLimit+8<<20 {
+						t.Fatalf("the client took %d MiB", sent>>20)
+					}
 					f = w.ready()
 				} else if err != nil {
 					t.Fatalf("the client left the stream: %v", err)
@@ -1900,9 +1993,61 @@ func TestHostileStream(t *testing.T) {
 				if got := w.ids(); !slices.Equal(got, []string{"after"}) || w.Invalid.Load() != tc.invalid {
 					t.Errorf("forwarded %q, %d events refused, want %d", got, w.Invalid.Load(), tc.invalid)
 				}
+				runtime.GC()
+				runtime.ReadMemStats(&after)
+				if mib := (after.TotalAlloc - before.TotalAlloc) >> 20; mib > 32+10*uint64(sent>>20) {
+					t.Errorf("%d MiB were allocated for %d", mib, sent>>20)
+				}
+				if after.HeapAlloc > before.HeapAlloc+3*keepBuffer {
+					t.Errorf("%d KiB stay", (after.HeapAlloc-before.HeapAlloc)>>10)
+				}
 			})
 		})
 	}
+}
+
+// TestHush: so many lines in a second and no more, however many ask, and the
+// same in the next one.
+func TestHush(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var h hush
+		for second := range 3 {
+			lines := 0
+			for range 5 {
+				for range hushLines {
+					if h.now() {
+						lines++
+					}
+				}
+				time.Sleep(200 * time.Millisecond)
+			}
+			if lines != hushLines {
+				t.Errorf("second %d has %d lines, want %d", second, lines, hushLines)
+			}
+		}
+		time.Sleep(time.Hour)
+		if !h.now() {
+			t.Error("silent after an hour in which nothing was to be said")
+		}
+	})
+}
+
+// TestFloodOfInvalidEvents: a source that sends nothing but rubbish is counted
+// to the last event, and does not fill the log.
+func TestFloodOfInvalidEvents(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		w.startAll()
+		f := w.ready()
+		const flood = 20 * hushLines
+		for second := range 3 {
+			f.send(strings.Repeat("data: {\n\n", flood))
+			synctest.Wait()
+			if n, logged := w.Invalid.Load(), len(w.log.lines("event refused")); n != int64(second+1)*flood || logged != (second+1)*hushLines {
+				t.Errorf("second %d: %d events are counted, %d logged, want %d and %d", second, n, logged, (second+1)*flood, (second+1)*hushLines)
+			}
+			time.Sleep(time.Second)
+		}
+	})
 }
 
 // TestMemory: ids are remembered within bounds of count, bytes and age, the

@@ -452,10 +452,8 @@ const (
 
 // serveHeld publishes e and answers with what its target says.
 func (s *Server) serveHeld(w http.ResponseWriter, r *http.Request, e *Event, mode string) {
-	rc := http.NewResponseController(w)
-	rc.SetReadDeadline(time.Time{}) // the body is read; only the provider ends the wait early
 	timeout := s.opts.Timeouts.of(e.Channel)
-	rc.SetWriteDeadline(time.Now().Add(timeout + replyTimeout))
+	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(timeout + replyTimeout))
 	h := s.hold(e)
 	if h == nil {
 		s.Refused.Add(1)
