@@ -1875,7 +1875,7 @@ func TestHostileTarget(t *testing.T) {
 		{"a header that trickles", trickle(head, "X-A: b\r\n"), 0, answerTimeout, false},
 		{"1xx that trickle", trickle("", "HTTP/1.1 100 Continue\r\n\r\n"), 0, answerTimeout, false},
 		{"silence", func(conn net.Conn, _ recorded) { io.Copy(io.Discard, conn) }, 0, answerTimeout, false},
-		{"redirect loop", once("HTTP/1.1 307 x\r\nLocation: /base/x\r\nContent-Length: 0\r\n\r\n"), 0, answerUnreachable, true},
+		{"redirect loop", once("HTTP/1.1 307 x\r\nConnection: close\r\nLocation: /base/x\r\nContent-Length: 0\r\n\r\n"), 0, answerUnreachable, true},
 		{"redirect with an endless body", repeat("HTTP/1.1 308 x\r\nLocation: /base/x\r\n\r\n", "a"), 0, answerUnreachable, true},
 		{"redirect elsewhere", once("HTTP/1.1 307 x\r\nLocation: http://evil/base/x\r\nContent-Length: 0\r\n\r\n"), 307, "", false},
 		{"decompression bomb", once(head + "Content-Encoding: gzip\r\nContent-Length: " + strconv.Itoa(bomb.Len()) + "\r\n\r\n" + bomb.String()), 200, "", false},
