@@ -194,7 +194,7 @@ type session struct {
 	ctx    context.Context
 	fail   context.CancelCauseFunc
 	sub    redis.PubSubConn // written under mu, read by receive
-	pipes  []*pipe
+	pipes  []pipe
 	turn   atomic.Uint32
 	wanted chan struct{} // closed when every first subscription is confirmed
 	heard  atomic.Int64  // Unix nanoseconds of the last word of Redis, on any connection
@@ -238,7 +238,7 @@ func (b *RedisBus) serve(ctx context.Context) (worked bool, err error) {
 		}
 		defer conn.Close()
 		conns = append(conns, conn)
-		s.pipes = append(s.pipes, &pipe{queue: make(chan *request, queue)})
+		s.pipes = append(s.pipes, make(pipe, queue))
 	}
 
 	defer func() { // after receive has ended, which confirms
@@ -535,7 +535,7 @@ var errDemoted = errors.New("redis is a replica of another one now, which replic
 // primary is errDemoted when what is published here does not reach those who
 // followed a failover (https://redis.io/docs/latest/commands/role/).
 func (s *session) primary() error {
-	v, err := redis.Values(s.do(s.ctx, s.pipes[0], &request{cmd: "ROLE", reply: make(chan reply, 1)}))
+	v, err := redis.Values(s.do(s.ctx, s.pipes[0], "ROLE"))
 	if _, refused := errors.AsType[redis.Error](err); refused {
 		return nil // not every user may ask, and not every server knows
 	}
@@ -549,9 +549,7 @@ func (s *session) primary() error {
 
 // replicas asks Redis how many replicas listen.
 func (s *session) replicas() (int64, error) {
-	r := &request{cmd: "PUBSUB", args: []any{"NUMSUB", s.bus.allName()}, reply: make(chan reply, 1)}
-	v, err := s.do(s.ctx, s.pipes[0], r)
-	counts, err := redis.Values(v, err)
+	counts, err := redis.Values(s.do(s.ctx, s.pipes[0], "PUBSUB", "NUMSUB", s.bus.allName()))
 	if err != nil || len(counts) != 2 {
 		return 0, fmt.Errorf("count replicas: %w", err)
 	}
@@ -559,17 +557,18 @@ func (s *session) replicas() (int64, error) {
 }
 
 // next is the publishing connection whose turn it is.
-func (s *session) next() *pipe {
+func (s *session) next() pipe {
 	return s.pipes[s.turn.Add(1)%pipeCount]
 }
 
 // ask sends a command whose reply is a number and waits for it.
-func (s *session) ask(ctx context.Context, p *pipe, cmd string, args ...any) (int, error) {
-	return redis.Int(s.do(ctx, p, &request{cmd: cmd, args: args, reply: make(chan reply, 1)}))
+func (s *session) ask(ctx context.Context, p pipe, cmd string, args ...any) (int, error) {
+	return redis.Int(s.do(ctx, p, cmd, args...))
 }
 
-// do puts r on p and waits for its reply, at most publishTimeout.
-func (s *session) do(ctx context.Context, p *pipe, r *request) (any, error) {
+// do puts a command on p and waits for its reply, at most publishTimeout.
+func (s *session) do(ctx context.Context, p pipe, cmd string, args ...any) (any, error) {
+	r := &request{cmd: cmd, args: args, reply: make(chan reply, 1)}
 	if err := p.put(r); err != nil {
 		return nil, err
 	}
@@ -603,7 +602,7 @@ func (s *session) hear() {
 
 // keep works on p over conn, and over a new connection when that breaks. It
 // ends with s, or when none can be made or lasts.
-func (s *session) keep(p *pipe, conn redis.Conn) error {
+func (s *session) keep(p pipe, conn redis.Conn) error {
 	for {
 		began := time.Now()
 		err := s.work(p, conn)
@@ -622,7 +621,7 @@ func (s *session) keep(p *pipe, conn redis.Conn) error {
 
 // work sends the requests of p over conn and hands back the replies until conn
 // breaks or s ends; whoever waits then is told.
-func (s *session) work(p *pipe, conn redis.Conn) error {
+func (s *session) work(p pipe, conn redis.Conn) error {
 	ctx, fail := context.WithCancelCause(s.ctx)
 	stop := context.AfterFunc(ctx, func() { conn.Close() }) // ends blocked reads and writes
 	defer stop()
@@ -658,15 +657,13 @@ func (r *request) answer(value any, err error) {
 	}
 }
 
-// pipe is what one publishing connection after the other works off.
-type pipe struct {
-	queue chan *request
-}
+// pipe is the queue that one publishing connection after the other works off.
+type pipe chan *request
 
 // put queues r, or fails at once when the connection cannot keep up.
-func (p *pipe) put(r *request) error {
+func (p pipe) put(r *request) error {
 	select {
-	case p.queue <- r:
+	case p <- r:
 		return nil
 	default:
 		return errors.New("redis cannot keep up: publish queue is full")
@@ -674,13 +671,13 @@ func (p *pipe) put(r *request) error {
 }
 
 // write sends requests as they come, and flushes once for all that wait.
-func (p *pipe) write(ctx context.Context, conn redis.Conn, flight chan<- *request) error {
+func (p pipe) write(ctx context.Context, conn redis.Conn, flight chan<- *request) error {
 	for {
 		var r *request
 		select {
 		case <-ctx.Done():
 			return nil
-		case r = <-p.queue:
+		case r = <-p:
 		}
 		for n := 1; r != nil; n++ {
 			if !r.dropped.Load() {
@@ -697,7 +694,7 @@ func (p *pipe) write(ctx context.Context, conn redis.Conn, flight chan<- *reques
 			r = nil
 			if n < pipeBatch {
 				select {
-				case r = <-p.queue:
+				case r = <-p:
 				default:
 				}
 			}

@@ -7,7 +7,6 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
-	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -608,6 +607,13 @@ func (c *tally) target(t testing.TB) *target {
 		c.note(strings.Fields(r.line)[1])
 		return ok200
 	})
+}
+
+// more waits for n more.
+func (c *tally) more(t testing.TB, n int) {
+	t.Helper()
+	enough := c.count() + n
+	eventually(t, "webhooks come through", func() bool { return c.count() >= enough })
 }
 
 // compare tells what of taken did not arrive, and what arrived more than once.
@@ -1231,13 +1237,8 @@ func TestClientRestartUnderLoad(t *testing.T) {
 			client := start(a)
 			posts := newSender(t, webhookURL(a, "load", ""), webhookURL(b, "load", ""))
 			stop := posts.run(5 * time.Millisecond)
-			more := func() {
-				t.Helper()
-				enough := atTarget.count() + 100
-				eventually(t, "webhooks come through", func() bool { return atTarget.count() >= enough })
-			}
 			for _, next := range []*program{b, a} {
-				more()
+				atTarget.more(t, 100)
 				client.cmd.Process.Signal(kind.signal)
 				if code := client.code(t); kind.signal == syscall.SIGTERM && code != 0 {
 					t.Errorf("the client exited with %d", code)
@@ -1247,7 +1248,7 @@ func TestClientRestartUnderLoad(t *testing.T) {
 				})
 				client = start(next)
 			}
-			more()
+			atTarget.more(t, 100)
 			stop()
 			lost, repeated := atTarget.compare(posts.taken)
 			t.Logf("answered %d, repeated by the sender %d, slowest answer %s; lost %d, duplicated %d",
@@ -1283,19 +1284,14 @@ func TestTargetRestartUnderLoad(t *testing.T) {
 	client := startClient(t, a.addr, "load", "http://"+addr, "HEALTH_SERVICE_PORT=0", "LOG_LEVEL=info")
 	posts := newSender(t, webhookURL(a, "load", ""), webhookURL(b, "load", ""))
 	stop := posts.run(5 * time.Millisecond)
-	more := func() {
-		t.Helper()
-		enough := atTarget.count() + 100
-		eventually(t, "webhooks come through", func() bool { return atTarget.count() >= enough })
-	}
 	for range 2 {
-		more()
+		atTarget.more(t, 100)
 		before := metricOf(t, client, "relay_forward_retries_total")
 		web.Close()
 		eventually(t, "the client tries again", func() bool { return metricOf(t, client, "relay_forward_retries_total") > before+20 })
 		web = start()
 	}
-	more()
+	atTarget.more(t, 100)
 	stop()
 	eventually(t, "all that was accepted is there", func() bool {
 		lost, _ := atTarget.compare(posts.taken)
@@ -1446,21 +1442,16 @@ func TestRollout(t *testing.T) {
 	running = append(running, rollIn(replicas[1]))
 	sides["accepted"].stop = sides["accepted"].posts.run(5 * time.Millisecond)
 	sides["held"].stop = sides["held"].posts.run(50 * time.Millisecond)
-	more := func() {
-		t.Helper()
-		enough := sides["accepted"].count() + 200
-		eventually(t, "webhooks come through", func() bool { return sides["accepted"].count() >= enough })
-	}
 	for i := range 4 {
 		n := i % 2
-		more()
+		sides["accepted"].more(t, 200)
 		if err := running[n].stop(); err != nil {
 			t.Errorf("replica %d: run returned %v", n, err)
 		}
 		eventually(t, "the balancer sees a replica go", func() bool { return lb.knows(replicas[n].addr, false) })
 		running[n] = rollIn(replicas[n])
 	}
-	more()
+	sides["accepted"].more(t, 200)
 	for channel, s := range sides {
 		s.stop()
 		s.check(t, s.posts)
@@ -1675,58 +1666,24 @@ func TestTargetsOverReplicas(t *testing.T) {
 	a, b := startReplicas(t, startRedis(t), "RESPONSE_MODE=response", "RESPONSE_TIMEOUT=9s, down=2s, slow=1s")
 	over := make(chan struct{})
 	defer close(over)
-	query := func(r recorded, name string) string {
-		u, _ := url.ParseRequestURI(strings.Fields(r.line)[1])
-		return u.Query().Get(name)
-	}
-	tests := []struct {
-		channel, method, query, kind, body string
-		target                             func(recorded) string
-		status                             int
-		wantKind, want                     string
-	}{
-		{"down", "POST", "", "", "{}", func(recorded) string { return hangUp }, 502, "application/json", relayError(502, "target unreachable")},
-		{"slow", "POST", "", "", "{}", func(recorded) string { <-over; return ok200 }, 504, "application/json", relayError(504, "no answer in time")},
-		{"failing", "POST", "", "", "{}", func(recorded) string { return says(500, "broken", "Content-Type: text/html") }, 500, "text/html", "broken"},
-		{ // https://api.slack.com/events/url_verification
-			"slack", "POST", "", "application/json", `{"token":"t","challenge":"3eZbrw1aBm2rZgRNFdxV2595E9CY3gmdALWMmHkvFXO7tYXAYM8P","type":"url_verification"}`,
-			func(r recorded) string {
-				var m struct{ Challenge, Type string }
-				if json.Unmarshal(r.body, &m) != nil || m.Type != "url_verification" {
-					return says(400, "")
-				}
-				return says(200, m.Challenge, "Content-Type: text/plain")
-			}, 200, "text/plain", "3eZbrw1aBm2rZgRNFdxV2595E9CY3gmdALWMmHkvFXO7tYXAYM8P",
-		},
-		{ // https://developers.facebook.com/docs/graph-api/webhooks/getting-started
-			"meta", "GET", "?hub.mode=subscribe&hub.challenge=1158201444&hub.verify_token=meatyhamhock", "", "",
-			func(r recorded) string {
-				if query(r, "hub.mode") != "subscribe" || query(r, "hub.verify_token") != "meatyhamhock" {
-					return says(403, "")
-				}
-				return says(200, query(r, "hub.challenge"))
-			}, 200, "", "1158201444",
-		},
-		{ // https://learn.microsoft.com/graph/change-notifications-delivery-webhooks
-			"graph", "POST", "?validationToken=Validation%3a+Testing+client+application+reachability", "text/plain; charset=utf-8", "",
-			func(r recorded) string {
-				return says(200, query(r, "validationToken"), "Content-Type: text/plain")
-			}, 200, "text/plain", "Validation: Testing client application reachability",
-		},
-	}
+	tests := append([]conversation{
+		{"down", "POST", "", "", "{}", nil, func(recorded) string { return hangUp }, 502, "application/json", relayError(502, "target unreachable")},
+		{"slow", "POST", "", "", "{}", nil, func(recorded) string { <-over; return ok200 }, 504, "application/json", relayError(504, "no answer in time")},
+		{"failing", "POST", "", "", "{}", nil, func(recorded) string { return says(500, "broken", "Content-Type: text/html") }, 500, "text/html", "broken"},
+	}, handshakes...)
 	var told []<-chan outcome
 	var began []time.Time
 	for _, tt := range tests {
-		startClient(t, a.addr, tt.channel, newTarget(t, tt.target).url)
+		startClient(t, a.addr, tt.name, newTarget(t, tt.target).url)
 		var headers []string
 		if tt.kind != "" {
 			headers = []string{"Content-Type", tt.kind}
 		}
 		began = append(began, time.Now())
-		told = append(told, sendHeld(t.Context(), tt.method, webhookURL(b, tt.channel, tt.query), tt.body, headers...))
+		told = append(told, sendHeld(t.Context(), tt.method, webhookURL(b, tt.name, tt.query), tt.body, headers...))
 	}
 	for i, tt := range tests {
-		t.Run(tt.channel, func(t *testing.T) {
+		t.Run(tt.name, func(t *testing.T) {
 			o := expectAnswer(t, told[i], tt.status)
 			if kind := o.header.Get("Content-Type"); o.body != tt.want || kind != tt.wantKind {
 				t.Errorf("sender got %s %q, want %s %q", kind, o.body, tt.wantKind, tt.want)

@@ -2123,6 +2123,51 @@ func TestHeldBudget(t *testing.T) {
 	})
 }
 
+// conversation is one webhook, what its target says, and what the sender is to
+// hear.
+type conversation struct {
+	name, method, query, kind, body string
+	headers                         []string
+	target                          func(recorded) string
+	status                          int
+	wantKind, want                  string
+}
+
+// query is that of the request target.
+func (r recorded) query() url.Values {
+	u, _ := url.ParseRequestURI(strings.Fields(r.line)[1])
+	return u.Query()
+}
+
+// handshakes need the target's answer, and nothing that changes from test to test.
+var handshakes = []conversation{
+	{ // https://api.slack.com/events/url_verification
+		"slack", "POST", "", "application/json", `{"token":"t","challenge":"3eZbrw1aBm2rZgRNFdxV2595E9CY3gmdALWMmHkvFXO7tYXAYM8P","type":"url_verification"}`, nil,
+		func(r recorded) string {
+			var m struct{ Challenge, Type string }
+			if json.Unmarshal(r.body, &m) != nil || m.Type != "url_verification" {
+				return says(400, "")
+			}
+			return says(200, m.Challenge, "Content-Type: text/plain")
+		}, 200, "text/plain", "3eZbrw1aBm2rZgRNFdxV2595E9CY3gmdALWMmHkvFXO7tYXAYM8P",
+	},
+	{ // https://developers.facebook.com/docs/graph-api/webhooks/getting-started
+		"meta", "GET", "?hub.mode=subscribe&hub.challenge=1158201444&hub.verify_token=meatyhamhock", "", "", nil,
+		func(r recorded) string {
+			if q := r.query(); q.Get("hub.mode") == "subscribe" && q.Get("hub.verify_token") == "meatyhamhock" {
+				return says(200, q.Get("hub.challenge"))
+			}
+			return says(403, "")
+		}, 200, "", "1158201444",
+	},
+	{ // https://learn.microsoft.com/graph/change-notifications-delivery-webhooks
+		"graph", "POST", "?validationToken=Validation%3a+Testing+client+application+reachability+for+subscription+Request-Id%3a+fb8a", "text/plain; charset=utf-8", "", nil,
+		func(r recorded) string {
+			return says(200, r.query().Get("validationToken"), "Content-Type: text/plain")
+		}, 200, "text/plain", "Validation: Testing client application reachability for subscription Request-Id: fb8a",
+	},
+}
+
 // TestHandshakes passes through response mode what providers do before they
 // send the first webhook, as their documentation has it.
 func TestHandshakes(t *testing.T) {
@@ -2132,43 +2177,7 @@ func TestHandshakes(t *testing.T) {
 	}
 	const ping = `{"type":1,"id":"1","token":"t"}`
 	const stamp = "1700000000"
-	query := func(r recorded) url.Values {
-		_, target, _ := strings.Cut(r.line, " ")
-		u, _ := url.ParseRequestURI(strings.TrimSuffix(target, " HTTP/1.1"))
-		return u.Query()
-	}
-	tests := []struct {
-		name, method, query, kind, body string
-		headers                         []string
-		target                          func(recorded) string
-		status                          int
-		wantKind, want                  string
-	}{
-		{ // https://api.slack.com/events/url_verification
-			"Slack url_verification", "POST", "", "application/json", `{"token":"t","challenge":"3eZbrw1aBm2rZgRNFdxV2595E9CY3gmdALWMmHkvFXO7tYXAYM8P","type":"url_verification"}`, nil,
-			func(r recorded) string {
-				var m struct{ Challenge, Type string }
-				if json.Unmarshal(r.body, &m) != nil || m.Type != "url_verification" {
-					return says(400, "")
-				}
-				return says(200, m.Challenge, "Content-Type: text/plain")
-			}, 200, "text/plain", "3eZbrw1aBm2rZgRNFdxV2595E9CY3gmdALWMmHkvFXO7tYXAYM8P",
-		},
-		{ // https://developers.facebook.com/docs/graph-api/webhooks/getting-started
-			"Meta hub.challenge", "GET", "?hub.mode=subscribe&hub.challenge=1158201444&hub.verify_token=meatyhamhock", "", "", nil,
-			func(r recorded) string {
-				if q := query(r); q.Get("hub.mode") == "subscribe" && q.Get("hub.verify_token") == "meatyhamhock" {
-					return says(200, q.Get("hub.challenge"))
-				}
-				return says(403, "")
-			}, 200, "", "1158201444",
-		},
-		{ // https://learn.microsoft.com/graph/change-notifications-delivery-webhooks
-			"Microsoft Graph validationToken", "POST", "?validationToken=Validation%3a+Testing+client+application+reachability+for+subscription+Request-Id%3a+fb8a", "text/plain; charset=utf-8", "", nil,
-			func(r recorded) string {
-				return says(200, query(r).Get("validationToken"), "Content-Type: text/plain")
-			}, 200, "text/plain", "Validation: Testing client application reachability for subscription Request-Id: fb8a",
-		},
+	tests := append(slices.Clone(handshakes), []conversation{
 		{ // https://discord.com/developers/docs/interactions/overview
 			"Discord PING", "POST", "", "application/json", ping,
 			[]string{"X-Signature-Timestamp", stamp, "X-Signature-Ed25519", hex.EncodeToString(ed25519.Sign(private, []byte(stamp+ping)))},
@@ -2186,7 +2195,7 @@ func TestHandshakes(t *testing.T) {
 				return says(200, "<Response><Message>"+form.Get("Body")+"</Message></Response>", "Content-Type: text/xml")
 			}, 200, "text/xml", "<Response><Message>hi there</Message></Response>",
 		},
-	}
+	}...)
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			if tt.target == nil {
