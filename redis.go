@@ -24,7 +24,7 @@ const (
 	silenceTimeout = 2500 * time.Millisecond // on a connection before it counts as broken
 	lasting        = time.Second             // for which a connection must last, or the next one waits
 	settleTimeout  = 1500 * time.Millisecond // for the other replicas to come back after an outage
-	unreadTimeout  = 300 * time.Millisecond  // to read what Redis sent before a session ended
+	unreadTimeout  = time.Second             // to read what Redis sent before a session ended
 	pipeCount      = 4                       // publishing connections
 	pipeQueue      = 512                     // requests that wait on one of them
 	signalQueue    = 16 << 10                // likewise on the first, which takes all signals: nobody repeats one

@@ -2098,6 +2098,10 @@ func TestUnreadIsDelivered(t *testing.T) {
 		}
 		wg.Wait()
 	}
+	eventually(t, "Redis has written what it has accepted", func() bool { // it answers the publisher first
+		list, _ := redis.String(r.cli("CLIENT", "LIST", "TYPE", "PUBSUB"), nil)
+		return strings.Count(list, " obl=0 oll=0 ") == strings.Count(list, "\n")
+	})
 	r.freeze()
 	before := way.sent.Load()
 	go near.Publish(context.Background(), e) // its connection is the first to break
