@@ -730,24 +730,6 @@ func (b *Backoff) Next() time.Duration {
 // Reset starts over after a success.
 func (b *Backoff) Reset() { b.tries = 0 }
 
-// hush bounds log lines that strangers can cause. The zero value is ready, and
-// safe for concurrent use.
-type hush struct {
-	second atomic.Int64 // Unix seconds
-	lines  atomic.Int64 // in that second
-}
-
-// hushLines is how many of them a second may have.
-const hushLines = 50
-
-// now tells whether one more line may be written.
-func (h *hush) now() bool {
-	if t := time.Now().Unix(); h.second.Swap(t) != t {
-		h.lines.Store(0)
-	}
-	return h.lines.Add(1) <= hushLines
-}
-
 // Bus carries events to the subscribers of all replicas. All methods are safe
 // for concurrent use.
 type Bus interface {

@@ -82,7 +82,6 @@ type Client struct {
 	work     context.Context // of forwards; set by Run, ends after the handler timeout
 	taking   context.Context // set by Run; ends when no more events are taken
 	memory   memory
-	refusals hush                         // of events
 	current  atomic.Pointer[subscription] // the stream that counts; nil: none is ready
 	probes   chan chan struct{}           // proof of life of the follow loop
 
@@ -453,9 +452,8 @@ func (c *Client) take(data []byte) (duplicate bool, err error) {
 	received := time.Now()
 	w, err := decodeWebhook(data)
 	if err != nil {
-		if c.Invalid.Add(1); c.refusals.now() {
-			c.log.Warn("event refused", "err", err)
-		}
+		c.Invalid.Add(1)
+		c.log.Warn("event refused", "err", err)
 		return false, nil
 	}
 	known := w.ID != ""

@@ -553,7 +553,7 @@ func inWorld(t *testing.T, test func(*testing.T, *world)) {
 func (w *world) start() {
 	ctx, cancel := context.WithCancel(context.Background())
 	w.sigterm = cancel
-	w.Client = NewClient(w.options, slog.New(slog.NewJSONHandler(w.log, &slog.HandlerOptions{Level: slog.LevelDebug})))
+	w.Client = NewClient(w.options, newLogger(&Config{LogLevel: slog.LevelDebug}, w.log))
 	for transport, p := range map[*http.Transport]*pipes{w.Client.source: w.source, w.Client.target: w.target} {
 		transport.DialContext, transport.Proxy = p.dial, nil
 	}
@@ -2004,32 +2004,6 @@ func TestHostileStream(t *testing.T) {
 			})
 		})
 	}
-}
-
-// TestHush: so many lines in a second and no more, however many ask, and the
-// same in the next one.
-func TestHush(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		var h hush
-		for second := range 3 {
-			lines := 0
-			for range 5 {
-				for range hushLines {
-					if h.now() {
-						lines++
-					}
-				}
-				time.Sleep(200 * time.Millisecond)
-			}
-			if lines != hushLines {
-				t.Errorf("second %d has %d lines, want %d", second, lines, hushLines)
-			}
-		}
-		time.Sleep(time.Hour)
-		if !h.now() {
-			t.Error("silent after an hour in which nothing was to be said")
-		}
-	})
 }
 
 // TestFloodOfInvalidEvents: a source that sends nothing but rubbish is counted

@@ -67,7 +67,7 @@
 //	publish over Redis                   800 ms; 512 wait per connection    503
 //	signals between replicas             16384 wait                         dropped; their holds time out
 //	silence of Redis                     2.5 s                              connected anew
-//	log lines that strangers cause       50 a second                        not written
+//	lines of one message in the log      50 a second, above debug           left out; the next tells how many
 //	line or event at the client          64 MiB                             stream cut; it reconnects
 //	silence on a stream                  two heartbeats and 1 s; 20 s       stream cut; it reconnects
 //	                                     before ready
@@ -726,15 +726,81 @@ func printHelp(w io.Writer) {
 // newLogger logs to w: text for people, JSON for machines.
 func newLogger(c *Config, w io.Writer) *slog.Logger {
 	options := &slog.HandlerOptions{Level: c.LogLevel}
+	var handler slog.Handler = slog.NewJSONHandler(w, options)
 	asText := c.LogFormat == "text"
 	if f, ok := w.(*os.File); ok && c.LogFormat == "" {
 		info, err := f.Stat()
 		asText = err == nil && info.Mode()&os.ModeCharDevice != 0
 	}
 	if asText {
-		return slog.New(slog.NewTextHandler(w, options))
+		handler = slog.NewTextHandler(w, options)
 	}
-	return slog.New(slog.NewJSONHandler(w, options))
+	return slog.New(hush{handler, &shares{of: map[string]*share{}}})
+}
+
+// hushLines is how many lines of one message, above debug, a second may have.
+const hushLines = 50
+
+// hush bounds the log, most of whose lines strangers can cause. Messages are
+// constant, so each has a share of its own and none drowns another; its next
+// line tells how many were left out.
+type hush struct {
+	slog.Handler
+	shares *shares // shared by all handlers of one log
+}
+
+type shares struct {
+	mu sync.Mutex
+	of map[string]*share // guarded by mu, like what it holds: by message
+}
+
+type share struct {
+	second  int64 // Unix time
+	lines   int   // in that second
+	omitted int   // since the last line that was written
+}
+
+func (h hush) Handle(ctx context.Context, r slog.Record) error {
+	if r.Level > slog.LevelDebug {
+		omitted, over := h.shares.take(r.Message)
+		if over {
+			return nil
+		}
+		if omitted > 0 {
+			r = r.Clone()
+			r.AddAttrs(slog.Int("omitted", omitted))
+		}
+	}
+	return h.Handler.Handle(ctx, r)
+}
+
+func (h hush) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return hush{h.Handler.WithAttrs(attrs), h.shares}
+}
+
+func (h hush) WithGroup(name string) slog.Handler {
+	return hush{h.Handler.WithGroup(name), h.shares}
+}
+
+// take takes one line of message's share; over says that none is left, and
+// omitted how many were left out before.
+func (s *shares) take(message string) (omitted int, over bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	one := s.of[message]
+	if one == nil {
+		one = &share{}
+		s.of[message] = one
+	}
+	if now := time.Now().Unix(); one.second != now {
+		one.second, one.lines = now, 0
+	}
+	if one.lines++; one.lines > hushLines {
+		one.omitted++
+		return 0, true
+	}
+	omitted, one.omitted = one.omitted, 0
+	return omitted, false
 }
 
 // What a value may look like in the log.

@@ -2593,7 +2593,7 @@ func TestEnvironmentProxy(t *testing.T) {
 func TestHTTPLog(t *testing.T) {
 	said := &logBuffer{}
 	web := webServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic("bug") }),
-		slog.New(slog.NewJSONHandler(said, &slog.HandlerOptions{Level: slog.LevelDebug})))
+		newLogger(&Config{LogLevel: slog.LevelDebug}, said))
 	l := loopback(t)
 	serveOn(t, web, l)
 	exchange(t, l.Addr().String(), compose("GET / HTTP/1.1", ""))
@@ -2607,6 +2607,52 @@ func TestHTTPLog(t *testing.T) {
 			t.Errorf("record %v, want %s with %s", got, want.level, want.text)
 		}
 	}
+}
+
+// TestHush: each message has so many lines in a second, over all loggers of one
+// log and however many goroutines write; the next line tells how many were
+// left out. Debug lines are all there.
+func TestHush(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		said := &logBuffer{}
+		log := newLogger(&Config{LogLevel: slog.LevelDebug}, said)
+		for second := range 3 {
+			var wg sync.WaitGroup
+			for range hushLines {
+				wg.Go(func() { log.Debug("detail") })
+				for _, l := range []*slog.Logger{log, log.With("channel", "a"), log.WithGroup("g")} {
+					wg.Go(func() { l.Info("flood") })
+				}
+			}
+			wg.Wait()
+			log.Info("other")
+			want := map[string]int{"flood": hushLines, "detail": hushLines, "other": 1}
+			for message, n := range want {
+				records := said.lines(message)[second*n:]
+				if len(records) != n {
+					t.Errorf("second %d has %d lines of %q, want %d", second, len(records), message, n)
+				}
+				for i, r := range records {
+					omitted := r["omitted"]
+					if g, ok := r["g"].(map[string]any); ok {
+						omitted = g["omitted"]
+					}
+					if message == "flood" && second > 0 && i == 0 {
+						if omitted != float64(2*hushLines) {
+							t.Errorf("line %v, want one that tells of %d", r, 2*hushLines)
+						}
+					} else if omitted != nil {
+						t.Errorf("line %v tells of others", r)
+					}
+				}
+			}
+			time.Sleep(time.Second)
+		}
+		time.Sleep(time.Hour)
+		if log.Info("other"); len(said.lines("other")) != 4 {
+			t.Error("silent after an hour")
+		}
+	})
 }
 
 // TestLimit: so many connections are open at once, the next one waits until

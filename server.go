@@ -97,7 +97,6 @@ type Server struct {
 
 	Webhooks, Unheard, Refused, Answered, Unanswered, Heartbeats atomic.Int64
 
-	refusals hush          // of subscribers
 	draining atomic.Bool   // not ready any more, but still at work
 	giveUp   chan struct{} // closed: held requests end with 503
 	closing  chan struct{} // closed: streams are being closed
@@ -907,23 +906,16 @@ func (s *Server) authorise(w http.ResponseWriter, r *http.Request, method, chann
 		w.Header().Set("Allow", method)
 		refuse(w, http.StatusMethodNotAllowed, "method not allowed")
 	case s.opts.SubscribeAllowed != nil && (err != nil || !contains(s.opts.SubscribeAllowed, addr)):
-		s.warn("subscriber refused: address not allowed", "channel", channel, "addr", addr)
+		s.log.Warn("subscriber refused: address not allowed", "channel", channel, "addr", addr)
 		refuse(w, http.StatusForbidden, "address not allowed")
 	case !s.keys.Load().allows(channel, credential):
-		s.warn("subscriber refused: missing or wrong token", "channel", channel, "addr", addr)
+		s.log.Warn("subscriber refused: missing or wrong token", "channel", channel, "addr", addr)
 		w.Header().Set("WWW-Authenticate", "Bearer")
 		refuse(w, http.StatusUnauthorized, "missing or wrong token")
 	default:
 		return addr, credential, true
 	}
 	return addr, credential, false
-}
-
-// warn logs what strangers can cause.
-func (s *Server) warn(message string, args ...any) {
-	if s.refusals.now() {
-		s.log.Warn(message, args...)
-	}
 }
 
 func contains(list []netip.Prefix, addr netip.Addr) bool {
@@ -1049,7 +1041,7 @@ func (s *Server) serveSubscribe(w http.ResponseWriter, r *http.Request, channel 
 	sub.Write = st.write
 	if err := s.hub.Subscribe(sub); err != nil {
 		s.exit(sub)
-		s.warn("subscriber refused", "channel", channel, "addr", addr, "err", err)
+		s.log.Warn("subscriber refused", "channel", channel, "addr", addr, "err", err)
 		refuse(w, http.StatusServiceUnavailable, err.Error())
 		return
 	}

@@ -70,7 +70,7 @@ func newRig(t testing.TB, l net.Listener, env ...string) *rig {
 		t.Fatal(err)
 	}
 	r := &rig{hub: &Hub{Limits: c.Limits}, log: &logBuffer{}}
-	log := slog.New(slog.NewJSONHandler(r.log, &slog.HandlerOptions{Level: c.LogLevel}))
+	log := newLogger(c, r.log)
 	c.Server.Replica = "replica"
 	c.Server.HandlerTimeout = c.HandlerTimeout
 	if r.Server, err = NewServer(c.Server, r.hub, r.hub, log); err != nil {
@@ -391,6 +391,27 @@ const (
 )
 
 // The HTTP surface.
+
+// TestFloodOfWebhooks: whoever may send webhooks cannot fill the log.
+func TestFloodOfWebhooks(t *testing.T) {
+	for mode, message := range map[string]string{"accept": "webhook reached no subscriber", "status": "webhook not answered"} {
+		t.Run(mode, func(t *testing.T) {
+			inBubble(t, func(t *testing.T) {
+				p := newPipes()
+				r := newRig(t, p, "RESPONSE_MODE="+mode, "RESPONSE_TIMEOUT=1s")
+				rt := p.transport(t, true)
+				var senders sync.WaitGroup
+				for i := range 200 {
+					senders.Go(func() { post(t.Context(), rt, "POST", hooksURL+strconv.Itoa(i), "{}") })
+				}
+				senders.Wait()
+				if n := len(r.log.lines(message)); n != hushLines {
+					t.Errorf("%d webhooks are logged, want %d", n, hushLines)
+				}
+			})
+		})
+	}
+}
 
 // TestRoutes is the route table, one row for each request a stranger may try.
 // The relay's own errors are JSON of a fixed text and echo nothing.
