@@ -385,20 +385,19 @@ func (w *Webhook) appendJSON(b []byte) []byte {
 // key once, repeated ones as arrays. What net/url cannot read is left out;
 // our own client uses the raw query alone.
 func appendQuery(b []byte, raw string) []byte {
-	b = append(b, '{')
-	if len(raw) > 1 {
-		values, _ := url.ParseQuery(raw[1:])
-		for i, key := range slices.Sorted(maps.Keys(values)) {
-			if i > 0 {
-				b = append(b, ',')
-			}
-			b = append(appendString(b, strings.ToValidUTF8(key, "\uFFFD")), ':')
-			b = appendValues(b, values[key], false, func(b []byte, v string) []byte {
-				return appendString(b, strings.ToValidUTF8(v, "\uFFFD"))
-			})
+	if len(raw) <= 1 {
+		return append(b, "{}"...)
+	}
+	query := map[string]any{}
+	values, _ := url.ParseQuery(raw[1:])
+	for key, list := range values {
+		query[key] = list
+		if len(list) == 1 {
+			query[key] = list[0]
 		}
 	}
-	return append(b, '}')
+	object, _ := json.Marshal(query) // puts U+FFFD for what is not UTF-8
+	return append(b, object...)
 }
 
 // appendHeaders appends the headers object: lower-case names, latin1 values,
@@ -416,9 +415,18 @@ func appendHeaders(b []byte, headers []Header, length int) []byte {
 			b = append(b, c)
 		}
 		b = append(b, `":`...)
-		b = appendValues(b, h.Values, h.Name == "Set-Cookie", func(b []byte, v string) []byte {
-			return appendLatin1(b, v)
-		})
+		if len(h.Values) == 1 && h.Name != "Set-Cookie" {
+			b = appendLatin1(b, h.Values[0])
+		} else {
+			b = append(b, '[')
+			for i, v := range h.Values {
+				if i > 0 {
+					b = append(b, ',')
+				}
+				b = appendLatin1(b, v)
+			}
+			b = append(b, ']')
+		}
 		b = append(b, ',')
 	}
 	if length >= 0 {
@@ -427,21 +435,6 @@ func appendHeaders(b []byte, headers []Header, length int) []byte {
 		return append(b, `"}`...)
 	}
 	return append(bytes.TrimSuffix(b, []byte(",")), '}')
-}
-
-// appendValues appends one value as a string and several as an array.
-func appendValues(b []byte, values []string, array bool, one func([]byte, string) []byte) []byte {
-	if len(values) == 1 && !array {
-		return one(b, values[0])
-	}
-	b = append(b, '[')
-	for i, v := range values {
-		if i > 0 {
-			b = append(b, ',')
-		}
-		b = one(b, v)
-	}
-	return append(b, ']')
 }
 
 // appendBody appends the body member: text as it is, anything else in base64.
@@ -821,7 +814,8 @@ type Hub struct {
 
 // hubChannel is guarded by Hub.mu.
 type hubChannel struct {
-	live        bool // the bus confirmed its subscription
+	live        bool          // the bus confirmed its subscription
+	confirmed   chan struct{} // closed while live; Subscriber.Live of all that came since it was made
 	subscribers map[*Subscriber]struct{}
 }
 
@@ -837,13 +831,12 @@ type Subscriber struct {
 	Write      func()   // writes what Take gives until that is nothing; runs in a goroutine of its own, one at a time
 
 	ID      string
-	Live    chan struct{}  // closed under hub.mu once every replica's events reach it
-	Gone    atomic.Bool    // set before abort is called
-	Writers sync.WaitGroup // Write under way; nobody is added once Gone is set
+	Live    <-chan struct{} // closed once every replica's events reach it
+	Gone    atomic.Bool     // set before abort is called
+	Writers sync.WaitGroup  // Write under way; nobody is added once Gone is set
 
 	hub     *Hub
 	abort   func() // guarded by hub.mu, like all below: makes a blocked read or write fail; called once, must not block
-	live    bool   // Live is closed
 	writing bool   // Write is under way, or the stream has not begun
 	missed  bool   // a held event found no room in queue
 	finish  error  // end with this reason once the queue is empty
@@ -887,7 +880,6 @@ func (h *Hub) Subscribe(s *Subscriber) error {
 	}
 	s.hub = h
 	s.ID = rand.Text()
-	s.Live = make(chan struct{})
 	s.writing = true
 	if h.channels == nil {
 		h.channels, h.addresses = map[string]*hubChannel{}, map[netip.Addr]int{}
@@ -896,17 +888,16 @@ func (h *Hub) Subscribe(s *Subscriber) error {
 	h.addresses[s.Addr]++
 	c := h.channels[s.Channel]
 	if c == nil {
-		c = &hubChannel{live: h.Watch == nil, subscribers: map[*Subscriber]struct{}{}}
+		c = &hubChannel{confirmed: make(chan struct{}), subscribers: map[*Subscriber]struct{}{}}
 		h.channels[s.Channel] = c
 		if h.Watch != nil {
 			h.Watch(s.Channel)
+		} else {
+			c.confirm()
 		}
 	}
 	c.subscribers[s] = struct{}{}
-	if c.live {
-		s.live = true
-		close(s.Live)
-	}
+	s.Live = c.confirmed
 	return nil
 }
 
@@ -928,30 +919,24 @@ func (h *Hub) Leave(s *Subscriber, reason error) {
 	h.end(s, reason)
 }
 
-// Evict ends every subscriber that why gives a reason for.
-func (h *Hub) Evict(why func(*Subscriber) error) {
-	h.each(func(s *Subscriber) {
-		if reason := why(s); reason != nil {
-			h.end(s, reason)
-		}
-	})
-}
-
 // Finish ends s once all that is queued is written.
 func (h *Hub) Finish(s *Subscriber, reason error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.finish(s, reason)
-}
-
-// FinishAll is Finish for every subscriber.
-func (h *Hub) FinishAll(reason error) {
-	h.each(func(s *Subscriber) { h.finish(s, reason) })
+	if s.writing {
+		s.finish = reason
+	} else {
+		h.end(s, reason)
+	}
 }
 
 // Subscribers lists the live streams.
 func (h *Hub) Subscribers() (list []*Subscriber) {
-	h.each(func(s *Subscriber) { list = append(list, s) })
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, c := range h.channels {
+		list = slices.AppendSeq(list, maps.Keys(c.subscribers))
+	}
 	return list
 }
 
@@ -960,26 +945,6 @@ func (h *Hub) Reason(s *Subscriber) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return s.reason
-}
-
-// each calls f under mu; f may end its subscriber.
-func (h *Hub) each(f func(*Subscriber)) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	for _, c := range h.channels {
-		for s := range c.subscribers {
-			f(s)
-		}
-	}
-}
-
-// finish needs mu.
-func (h *Hub) finish(s *Subscriber, reason error) {
-	if s.writing {
-		s.finish = reason
-	} else {
-		h.end(s, reason)
-	}
 }
 
 // end removes s and makes its stream fail. It needs mu.
@@ -1103,16 +1068,15 @@ func (s *Subscriber) Missed() bool {
 func (h *Hub) Confirm(channel string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	c := h.channels[channel]
-	if c == nil {
-		return
+	if c := h.channels[channel]; c != nil {
+		c.confirm()
 	}
-	c.live = true
-	for s := range c.subscribers {
-		if !s.live {
-			s.live = true
-			close(s.Live)
-		}
+}
+
+func (c *hubChannel) confirm() {
+	if !c.live {
+		c.live = true
+		close(c.confirmed)
 	}
 }
 
@@ -1122,7 +1086,9 @@ func (h *Hub) Suspend() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, c := range h.channels {
-		c.live = false
+		if c.live {
+			c.live, c.confirmed = false, make(chan struct{})
+		}
 	}
 }
 
@@ -1137,11 +1103,7 @@ func (h *Hub) Wants(channel string) bool {
 func (h *Hub) Channels() []string {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	names := make([]string, 0, len(h.channels))
-	for name := range h.channels {
-		names = append(names, name)
-	}
-	return names
+	return slices.Collect(maps.Keys(h.channels))
 }
 
 // Count is how many subscribers and channels there are.

@@ -109,9 +109,9 @@ func TestWireShape(t *testing.T) {
 		{"query", hook("?b=2&a=1&b=3&c", "", []Header{}...),
 			`{"id":"r-1","method":"POST","originalUrl":"/webhooks/ci/p?b=2&a=1&b=3&c","path":"/webhooks/ci/p","query":{"a":"1","b":["2","3"],"c":""},"headers":{"content-length":"0"},"body":""` + end + `}`},
 		{"query that net/url cannot read", hook("?x=1;y=2&sig=%zz&ok=%ff%22", ""),
-			`{"id":"r-1","method":"POST","originalUrl":"/webhooks/ci/p?x=1;y=2&sig=%zz&ok=%ff%22","path":"/webhooks/ci/p","query":{"ok":"` + "\uFFFD" + `\""},"headers":{"content-length":"0"},"body":""` + end + `}`},
+			`{"id":"r-1","method":"POST","originalUrl":"/webhooks/ci/p?x=1;y=2&sig=%zz&ok=%ff%22","path":"/webhooks/ci/p","query":{"ok":"\ufffd\""},"headers":{"content-length":"0"},"body":""` + end + `}`},
 		{"bytes above ASCII in the target", &Webhook{ID: "r-1", Method: "PURGE", Path: "/webhooks/ci/\xe9", Query: "?\xff", Time: wireTime},
-			"{\"id\":\"r-1\",\"method\":\"PURGE\",\"originalUrl\":\"/webhooks/ci/\u00e9?\u00ff\",\"path\":\"/webhooks/ci/\u00e9\",\"query\":{\"\uFFFD\":\"\"},\"headers\":{\"content-length\":\"0\"},\"body\":\"\"" + end + `}`},
+			"{\"id\":\"r-1\",\"method\":\"PURGE\",\"originalUrl\":\"/webhooks/ci/\u00e9?\u00ff\",\"path\":\"/webhooks/ci/\u00e9\",\"query\":{\"\\ufffd\":\"\"},\"headers\":{\"content-length\":\"0\"},\"body\":\"\"" + end + `}`},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			e := newEvent("ci", tc.w)
@@ -927,12 +927,7 @@ func TestHubLive(t *testing.T) {
 		t.Errorf("watched %q, want the first subscriber alone", watched)
 	}
 	reason := errors.New("a reason of its own")
-	h.Evict(func(s *Subscriber) error {
-		if s != second {
-			return nil
-		}
-		return reason
-	})
+	h.Leave(second, reason)
 	if h.Reason(second) != reason || h.Reason(first) != nil {
 		t.Error("evicted the wrong one")
 	}
@@ -980,7 +975,7 @@ func TestHubWrites(t *testing.T) {
 	if h.Push(s, heartbeatEvent) {
 		t.Error("a heartbeat for a stream that has ended")
 	}
-	h.Evict(func(*Subscriber) error { return errShutdown })
+	h.Leave(s, errShutdown)
 	count("after the end", 1)
 	empty(t, h)
 
@@ -989,7 +984,9 @@ func TestHubWrites(t *testing.T) {
 	if got := len(h.Subscribers()); got != 3 {
 		t.Errorf("%d subscribers listed", got)
 	}
-	h.FinishAll(errShutdown)
+	for _, s := range h.Subscribers() {
+		h.Finish(s, errShutdown)
+	}
 	if h.Reason(idle) != errShutdown || h.Reason(busy) != nil {
 		t.Errorf("idle stream: %v, one that is being written: %v", h.Reason(idle), h.Reason(busy))
 	}
@@ -1075,12 +1072,11 @@ func TestHubHammer(t *testing.T) {
 				if mathrand.N(10) == 0 {
 					h.Suspend()
 				}
-				h.Evict(func(*Subscriber) error {
+				for _, s := range h.Subscribers() {
 					if mathrand.N(100) == 0 {
-						return errRevoked
+						h.Leave(s, errRevoked)
 					}
-					return nil
-				})
+				}
 				time.Sleep(100 * time.Microsecond)
 			}
 		})

@@ -7,7 +7,6 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -83,7 +82,7 @@ type Client struct {
 	taking   context.Context // set by Run; ends when no more events are taken
 	memory   memory
 	current  atomic.Pointer[subscription] // the stream that counts; nil: none is ready
-	probes   chan chan struct{}           // proof of life of the follow loop
+	probes   chan struct{}                // taken by the follow loop: proof that it lives
 
 	Events, Duplicates, Invalid, Forwarded, Failed, Retries, Reconnects, Reports atomic.Int64
 }
@@ -113,7 +112,7 @@ func NewClient(opts ClientOptions, log *slog.Logger) *Client {
 		source: transport(false),
 		target: transport(opts.Insecure),
 		slots:  make(chan struct{}, opts.Concurrency),
-		probes: make(chan chan struct{}),
+		probes: make(chan struct{}),
 	}
 	c.source.IdleConnTimeout = time.Minute
 	c.target.IdleConnTimeout = reuseTimeout
@@ -121,17 +120,19 @@ func NewClient(opts ClientOptions, log *slog.Logger) *Client {
 }
 
 // Run subscribes and forwards until ctx ends; then it takes no more events,
-// finishes those it has within the handler timeout, and returns nil.
-func (c *Client) Run(ctx context.Context) error {
+// finishes those it has within the handler timeout, and returns.
+func (c *Client) Run(ctx context.Context) {
 	work, abandon := context.WithCancel(context.WithoutCancel(ctx))
 	defer abandon()
 	c.work, c.taking = work, ctx
-	context.AfterFunc(ctx, func() { time.AfterFunc(c.opts.HandlerTimeout, abandon) }) // for what is read already
+	context.AfterFunc(ctx, func() {
+		c.log.Info("shutting down", "reason", context.Cause(ctx))
+		time.AfterFunc(c.opts.HandlerTimeout, abandon) // for what is read already
+	})
 	c.follow(ctx)
 	c.forwards.Wait()
 	c.source.CloseIdleConnections()
 	c.target.CloseIdleConnections()
-	return nil
 }
 
 // Check is nil while the stream is ready and its last byte fresh.
@@ -148,9 +149,8 @@ func (c *Client) Check(context.Context) error {
 
 // Alive is nil while the follow loop turns.
 func (c *Client) Alive(ctx context.Context) error {
-	seen := make(chan struct{})
 	select {
-	case c.probes <- seen:
+	case c.probes <- struct{}{}:
 		return nil
 	case <-ctx.Done():
 		return errors.New("follow loop is stuck")
@@ -175,13 +175,10 @@ type subscription struct {
 	interval atomic.Int64 // nanoseconds between heartbeats, as announced; 0 before ready
 }
 
-// silence is how long the stream may be silent: two heartbeats, and a second
-// for the network.
+// silence is how long a stream may be silent once it is ready: two heartbeats,
+// and a second for the network.
 func (s *subscription) silence() time.Duration {
-	if d := time.Duration(s.interval.Load()); d > 0 {
-		return 2*d + time.Second
-	}
-	return silenceDefault
+	return 2*time.Duration(s.interval.Load()) + time.Second
 }
 
 // retire ends s some time after its successor is ready, but not while there
@@ -229,8 +226,7 @@ func (c *Client) follow(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
-		case seen := <-c.probes:
-			close(seen)
+		case <-c.probes:
 		case <-retry.C:
 			waiting = false
 			next = c.subscribe(ctx, &streams, current.done)
@@ -264,7 +260,8 @@ func (c *Client) follow(ctx context.Context) {
 			c.Reconnects.Add(1)
 			current, drained = none, nil
 			c.current.Store(nil)
-			if next == none && !waiting {
+			backoff.Reset() // it grew while the source refused a second stream
+			if next == none {
 				again(backoff.Next())
 			}
 		}
@@ -423,7 +420,7 @@ func (c *Client) sourceRequest(ctx context.Context, method string, u *url.URL, b
 func setUserinfo(req *http.Request) {
 	if u := req.URL.User; u != nil && req.Header["Authorization"] == nil {
 		password, _ := u.Password()
-		req.Header.Set("Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(u.Username()+":"+password)))
+		req.SetBasicAuth(u.Username(), password)
 	}
 }
 
@@ -729,13 +726,11 @@ func hostPort(u *url.URL) string {
 func (c *Client) report(ctx context.Context, id string, a *Answer, full bool, end time.Time) {
 	ctx, cancel := context.WithDeadline(ctx, end)
 	defer cancel()
-	u := *c.opts.Source
-	u.RawPath = strings.TrimRight(u.EscapedPath(), "/") + "/responses/" + id
-	u.Path = strings.TrimRight(u.Path, "/") + "/responses/" + id
+	u := c.opts.Source.JoinPath("responses", id)
 	body := a.encode(full)
 	backoff := Backoff{Initial: retryInitial, Max: retryMax, Factor: 2, Jitter: true}
 	for {
-		err := c.reportOnce(ctx, &u, body)
+		err := c.reportOnce(ctx, u, body)
 		if err == nil {
 			c.Reports.Add(1)
 			return

@@ -1060,7 +1060,12 @@ func TestDrainWithoutSuccessor(t *testing.T) {
 			t.Error("ready without a stream")
 		}
 		w.subscribe(nil)
-		w.ready().send(hook("last"))
+		ended := time.Now()
+		last := w.ready()
+		if wait := last.at.Sub(ended); wait > w.options.ReconnectInterval {
+			t.Errorf("the next stream came after %s, as if the first had never been ready", wait)
+		}
+		last.send(hook("last"))
 		w.until("a webhook over the new stream", func() bool { return len(w.ids()) == 61 })
 	})
 }

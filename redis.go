@@ -248,8 +248,8 @@ func (b *RedisBus) serve(ctx context.Context) (worked bool, err error) {
 	}()
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	received := make(chan struct{})        // closed when receive has ended
-	end := context.AfterFunc(ctx, func() { // ends a blocked read or write
+	received := make(chan struct{}) // closed when receive has ended
+	context.AfterFunc(ctx, func() { // ends a blocked read or write
 		if stopped.Err() == nil { // what is unread was accepted from its senders
 			select {
 			case <-received:
@@ -258,7 +258,6 @@ func (b *RedisBus) serve(ctx context.Context) (worked bool, err error) {
 		}
 		s.sub.Close()
 	})
-	defer end()
 	defer fail(nil)
 	run := func(f func() error) {
 		wg.Go(func() {
@@ -623,9 +622,8 @@ func (s *session) keep(p pipe, conn redis.Conn) error {
 // breaks or s ends; whoever waits then is told.
 func (s *session) work(p pipe, conn redis.Conn) error {
 	ctx, fail := context.WithCancelCause(s.ctx)
-	stop := context.AfterFunc(ctx, func() { conn.Close() }) // ends blocked reads and writes
-	defer stop()
-	flight := make(chan *request, pipeQueue) // sent, not yet answered
+	context.AfterFunc(ctx, func() { conn.Close() }) // ends blocked reads and writes
+	flight := make(chan *request, pipeQueue)        // sent, not yet answered
 	var wg sync.WaitGroup
 	wg.Go(func() { fail(p.write(ctx, conn, flight)) })
 	wg.Go(func() { fail(s.read(ctx, conn, flight)) })

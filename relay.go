@@ -216,7 +216,7 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 		return fmt.Errorf("listen for webhooks: %w", err)
 	}
 	limited := limit(listener, c.Limits.Subscribers+extraConnections)
-	serve := web.Serve
+	serve := func() error { return web.Serve(limited) }
 	if c.CertFile != "" {
 		cert := &certificate{certFile: c.CertFile, keyFile: c.KeyFile, log: log}
 		if _, err := cert.get(nil); err != nil {
@@ -224,31 +224,38 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 			return fmt.Errorf("read TLS certificate: %w", err)
 		}
 		web.TLSConfig = &tls.Config{GetCertificate: cert.get, MinVersion: tls.VersionTLS12}
-		serve = func(l net.Listener) error { return web.ServeTLS(l, "", "") }
+		serve = func() error { return web.ServeTLS(limited, "", "") }
 	}
-	probes, stopProbes, err := serveHealth(c, health, log)
+	stopProbes, err := serveHealth(c, health, log)
 	if err != nil {
 		listener.Close()
 		return err
 	}
 
-	// Everything below belongs to g; it ends with the first failure or at the end.
-	g := newGroup()
-	g.Go(func() error { return orderly(serve(limited)) })
-	g.Go(probes)
-	g.Go(func() error { return bus.Run(g.ctx) })
-	g.Go(func() error { return server.Run(g.ctx) })
+	running, fail := context.WithCancelCause(context.Background()) // ends with the first failure, or at the end
+	var parts sync.WaitGroup
+	for _, part := range []func() error{
+		serve,
+		func() error { return bus.Run(running) },
+		func() error { return server.Run(running) },
+	} {
+		parts.Go(func() {
+			if err := part(); err != nil && err != http.ErrServerClosed {
+				fail(err)
+			}
+		})
+	}
 	log.Info("listening", "addr", listener.Addr().String(), "tls", c.CertFile != "")
 
 	select {
-	case <-g.ctx.Done(): // something failed beyond repair
+	case <-running.Done(): // something failed beyond repair
 	case <-ctx.Done():
 		log.Info("shutting down", "reason", context.Cause(ctx))
 		server.Drain()
-		if c.healthRuns() {
+		if c.Health {
 			select { // load balancers need time to see /ready
 			case <-time.After(c.ShutdownDelay):
-			case <-g.ctx.Done():
+			case <-running.Done():
 			}
 		}
 	}
@@ -261,9 +268,13 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 	}
 	bus.Signal(finish, Signal{Kind: signalJoined, From: c.Server.Replica}) // answered after all signals before it
 	stopProbes()
-	err = g.Wait()
+	fail(nil)
+	parts.Wait()
 	log.Info("stopped")
-	return err
+	if err := context.Cause(running); err != context.Canceled {
+		return err
+	}
+	return nil
 }
 
 // runClient forwards until ctx ends.
@@ -284,21 +295,14 @@ func runClient(ctx context.Context, c *Config, log *slog.Logger) error {
 		Ready:   client.Check,
 		Metrics: clientMetrics(client),
 	}
-	probes, stopProbes, err := serveHealth(c, health, log)
+	stopProbes, err := serveHealth(c, health, log)
 	if err != nil {
 		return err
 	}
-	g := newGroup()
-	g.Go(probes)
-	g.Go(func() error {
-		stop := context.AfterFunc(ctx, func() { log.Info("shutting down", "reason", context.Cause(ctx)) })
-		defer stop()
-		defer stopProbes()
-		return client.Run(ctx)
-	})
-	err = g.Wait()
+	client.Run(ctx)
+	stopProbes()
 	log.Info("stopped")
-	return err
+	return nil
 }
 
 // webServer is the http.Server for providers and subscribers.
@@ -336,60 +340,24 @@ func (l httpLog) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// serveHealth listens for probes when the health service runs; serve and stop
-// do nothing otherwise.
-func serveHealth(c *Config, health *Health, log *slog.Logger) (serve func() error, stop func(), err error) {
-	if !c.healthRuns() {
-		return func() error { return nil }, func() {}, nil
+// serveHealth answers probes until stop, which waits for its goroutine, when
+// the health service is wanted.
+func serveHealth(c *Config, health *Health, log *slog.Logger) (stop func(), err error) {
+	if !c.Health {
+		return func() {}, nil
 	}
 	listener, err := net.Listen("tcp", net.JoinHostPort("", strconv.Itoa(c.HealthPort)))
 	if err != nil {
-		return nil, nil, fmt.Errorf("listen for probes: %w", err)
+		return nil, fmt.Errorf("listen for probes: %w", err)
 	}
 	log.Info("health service listening", "addr", listener.Addr().String())
 	web := webServer(health, log)
-	return func() error { return orderly(web.Serve(limit(listener, probeConnections))) }, func() { web.Close() }, nil
-}
-
-func orderly(err error) error {
-	if errors.Is(err, http.ErrServerClosed) {
-		return nil
-	}
-	return err
-}
-
-// group runs goroutines whose first error ends the others' context.
-type group struct {
-	ctx    context.Context
-	cancel context.CancelCauseFunc
-	wg     sync.WaitGroup
-}
-
-func newGroup() *group {
-	g := &group{}
-	g.ctx, g.cancel = context.WithCancelCause(context.Background())
-	return g
-}
-
-// Go runs f in a goroutine that Wait waits for.
-func (g *group) Go(f func() error) {
-	g.wg.Go(func() {
-		if err := f(); err != nil {
-			g.cancel(err)
-		}
-	})
-}
-
-var errFinished = errors.New("finished")
-
-// Wait ends the group and returns the first error, if any.
-func (g *group) Wait() error {
-	g.cancel(errFinished)
-	g.wg.Wait()
-	if err := context.Cause(g.ctx); err != errFinished {
-		return err
-	}
-	return nil
+	var serving sync.WaitGroup
+	serving.Go(func() { web.Serve(limit(listener, probeConnections)) })
+	return func() {
+		web.Close()
+		serving.Wait()
+	}, nil
 }
 
 // extraConnections is how many connections there may be beyond subscribers.
@@ -433,14 +401,12 @@ func (l *limitListener) Close() error {
 
 type limitConn struct {
 	net.Conn
-	slots  chan struct{}
-	closed atomic.Bool
+	slots chan struct{}
+	once  sync.Once
 }
 
 func (c *limitConn) Close() error {
-	if c.closed.CompareAndSwap(false, true) {
-		<-c.slots
-	}
+	c.once.Do(func() { <-c.slots })
 	return c.Conn.Close()
 }
 
@@ -535,9 +501,8 @@ type Config struct {
 	LogLevel         slog.Level
 	LogFormat        string // text, json or empty
 	HealthPort       int
-	HealthPortSet    bool
 	DetectKubernetes bool
-	Kubernetes       bool
+	Health           bool // the health service is wanted
 	ShutdownDelay    time.Duration
 	HandlerTimeout   time.Duration
 
@@ -549,12 +514,6 @@ type Config struct {
 	Client            ClientOptions
 
 	shown slog.Value // the settings as they may be logged
-}
-
-// healthRuns tells whether the health service is wanted: in Kubernetes, when
-// its port is set, or when detection is off.
-func (c *Config) healthRuns() bool {
-	return c.Kubernetes || c.HealthPortSet || !c.DetectKubernetes
 }
 
 // configError is one line for each mistake in the environment.
@@ -643,7 +602,7 @@ func loadConfig(environ []string) (*Config, []warning, error) {
 		name, value, _ := strings.Cut(entry, "=")
 		env[name] = strings.TrimSpace(value)
 	}
-	c := &Config{Kubernetes: env["KUBERNETES_SERVICE_HOST"] != "", HealthPortSet: env["HEALTH_SERVICE_PORT"] != ""}
+	c := &Config{}
 	var mistakes []string
 	var shown []slog.Attr
 	var warnings []warning
@@ -677,6 +636,7 @@ func loadConfig(environ []string) (*Config, []warning, error) {
 			warnings = append(warnings, warning{"variable has no effect", v.name})
 		}
 	}
+	c.Health = env["KUBERNETES_SERVICE_HOST"] != "" || env["HEALTH_SERVICE_PORT"] != "" || !c.DetectKubernetes
 	require := func(name string) {
 		if env[name] == "" {
 			mistakes = append(mistakes, name+": required")
@@ -687,7 +647,7 @@ func loadConfig(environ []string) (*Config, []warning, error) {
 		require("SOURCE_URL")
 		require("TARGET_BASE_URL")
 	case "server":
-		if c.Port != 0 && c.Port == c.HealthPort && c.healthRuns() {
+		if c.Port != 0 && c.Port == c.HealthPort && c.Health {
 			mistakes = append(mistakes, "SERVER_PORT, HEALTH_SERVICE_PORT: must differ")
 		}
 		if (c.CertFile == "") != (c.KeyFile == "") {
@@ -735,7 +695,7 @@ func newLogger(c *Config, w io.Writer) *slog.Logger {
 	if asText {
 		handler = slog.NewTextHandler(w, options)
 	}
-	return slog.New(hush{handler, &shares{of: map[string]*share{}}})
+	return slog.New(hush{handler, &shares{of: map[string]share{}}})
 }
 
 // hushLines is how many lines of one message, above debug, a second may have.
@@ -751,7 +711,7 @@ type hush struct {
 
 type shares struct {
 	mu sync.Mutex
-	of map[string]*share // guarded by mu, like what it holds: by message
+	of map[string]share // guarded by mu; by message
 }
 
 type share struct {
@@ -788,19 +748,17 @@ func (s *shares) take(message string) (omitted int, over bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	one := s.of[message]
-	if one == nil {
-		one = &share{}
-		s.of[message] = one
-	}
 	if now := time.Now().Unix(); one.second != now {
 		one.second, one.lines = now, 0
 	}
-	if one.lines++; one.lines > hushLines {
+	one.lines++
+	if over = one.lines > hushLines; over {
 		one.omitted++
-		return 0, true
+	} else {
+		omitted, one.omitted = one.omitted, 0
 	}
-	omitted, one.omitted = one.omitted, 0
-	return omitted, false
+	s.of[message] = one
+	return omitted, over
 }
 
 // What a value may look like in the log.

@@ -98,8 +98,7 @@ type Server struct {
 	Webhooks, Unheard, Refused, Answered, Unanswered, Heartbeats atomic.Int64
 
 	draining atomic.Bool   // not ready any more, but still at work
-	giveUp   chan struct{} // closed: held requests end with 503
-	closing  chan struct{} // closed: streams are being closed
+	giveUp   chan struct{} // closed: held requests, and streams that have not begun, end with 503
 	turns    chan struct{} // one token for each held event that is being published again
 
 	mu       sync.Mutex
@@ -115,7 +114,7 @@ type Server struct {
 func NewServer(opts ServerOptions, hub *Hub, bus Bus, log *slog.Logger) (*Server, error) {
 	s := &Server{
 		opts: opts, log: log, hub: hub, bus: bus,
-		giveUp: make(chan struct{}), closing: make(chan struct{}), turns: make(chan struct{}, againAtOnce),
+		giveUp: make(chan struct{}), turns: make(chan struct{}, againAtOnce),
 		holds: map[string]*hold{},
 	}
 	keys, err := loadKeys(opts)
@@ -156,12 +155,11 @@ func (s *Server) Run(ctx context.Context) error {
 		}
 		s.keys.Store(keys)
 		s.log.Info("tokens file read again")
-		s.hub.Evict(func(sub *Subscriber) error {
+		for _, sub := range s.hub.Subscribers() {
 			if !keys.allows(sub.Channel, sub.Credential) {
-				return errRevoked
+				s.hub.Leave(sub, errRevoked)
 			}
-			return nil
-		})
+		}
 	}
 }
 
@@ -198,19 +196,22 @@ func (s *Server) Shutdown() {
 	case <-time.After(movePatience):
 	case <-s.giveUp:
 	}
-	close(s.closing)
-	s.hub.FinishAll(errShutdown)
+	if late.Stop() { // no request is held any more, but a stream may wait for its begin
+		close(s.giveUp)
+	}
+	for _, sub := range s.hub.Subscribers() {
+		s.hub.Finish(sub, errShutdown)
+	}
 	cut := time.AfterFunc(time.Until(end)-last/2, func() {
-		s.hub.Evict(func(*Subscriber) error { return errOverdue })
+		for _, sub := range s.hub.Subscribers() {
+			s.hub.Leave(sub, errOverdue)
+		}
 	})
 	select {
 	case <-done(&s.streams):
 	case <-time.After(time.Until(end)): // an HTTP/2 connection takes nothing, likewise
 	}
 	cut.Stop()
-	if late.Stop() {
-		close(s.giveUp)
-	}
 }
 
 // done is closed once wg is; its goroutine ends then.
@@ -250,10 +251,8 @@ func refuse(w http.ResponseWriter, status int, message string) {
 	if status == http.StatusServiceUnavailable {
 		h.Set("Retry-After", retryAfter)
 	}
-	body := fmt.Sprintf(`{"statusCode":%d,"message":"%s"}`, status, message)
-	h.Set("Content-Length", strconv.Itoa(len(body)))
 	w.WriteHeader(status)
-	io.WriteString(w, body)
+	fmt.Fprintf(w, `{"statusCode":%d,"message":"%s"}`, status, message)
 }
 
 // serveWebhook takes one webhook of a provider.
@@ -305,10 +304,7 @@ func (s *Server) serveWebhook(w http.ResponseWriter, r *http.Request, channel st
 		s.log.Debug("webhook published", "channel", channel, "event", event.ID)
 	}
 	event.release()
-	w.Header()["Content-Length"] = zeroLength
 }
-
-var zeroLength = []string{"0"}
 
 // admitWebhook is everything that can be refused before the body is read;
 // status 0 admits.
@@ -348,8 +344,16 @@ func (s *Server) begin() bool {
 	return true
 }
 
-// bodies holds buffers for request bodies, which live only until they are encoded.
-var bodies = sync.Pool{New: func() any { return new(bytes.Buffer) }}
+// buffers are for request bodies until they are encoded, and for frames that
+// become one write.
+var buffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}
+
+func recycle(buf *bytes.Buffer) {
+	if buf.Cap() <= 1<<20 {
+		buf.Reset()
+		buffers.Put(buf)
+	}
+}
 
 // budgeted is a body whose bytes count as held while it is being read.
 type budgeted struct {
@@ -383,13 +387,8 @@ func (s *Server) give(n int64) { s.held.Add(-n) }
 
 // capture reads the request to its end and encodes it: the only copy that is kept.
 func (s *Server) capture(w http.ResponseWriter, r *http.Request, channel, mode string) (*Event, error) {
-	buf := bodies.Get().(*bytes.Buffer)
-	defer func() {
-		if buf.Cap() <= 1<<20 {
-			buf.Reset()
-			bodies.Put(buf)
-		}
-	}()
+	buf := buffers.Get().(*bytes.Buffer)
+	defer recycle(buf)
 	if r.ContentLength != 0 {
 		buf.Grow(int(min(max(r.ContentLength, 0), 16<<10)) + bytes.MinRead)
 		body := budgeted{Reader: http.MaxBytesReader(w, r.Body, s.opts.MaxPayload), server: s}
@@ -523,7 +522,7 @@ func (s *Server) await(ctx context.Context, h *hold, deadline time.Time) (a Answ
 	}
 	for {
 		s.mu.Lock()
-		if !h.sending && time.Since(h.sent) >= takenTimeout {
+		if time.Since(h.sent) >= takenTimeout {
 			h.pending = 0 // what took it was no replica, or is one no more
 		}
 		a, done := h.verdict()
@@ -992,8 +991,7 @@ type stream struct {
 	sub       *Subscriber
 	out       sink
 	heartbeat *time.Timer
-	age       *time.Timer // nil without StreamMaxAge
-	ages      int         // how often age has fired; belongs to age
+	ages      []*time.Timer // what happens at StreamMaxAge; empty without
 }
 
 // streamHeader is the response header of every stream; no-transform and
@@ -1062,27 +1060,24 @@ func (s *Server) serveSubscribe(w http.ResponseWriter, r *http.Request, channel 
 	}
 }
 
-// serveResponse streams over an ordinary response, in the handler's goroutine.
+// serveResponse streams over an ordinary response. The handler's goroutine
+// waits for the end, so that nobody has to wait for HTTP/2's own goroutine
+// under the hub's lock.
 func (s *Server) serveResponse(w http.ResponseWriter, r *http.Request, st *stream) {
 	for _, f := range streamHeader {
 		w.Header().Set(f[0], f[1])
 	}
 	out := responseSink{w, http.NewResponseController(w)}
 	gone := make(chan struct{})
-	var abort sync.WaitGroup
-	abort.Go(func() { // under the hub's lock nothing may wait for HTTP/2's own goroutine
-		<-gone
-		if reason := s.hub.Reason(st.sub); reason != errShutdown && reason != errStreamAge { // those come after the last write
-			out.SetWriteDeadline(past)
-		}
-	})
-	st.begin(out, func() { close(gone) }, readyFrame(s.opts.Heartbeat))
+	st.sub.Writers.Go(func() { st.begin(out, func() { close(gone) }, readyFrame(s.opts.Heartbeat)) })
 	select {
 	case <-gone:
 	case <-r.Context().Done():
 		s.hub.Leave(st.sub, errPeerGone)
 	}
-	abort.Wait()
+	if reason := s.hub.Reason(st.sub); reason != errShutdown && reason != errStreamAge { // those come after the last write
+		out.SetWriteDeadline(past)
+	}
 	st.end()
 }
 
@@ -1152,7 +1147,7 @@ func (s *Server) awaitLive(ctx context.Context, sub *Subscriber) bool {
 	case <-sub.Live:
 		return true
 	case <-ctx.Done():
-	case <-s.closing:
+	case <-s.giveUp:
 	case <-time.After(liveTimeout):
 	}
 	return false
@@ -1184,8 +1179,12 @@ func (st *stream) begin(out sink, abort func(), head string) {
 	st.heartbeat = time.AfterFunc(time.Hour, st.beat)
 	st.heartbeat.Reset(s.opts.Heartbeat)
 	if age := s.opts.StreamMaxAge; age > 0 {
-		st.age = time.AfterFunc(time.Hour, st.aged)
-		st.age.Reset(age - mathrand.N(age/10+1)) // not all streams of a replica at once
+		age -= mathrand.N(age/10 + 1) // not all streams of a replica at once
+		st.ages = []*time.Timer{
+			time.AfterFunc(age, func() { s.askToMove(sub) }),
+			time.AfterFunc(age+s.opts.HandlerTimeout, func() { s.hub.Finish(sub, errStreamAge) }),
+			time.AfterFunc(age+2*s.opts.HandlerTimeout, func() { s.hub.Leave(sub, errOverdue) }),
+		}
 	}
 	s.mu.Lock()
 	left := s.left
@@ -1197,34 +1196,17 @@ func (st *stream) begin(out sink, abort func(), head string) {
 	st.write()
 }
 
-// aged asks a stream of full age to move. It ends it one handler timeout later,
-// once its queue is empty, and after another one whatever is in it.
-func (st *stream) aged() {
-	hub := st.server.hub
-	st.ages++
-	switch st.ages {
-	case 1:
-		st.server.askToMove(st.sub)
-	case 2:
-		hub.Finish(st.sub, errStreamAge)
-	default:
-		hub.Leave(st.sub, errOverdue)
-		return
-	}
-	st.age.Reset(st.server.opts.HandlerTimeout)
-}
-
 // end waits for the last write of a stream that the hub has ended.
 func (st *stream) end() {
 	s, sub := st.server, st.sub
+	sub.Writers.Wait()
 	if st.heartbeat != nil {
 		st.heartbeat.Stop()
 	}
-	if st.age != nil {
-		st.age.Stop()
+	for _, t := range st.ages {
+		t.Stop()
 	}
 	level, reason := slog.LevelInfo, s.hub.Reason(sub)
-	sub.Writers.Wait()
 	if conn, ok := st.out.(connSink); ok {
 		conn.Close()
 	}
@@ -1273,9 +1255,6 @@ func (st *stream) send(p []byte) error {
 	return nil
 }
 
-// scratch holds buffers in which small frames become one write.
-var scratch = sync.Pool{New: func() any { return new([]byte) }}
-
 // write is Subscriber.Write: every batch is one write.
 func (st *stream) write() {
 	s, sub := st.server, st.sub
@@ -1303,14 +1282,13 @@ func (st *stream) sendBatch(batch []*Event) error {
 	if len(batch) == 1 {
 		return st.send(batch[0].frame)
 	}
-	buf := scratch.Get().(*[]byte)
-	b := (*buf)[:0]
+	buf := buffers.Get().(*bytes.Buffer)
 	for _, e := range batch {
-		b = append(b, e.frame...)
+		buf.Write(e.frame)
 	}
-	err := st.send(b)
-	if *buf = b; err == nil && cap(b) <= 2*burst { // net/http may still read what it failed to write
-		scratch.Put(buf)
+	err := st.send(buf.Bytes())
+	if err == nil { // net/http may still read what it failed to write
+		recycle(buf)
 	}
 	return err
 }

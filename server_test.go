@@ -78,7 +78,7 @@ func newRig(t testing.TB, l net.Listener, env ...string) *rig {
 	}
 	serveOn(t, webServer(r.Server, log), l)
 	t.Cleanup(func() { // before the listener goes: streams that were taken from net/http are ours to end
-		r.hub.Evict(func(*Subscriber) error { return errShutdown })
+		leaveAll(r.hub, errShutdown)
 		r.streams.Wait()
 	})
 	return r
@@ -645,7 +645,7 @@ func TestStreamBytes(t *testing.T) {
 		synctest.Wait()
 		r.hub.Publish(t.Context(), newEvent("ci", &Webhook{ID: "r-1", Method: "POST", Path: "/webhooks/ci", Body: []byte("a\nb"), Time: time.UnixMilli(1700000000000)}))
 		time.Sleep(12 * time.Second)
-		r.hub.FinishAll(errShutdown)
+		finishAll(r.hub)
 		const want = "HTTP/1.1 200 OK\r\nConnection: close\r\nDate: Sat, 01 Jan 2000 00:00:00 GMT\r\n" +
 			"Content-Type: text/event-stream\r\nCache-Control: no-cache, no-transform\r\nX-Accel-Buffering: no\r\n\r\n" +
 			"id: 0\nevent: ready\ndata: {\"heartbeatInterval\":5000}\n\n" +
@@ -868,7 +868,7 @@ func TestEviction(t *testing.T) {
 			r.hub.Deliver(event)
 			r.hub.Deliver(event)
 		}, 0, errSlow},
-		{"token revoked", func(r *rig) { r.hub.Evict(func(*Subscriber) error { return errRevoked }) }, 0, errRevoked},
+		{"token revoked", func(r *rig) { leaveAll(r.hub, errRevoked) }, 0, errRevoked},
 		{"write hangs", func(*rig) {}, writeTimeout, nil},
 		{"shutdown", func(r *rig) { go r.Shutdown() }, 10*time.Second - reserve/2, errOverdue},
 	}
@@ -1017,7 +1017,7 @@ func TestUnreadHTTP2(t *testing.T) {
 		do     func(*rig)
 		within time.Duration
 	}{
-		"evicted":  {func(r *rig) { r.hub.Evict(func(*Subscriber) error { return errRevoked }) }, writeTimeout},
+		"evicted":  {func(r *rig) { leaveAll(r.hub, errRevoked) }, writeTimeout},
 		"shutdown": {func(r *rig) { r.Shutdown() }, 10 * time.Second},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -3436,5 +3436,18 @@ func BenchmarkStatusRoundTrip(b *testing.B) {
 				}
 			}
 		})
+	}
+}
+
+// leaveAll ends every stream of h for reason.
+func leaveAll(h *Hub, reason error) {
+	for _, sub := range h.Subscribers() {
+		h.Leave(sub, reason)
+	}
+}
+
+func finishAll(h *Hub) {
+	for _, sub := range h.Subscribers() {
+		h.Finish(sub, errShutdown)
 	}
 }
