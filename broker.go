@@ -236,8 +236,13 @@ func (e *Event) release() {
 // newEvent encodes w for channel: the one encoding that every subscriber on
 // every replica gets.
 func newEvent(channel string, w *Webhook) *Event {
+	size, text := w.wireSize()
+	return w.event(channel, size, text)
+}
+
+// event is newEvent for a caller who has asked for wireSize.
+func (w *Webhook) event(channel string, size int, text bool) *Event {
 	e := &Event{ID: w.ID, Channel: channel, Respond: w.Respond}
-	size := 512 + 3*len(w.Path) + 2*len(w.Query) + headerBytes(w.Headers) + len(w.Body) + len(w.Body)/4
 	if !w.Respond { // held events would only drain the pool
 		recycled := wires.Get().(*[]byte)
 		if cap(*recycled) <= 2*size { // budgets count bytes that are used
@@ -252,7 +257,7 @@ func newEvent(channel string, w *Webhook) *Event {
 	b := append(e.wire, "id: "...)
 	b = append(b, w.ID...)
 	b = append(b, "\ndata: "...)
-	b = w.appendJSON(b)
+	b = w.appendJSON(b, text)
 	e.tail = len(b) - start
 	if w.Brief {
 		b = append(b, `,"mode":"status"`...)
@@ -261,6 +266,23 @@ func newEvent(channel string, w *Webhook) *Event {
 	e.wire = appendTail(b, w.Respond, w.Timeout)
 	e.frame = e.wire[start:]
 	return e
+}
+
+// wireSize is how many bytes the event of w takes, for its body exactly and for
+// the rest about, and whether the body travels as text. A long body that is
+// mostly control characters does not, although it is valid UTF-8: JSON spells
+// each in six bytes, and Redis cuts off a replica that has 32 MB to read.
+func (w *Webhook) wireSize() (size int, text bool) {
+	if text = utf8.Valid(w.Body); text {
+		for _, c := range w.Body {
+			size += int(spelled[c])
+		}
+		text = size <= 2*len(w.Body)+64<<10
+	}
+	if !text {
+		size = base64.StdEncoding.EncodedLen(len(w.Body))
+	}
+	return size + 512 + 3*len(w.Path) + 2*len(w.Query) + headerBytes(w.Headers), text
 }
 
 // lineLimit is how many bytes a client takes for one line or event.
@@ -358,7 +380,7 @@ func cutFields(b []byte, fields ...*string) ([]byte, error) {
 // appendJSON appends the webhook's JSON object without its end, which
 // appendTail writes. Written by hand because reflection and HTML escaping in
 // encoding/json cost most of what a webhook costs; BenchmarkEncode has both.
-func (w *Webhook) appendJSON(b []byte) []byte {
+func (w *Webhook) appendJSON(b []byte, text bool) []byte {
 	b = append(b, `{"id":`...)
 	b = appendString(b, w.ID)
 	b = append(b, `,"method":`...)
@@ -370,7 +392,6 @@ func (w *Webhook) appendJSON(b []byte) []byte {
 	b = append(b, `,"query":`...)
 	b = appendQuery(b, w.Query)
 	b = append(b, `,"headers":`...)
-	text := utf8.Valid(w.Body)
 	length := len(w.Body)
 	if !text {
 		length = -1 // bodyBase64 is longer than the body: no length a legacy client could trust
@@ -448,11 +469,12 @@ func appendBody(b, body []byte, text bool) []byte {
 
 const hexDigits = "0123456789abcdef"
 
-// plain marks the bytes that stand for themselves in a JSON string (RFC 8259
-// section 7). U+2028 is among them: only CR and LF end a line of an event stream.
-var plain = func() (t [256]bool) {
+// spelled is how many bytes each byte takes in a JSON string (RFC 8259 section
+// 7); 1: it stands for itself. U+2028 does: only CR and LF end a line of an
+// event stream.
+var spelled = func() (t [256]uint8) {
 	for c := range t {
-		t[c] = c >= ' ' && c != '"' && c != '\\'
+		t[c] = uint8(max(1, len(appendEscape(nil, byte(c)))))
 	}
 	return t
 }()
@@ -462,7 +484,7 @@ func appendString[T string | []byte](b []byte, s T) []byte {
 	b = append(b, '"')
 	start := 0
 	for i := 0; i < len(s); i++ {
-		if !plain[s[i]] {
+		if spelled[s[i]] > 1 {
 			b = append(b, s[start:i]...)
 			b = appendEscape(b, s[i])
 			start = i + 1
@@ -480,7 +502,7 @@ func appendLatin1(b []byte, parts ...string) []byte {
 			switch c := s[i]; {
 			case c >= utf8.RuneSelf:
 				b = utf8.AppendRune(b, rune(c))
-			case plain[c]:
+			case spelled[c] == 1:
 				b = append(b, c)
 			default:
 				b = appendEscape(b, c)
@@ -490,18 +512,21 @@ func appendLatin1(b []byte, parts ...string) []byte {
 	return append(b, '"')
 }
 
+// appendEscape appends the escape of c; nothing when it needs none.
 func appendEscape(b []byte, c byte) []byte {
-	switch c {
-	case '"', '\\':
+	switch {
+	case c == '"' || c == '\\':
 		return append(b, '\\', c)
-	case '\n':
+	case c == '\n':
 		return append(b, `\n`...)
-	case '\r':
+	case c == '\r':
 		return append(b, `\r`...)
-	case '\t':
+	case c == '\t':
 		return append(b, `\t`...)
+	case c < ' ':
+		return append(b, '\\', 'u', '0', '0', hexDigits[c>>4], hexDigits[c&15])
 	}
-	return append(b, '\\', 'u', '0', '0', hexDigits[c>>4], hexDigits[c&15])
+	return b
 }
 
 // latin1 is the inverse of appendLatin1; ok is false when s holds a code
@@ -675,6 +700,14 @@ func decodeAnswer(data []byte) (Answer, error) {
 	headers, body, err := m.open()
 	headers = slices.DeleteFunc(headers, func(h Header) bool { return h.Name == "Set-Cookie" })
 	return Answer{Status: m.Status, Headers: headers, Body: body}, err
+}
+
+// size is what a counts for while it is kept; 0 when there is none.
+func (a *Answer) size() int64 {
+	if a == nil {
+		return 0
+	}
+	return int64(headerBytes(a.Headers) + len(a.Body))
 }
 
 // rank orders answers, best first: success, then what the target itself said,

@@ -26,7 +26,7 @@
 //	 "timestamp":1700000000000,"respond":true,"timeout":9000}
 //
 // originalUrl, path and header values hold one code point for each byte;
-// bodyBase64 stands for body when that is not UTF-8. respond, timeout (in
+// bodyBase64 stands for body when that is no text. respond, timeout (in
 // milliseconds) and mode are there only when the sender waits.
 //
 // # Guarantees

@@ -49,6 +49,7 @@ const (
 	reloadInterval = 3 * time.Second        // between looks at the tokens file
 	tokensLimit    = 1 << 20                // bytes of the tokens file
 	reportLimit    = 8 << 20                // bytes of a client's report
+	reportsLimit   = 64 << 20               // bytes of all reports that are being read
 	givenLimit     = 1024                   // deliveries of one held event, beyond which none is noted before its receipt
 	chatterLimit   = 4 << 10                // bytes a subscriber may send after its request
 	retryAfter     = "5"                    // seconds, on every 503
@@ -93,7 +94,9 @@ type Server struct {
 	hub  *Hub
 	bus  Bus
 	keys atomic.Pointer[keyring]
-	held atomic.Int64 // bytes of all holds, and of bodies that are being read
+
+	held    atomic.Int64 // bytes of all holds, and of bodies that are being read
+	reports atomic.Int64 // bytes of reports that are being read
 
 	Webhooks, Unheard, Refused, Answered, Unanswered, Heartbeats atomic.Int64
 
@@ -264,7 +267,9 @@ func (s *Server) serveWebhook(w http.ResponseWriter, r *http.Request, channel st
 		return
 	}
 	mode := s.opts.Modes.of(channel)
-	event, err := s.capture(w, r, channel, mode)
+	b := &budget{Reader: http.MaxBytesReader(w, r.Body, s.opts.MaxPayload), all: &s.held, limit: s.opts.HeldBuffer}
+	defer b.end()
+	event, err := s.capture(r, b, channel, mode)
 	if err != nil {
 		s.Refused.Add(1)
 		s.log.Debug("webhook refused", "channel", channel, "err", err)
@@ -286,7 +291,7 @@ func (s *Server) serveWebhook(w http.ResponseWriter, r *http.Request, channel st
 	}
 	defer s.requests.Done()
 	if mode != modeAccept {
-		s.serveHeld(w, r, event, mode)
+		s.serveHeld(w, r, &hold{event: event, budget: b, poke: make(chan struct{}, 1)}, mode)
 		return
 	}
 	// A sender that closes its side after the request looks as if it had gone.
@@ -355,45 +360,43 @@ func recycle(buf *bytes.Buffer) {
 	}
 }
 
-// budgeted is a body whose bytes count as held while it is being read.
-type budgeted struct {
+// budget is what one request counts for in a common limit, and the reader of
+// its body, which counts while it is being read. It belongs to the request's
+// goroutine; while the request is held, Server.mu guards it.
+type budget struct {
 	io.Reader
-	server *Server
-	taken  int64
+	all   *atomic.Int64
+	limit int64 // of all
+	part  int64 // of this one
 }
 
-var errBudget = errors.New("no room in the budget for held bytes")
+var errBudget = errors.New("no space in the budget")
 
-func (b *budgeted) Read(p []byte) (int, error) {
+// add counts n bytes more, or less, and tells whether all are within the limit.
+func (b *budget) add(n int64) bool {
+	b.part += n
+	return b.all.Add(n) <= b.limit || n <= 0
+}
+
+// end counts the request out.
+func (b *budget) end() { b.add(-b.part) }
+
+func (b *budget) Read(p []byte) (int, error) {
 	n, err := b.Reader.Read(p)
-	if !b.server.take(int64(n)) {
+	if !b.add(int64(n)) {
 		return n, errBudget
 	}
-	b.taken += int64(n)
 	return n, err
 }
 
-// take counts n bytes as held, unless the budget has no room; give is its
-// inverse.
-func (s *Server) take(n int64) bool {
-	if s.held.Add(n) > s.opts.HeldBuffer {
-		s.held.Add(-n)
-		return false
-	}
-	return true
-}
-
-func (s *Server) give(n int64) { s.held.Add(-n) }
-
-// capture reads the request to its end and encodes it: the only copy that is kept.
-func (s *Server) capture(w http.ResponseWriter, r *http.Request, channel, mode string) (*Event, error) {
+// capture reads the request to its end and encodes it: the only copy that is
+// kept, and what counts in b from then on.
+func (s *Server) capture(r *http.Request, b *budget, channel, mode string) (*Event, error) {
 	buf := buffers.Get().(*bytes.Buffer)
 	defer recycle(buf)
 	if r.ContentLength != 0 {
 		buf.Grow(int(min(max(r.ContentLength, 0), 16<<10)) + bytes.MinRead)
-		body := budgeted{Reader: http.MaxBytesReader(w, r.Body, s.opts.MaxPayload), server: s}
-		defer func() { s.give(body.taken) }()
-		if _, err := buf.ReadFrom(&body); err != nil {
+		if _, err := buf.ReadFrom(b); err != nil {
 			return nil, fmt.Errorf("read body: %w", err)
 		}
 	}
@@ -411,10 +414,15 @@ func (s *Server) capture(w http.ResponseWriter, r *http.Request, channel, mode s
 		webhook.Headers = append(webhook.Headers, Header{"Host", []string{r.Host}})
 	}
 	webhook.Path, webhook.Query = splitTarget(r.RequestURI)
-	event := newEvent(channel, webhook)
+	size, text := webhook.wireSize()
+	if !b.add(int64(size) - b.part) {
+		return nil, errBudget
+	}
+	event := webhook.event(channel, size, text)
 	if len(event.frame) >= lineLimit {
 		return nil, errFrame
 	}
+	b.add(int64(len(event.wire)) - b.part)
 	return event, nil
 }
 
@@ -426,6 +434,7 @@ var errFrame = errors.New("frame is larger than clients take")
 // hold is one request that waits for its target's answer. Server.mu guards it.
 type hold struct {
 	event   *Event
+	budget  *budget
 	poke    chan struct{} // holds one token when the goroutine has something to look at
 	again   []string      // subscribers to deliver to once more; "": all
 	sending bool          // a publish is under way, so given is not complete
@@ -448,16 +457,12 @@ const (
 	stateLost            // its stream ended first
 )
 
-// serveHeld publishes e and answers with what its target says.
-func (s *Server) serveHeld(w http.ResponseWriter, r *http.Request, e *Event, mode string) {
+// serveHeld publishes the event of h and answers with what its target says.
+func (s *Server) serveHeld(w http.ResponseWriter, r *http.Request, h *hold, mode string) {
+	e := h.event
 	timeout := s.opts.Timeouts.of(e.Channel)
 	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(timeout + replyTimeout))
-	h := s.hold(e)
-	if h == nil {
-		s.Refused.Add(1)
-		refuse(w, http.StatusServiceUnavailable, "too many requests wait")
-		return
-	}
+	s.hold(h)
 	defer s.release(h)
 	answer, status, message := s.await(r.Context(), h, time.Now().Add(timeout))
 	log := s.log.With("channel", e.Channel, "event", e.ID)
@@ -492,31 +497,25 @@ func (s *Server) serveHeld(w http.ResponseWriter, r *http.Request, e *Event, mod
 	}
 }
 
-// hold admits e; it is nil when the budget has no room.
-func (s *Server) hold(e *Event) *hold {
-	if !s.take(int64(len(e.wire))) {
-		return nil
-	}
-	h := &hold{event: e, poke: make(chan struct{}, 1)}
+// hold makes h known to those who report; release forgets it.
+func (s *Server) hold(h *hold) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.holds[e.ID] = h
-	return h
+	s.holds[h.event.ID] = h
 }
 
 func (s *Server) release(h *hold) {
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	delete(s.holds, h.event.ID)
-	s.mu.Unlock()
-	s.give(int64(len(h.event.wire)))
 }
 
 // await publishes h's event, again whenever somebody new can take it, until
 // there is an answer or a reason to give up: a status of our own, or, when the
 // provider has gone, anything.
 func (s *Server) await(ctx context.Context, h *hold, deadline time.Time) (a Answer, status int, message string) {
-	timer := time.NewTimer(time.Until(deadline))
-	defer timer.Stop()
+	ctx, cancel := context.WithDeadline(ctx, deadline)
+	defer cancel()
 	if err := s.publish(ctx, h, h.event); err != nil {
 		return a, http.StatusServiceUnavailable, "bus unavailable"
 	}
@@ -536,10 +535,7 @@ func (s *Server) await(ctx context.Context, h *hold, deadline time.Time) (a Answ
 			return a, 0, ""
 		}
 		for _, only := range again {
-			s.turns <- struct{}{} // for less than a second
-			err := s.publish(ctx, h, h.event.again(only, time.Until(deadline)))
-			<-s.turns
-			if err != nil {
+			if err := s.publishAgain(ctx, h, only, deadline); err != nil {
 				s.log.Debug("held webhook not published again", "event", h.event.ID, "err", err)
 				s.mu.Lock()
 				h.again = append(h.again, only)
@@ -553,11 +549,12 @@ func (s *Server) await(ctx context.Context, h *hold, deadline time.Time) (a Answ
 		select {
 		case <-h.poke:
 		case <-look:
-		case <-ctx.Done():
-			return a, http.StatusServiceUnavailable, "sender is gone"
 		case <-s.giveUp:
 			return a, http.StatusServiceUnavailable, "shutting down"
-		case <-timer.C:
+		case <-ctx.Done():
+			if ctx.Err() == context.Canceled {
+				return a, http.StatusServiceUnavailable, "provider is gone"
+			}
 			s.mu.Lock()
 			defer s.mu.Unlock()
 			if h.best != nil {
@@ -583,6 +580,20 @@ func (s *Server) publish(ctx context.Context, h *hold, e *Event) error {
 	h.sent = time.Now()
 	s.mu.Unlock()
 	return err
+}
+
+// publishAgain sends the event of h once more, to one subscriber or (empty) to
+// all, when its turn comes.
+func (s *Server) publishAgain(ctx context.Context, h *hold, only string, deadline time.Time) error {
+	select {
+	case s.turns <- struct{}{}:
+		defer func() { <-s.turns }()
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-s.giveUp:
+		return errShutdown
+	}
+	return s.publish(ctx, h, h.event.again(only, time.Until(deadline)))
 }
 
 // takeAgain is to whom the event must go once more: not to subscribers that
@@ -753,7 +764,9 @@ func (s *Server) answer(sig Signal, a Answer) bool {
 	if h == nil || h.event.Channel != sig.Channel {
 		return false
 	}
+	had := h.best.size()
 	h.answer(sig.Client, a)
+	h.budget.add(h.best.size() - had) // whatever the limit: it is what makes space
 	wake(h.poke)
 	return true
 }
@@ -767,12 +780,18 @@ func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel, id
 		refuse(w, http.StatusNotFound, "nobody waits")
 		return
 	}
+	b := &budget{Reader: http.MaxBytesReader(w, r.Body, reportLimit), all: &s.reports, limit: reportsLimit}
+	defer b.end()
 	var answer Answer
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, reportLimit))
+	body, err := io.ReadAll(b)
 	if err == nil {
 		answer, err = decodeAnswer(body)
 	}
-	if err != nil {
+	switch {
+	case err == errBudget:
+		refuse(w, http.StatusServiceUnavailable, "too many reports")
+		return
+	case err != nil:
 		s.log.Warn("report refused", "channel", channel, "event", id, "err", err)
 		refuse(w, http.StatusBadRequest, "invalid report")
 		return

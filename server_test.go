@@ -550,16 +550,16 @@ func TestPayloadLimit(t *testing.T) {
 }
 
 // TestFrameLimit: a body within the limit, whose event would be larger than
-// clients take, is refused before any stream gets it. JSON spells a control
-// character with six bytes.
+// clients take, is refused before any stream gets it. JSON spells a quote with
+// two bytes.
 func TestFrameLimit(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		p := newPipes()
 		r := newRig(t, p, "SERVER_MAX_PAYLOAD_SIZE_LIMIT=64mb")
 		rt := p.transport(t, false)
 		l := listen(t, rt, streamURL)
-		for _, tt := range []struct{ size, status int }{{lineLimit / 6, 413}, {lineLimit / 60, 200}} {
-			if got := post(t.Context(), rt, "POST", hooksURL, strings.Repeat("\x01", tt.size)); got.status != tt.status || got.status != 200 && got.body != relayError(413, "payload too large") {
+		for _, tt := range []struct{ size, status int }{{lineLimit / 2, 413}, {lineLimit / 20, 200}} {
+			if got := post(t.Context(), rt, "POST", hooksURL, strings.Repeat(`"`, tt.size)); got.status != tt.status || got.status != 200 && got.body != relayError(413, "payload too large") {
 				t.Errorf("a body of %d: %+v", tt.size, got)
 			}
 		}
@@ -622,6 +622,118 @@ func TestBodyBudget(t *testing.T) {
 			t.Errorf("%d bytes are counted at the end", n)
 		}
 	})
+}
+
+// TestEncodedBudget: what counts of a body is what its event takes.
+func TestEncodedBudget(t *testing.T) {
+	for _, mode := range []string{"accept", "status"} {
+		t.Run(mode, func(t *testing.T) {
+			inBubble(t, func(t *testing.T) {
+				p := newPipes()
+				r := newRig(t, p, "SERVER_HELD_BUFFER=1mb", "RESPONSE_MODE="+mode, "RESPONSE_TIMEOUT=1s")
+				rt := p.transport(t, false)
+				wantUnavailable(t, post(t.Context(), rt, "POST", hooksURL, strings.Repeat(`"`, 600<<10)), "too many requests wait")
+				if got := post(t.Context(), rt, "POST", hooksURL, strings.Repeat("x", 600<<10)); got.body == relayError(503, "too many requests wait") {
+					t.Errorf("got %+v", got)
+				}
+				if _, n := r.Held(); n != 0 {
+					t.Errorf("%d bytes are counted at the end", n)
+				}
+			})
+		})
+	}
+}
+
+// TestReportsBudget: bodies of reports have a limit of their own, so that held
+// requests cannot keep out the answers that would end them.
+func TestReportsBudget(t *testing.T) {
+	relayTest(t, nil, []string{"SERVER_HELD_BUFFER=4kb"}, func(t *testing.T, r *relay) {
+		client := listen(t, r.rt, streamURL, "X-Relay-Features", "respond", "X-Relay-Client", "c")
+		told := r.posted()
+		id := client.next(t, 1).id
+		r.held.Add(r.opts.HeldBuffer)
+		defer r.held.Add(-r.opts.HeldBuffer)
+		r.reports.Add(reportsLimit)
+		if status := r.report(id, "c", `{"status":204}`); status != 503 {
+			t.Errorf("status %d above the limit", status)
+		}
+		r.reports.Add(-reportsLimit)
+		if status := r.report(id, "c", `{"status":204}`); status != 204 {
+			t.Errorf("status %d below it", status)
+		}
+		if got := <-told; got.status != 204 {
+			t.Errorf("the provider got %+v", got)
+		}
+		if n := r.reports.Load(); n != 0 {
+			t.Errorf("%d bytes are counted at the end", n)
+		}
+	})
+}
+
+// TestAnswersCount: an answer counts while its request is held.
+func TestAnswersCount(t *testing.T) {
+	relayTest(t, nil, nil, func(t *testing.T, r *relay) {
+		one := listen(t, r.rt, streamURL, "X-Relay-Features", "respond", "X-Relay-Client", "one")
+		two := listen(t, r.rt, streamURL, "X-Relay-Features", "respond", "X-Relay-Client", "two")
+		told := r.posted()
+		id := one.next(t, 1).id
+		_, empty := r.Held()
+		for _, tt := range []struct {
+			body string
+			more int64
+		}{{strings.Repeat("x", 5000), 5000}, {strings.Repeat("x", 7000), 5000}} { // the first failure is as good as the second
+			if status := r.report(id, "one", `{"status":500,"body":"`+tt.body+`"}`); status != 204 {
+				t.Fatalf("status %d", status)
+			}
+			if _, n := r.Held(); n-empty != tt.more {
+				t.Errorf("%d bytes are counted for an answer of %d", n-empty, len(tt.body))
+			}
+		}
+		if status := r.report(two.next(t, 1).id, "two", `{"status":201}`); status != 204 {
+			t.Fatalf("status %d", status)
+		}
+		if got := <-told; got.status != 201 {
+			t.Errorf("got %+v", got)
+		}
+		synctest.Wait()
+		if _, n := r.Held(); n != 0 {
+			t.Errorf("%d bytes are counted at the end", n)
+		}
+	})
+}
+
+// TestTurnsAreNotWaitedForTooLong: a held event that waits for its turn to be
+// published again ends as every other one does.
+func TestTurnsAreNotWaitedForTooLong(t *testing.T) {
+	for name, tt := range map[string]struct {
+		end  func(*relay)
+		want string
+		at   time.Duration
+	}{
+		"timeout":  {func(*relay) {}, "nobody connected", 9 * time.Second},
+		"shutdown": {func(r *relay) { r.Shutdown() }, "shutting down", 9 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			env := []string{}
+			if name == "shutdown" {
+				env = append(env, "RESPONSE_TIMEOUT=1m")
+			}
+			relayTest(t, nil, env, func(t *testing.T, r *relay) {
+				for range cap(r.turns) {
+					r.turns <- struct{}{}
+				}
+				begin := time.Now()
+				told := r.posted()
+				listen(t, r.rt, streamURL, "X-Relay-Features", "respond", "X-Relay-Client", "c")
+				tt.end(r)
+				got := <-told
+				wantUnavailable(t, got, tt.want)
+				if took := got.at.Sub(begin); took != tt.at {
+					t.Errorf("took %s, want %s", took, tt.at)
+				}
+			})
+		})
+	}
 }
 
 // Streams.
