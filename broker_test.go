@@ -189,6 +189,9 @@ func FuzzWebhook(f *testing.F) {
 		if err != nil || over.ID != e.ID || over.Respond != respond || over.Only != "" || !bytes.Equal(over.frame, e.frame) {
 			t.Fatalf("event over a replica: %+v, %v", over, err)
 		}
+		if _, err := openEvent("i", e.wire); err == nil {
+			t.Fatal("an event of another channel is taken")
+		}
 		if w.check() != nil {
 			if got, err := decodeWebhook(m.data); err == nil {
 				t.Fatalf("decoded %+v, which could not be sent on", got)
@@ -255,7 +258,7 @@ func FuzzOpenEnvelope(f *testing.F) {
 func TestEnvelopeVersion(t *testing.T) {
 	e := newEvent("ci", &Webhook{ID: "r-1", Method: "POST", Path: "/x"})
 	sig := Signal{Kind: signalReady}
-	for _, version := range []byte{0, 2, 255} {
+	for _, version := range []byte{0, envelopeVersion - 1, envelopeVersion + 1, 255} {
 		wire, signal := bytes.Clone(e.wire), sig.encode()
 		wire[0], signal[0] = version, version
 		if _, err := openEvent("ci", wire); err == nil {
@@ -279,7 +282,7 @@ func TestEndToEnd(t *testing.T) {
 		{"named in Connection", "Connection: close, X-One ,x-two\nConnection: x-three\nX-One: 1\nX-Two: 2\nX-Three: 3\nX-Four: 4", "X-Four: 4"},
 		{"named in Connection, the relay's own list stays", "Connection: ,,\nAccept: a", "Accept: a"},
 		{"the fixed list", "Connection: x\nProxy-Connection: x\nKeep-Alive: x\nTE: x\nTransfer-Encoding: chunked\nUpgrade: h2c\nTrailer: x\nProxy-Authenticate: x\nProxy-Authorization: x\nContent-Length: 1\nExpect: 100-continue\nTe-X: 1", "Te-X: 1"},
-		{"the relay's own names", "X-Relay-Event-Id: forged\nx-relay-anything: 1\nX-RELAY-CLIENT: x\nX-Relayed: 1", "X-Relayed: 1"},
+		{"the relay's own names", "X-Relay-Event-Id: forged\nx-relay-anything: 1\nX-RELAY-CLIENT: x\nX_Relay_Event_Id: forged\nx_relay-a: 1\nX-Relayed: 1", "X-Relayed: 1"},
 		{"everything else", "Authorization: Bearer t\nCookie: a=b\nX-Forwarded-For: 10.0.0.1\nEmpty:", "Authorization: Bearer t\nCookie: a=b\nEmpty: \nX-Forwarded-For: 10.0.0.1"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -880,13 +883,13 @@ func TestHubLimits(t *testing.T) {
 		t.Error("a channel is kept for a subscriber that was refused")
 	}
 	h.Leave(a1, errPeerGone)
-	h.Leave(a1, errPeerGone) // must not make room twice
+	h.Leave(a1, errPeerGone) // must not make space twice
 	a3, err := try("192.0.2.1", "c")
 	if err != nil {
 		t.Errorf("the place of who left: %v", err)
 	}
 	if _, err := try("192.0.2.1", "d"); err == nil {
-		t.Error("leaving twice made room twice")
+		t.Error("leaving twice made space twice")
 	}
 	for _, s := range []*Subscriber{a2, a3, b} {
 		h.Leave(s, errPeerGone)
@@ -1052,7 +1055,7 @@ func TestEventsKeepWhatTheyCount(t *testing.T) {
 		for _, e := range kept {
 			used += cap(e.wire)
 		}
-		if used > 8*counted { // mostly room for the head of an event
+		if used > 8*counted { // mostly space for the head of an event
 			t.Errorf("respond %v: %d bytes are used, %d counted", respond, used, counted)
 		}
 	}

@@ -32,7 +32,7 @@ const (
 	reconnectMax     = 30 * time.Second       // longest pause between two tries to subscribe
 	silenceDefault   = 30 * time.Second       // when the source announces no usable heartbeat interval
 	linger           = 2 * time.Second        // reading on from a stream after its successor is ready
-	lingerQuiet      = 500 * time.Millisecond // and then until a read waits this long: what the network holds comes within it
+	lingerQuiet      = 500 * time.Millisecond // and then until a read has waited this long: nothing more is on its way
 	retiredLimit     = 8                      // streams that are still being left
 	keepBuffer       = 1 << 20                // bytes of parse buffer kept after a large event
 	retryInitial     = 250 * time.Millisecond // first pause before forwarding again
@@ -479,7 +479,7 @@ func (c *Client) take(data []byte) (duplicate bool, err error) {
 		if answer == nil {
 			c.memory.forget(w.ID)
 		}
-		return false, c.work.Err() // nil at first: what else was read still counts
+		return false, c.work.Err() // nil until the handler timeout: what else was read still counts
 	}
 	c.forwards.Go(func() {
 		defer func() { <-c.slots }()

@@ -840,7 +840,7 @@ func TestWatchdogWhileFull(t *testing.T) {
 					t.Error("ready, but nothing was read for minutes")
 				}
 				if w.Events.Load() > 2 {
-					t.Errorf("%d events were taken, room is for one", w.Events.Load())
+					t.Errorf("%d events were taken, space is for one", w.Events.Load())
 				}
 				close(release)
 				w.until("all events", func() bool { return len(w.ids()) == 49 })
@@ -2118,7 +2118,7 @@ func TestMemory(t *testing.T) {
 	t.Run("what is forgotten is freed", func(t *testing.T) {
 		var m memory
 		var answers []weak.Pointer[Answer]
-		for n := range 2000 { // so many that the queue of ids has room to hide in
+		for n := range 2000 { // so many that the queue of ids has space to hide in
 			m.begin(strconv.Itoa(n))
 			m.finish(strconv.Itoa(n), &Answer{Status: 200})
 		}

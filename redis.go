@@ -63,7 +63,7 @@ type RedisBus struct {
 	recount chan struct{}           // holds one token when known is out of date
 
 	mu    sync.Mutex
-	dirty map[string]struct{} // guarded by mu: channels to look at, bounded by the hub's
+	dirty map[string]struct{} // guarded by mu: channels whose subscription may have to change; empty without a session
 	poke  chan struct{}       // holds one token while dirty has entries
 }
 
@@ -300,7 +300,7 @@ func (b *RedisBus) serve(ctx context.Context) (worked bool, err error) {
 	return true, context.Cause(ctx)
 }
 
-// dial connects; each step is bounded by publishTimeout.
+// dial connects, within twice publishTimeout.
 func (b *RedisBus) dial(ctx context.Context) (redis.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, 2*publishTimeout)
 	defer cancel()
@@ -415,7 +415,7 @@ func (s *session) confirmed(name string) {
 			delete(s.names, name)
 		}
 	}
-	if name == s.bus.allName() { // asked for last, and once
+	if name == s.bus.allName() { // asked for last, and once: everything is subscribed
 		close(s.wanted)
 	}
 }
@@ -578,12 +578,12 @@ func (s *session) do(ctx context.Context, p pipe, cmd string, args ...any) (any,
 	case got := <-r.reply:
 		return got.value, got.err
 	case <-ctx.Done():
-		r.dropped.Store(true)
+		r.drop()
 		return nil, ctx.Err()
 	case <-s.ctx.Done():
 		return nil, errBusDown
 	case <-timer.C:
-		r.dropped.Store(true)
+		r.drop()
 		if s.heard.Load() < began.UnixNano() && s.silent.CompareAndSwap(false, true) {
 			s.bus.log.Error("redis is silent")
 		}
@@ -640,13 +640,20 @@ func (s *session) work(p pipe, conn redis.Conn) error {
 type request struct {
 	cmd     string
 	args    []any
-	reply   chan reply  // with room for one; nil: nobody waits
-	dropped atomic.Bool // nobody waits any more: what is not sent yet shall not be
+	reply   chan reply  // with space for one; nil: nobody waits
+	settled atomic.Bool // it is being sent, or nobody waits any more; who sets it owns args
 }
 
 type reply struct {
 	value any
 	err   error
+}
+
+// drop gives up a request, and its memory if it waits in the queue.
+func (r *request) drop() {
+	if !r.settled.Swap(true) {
+		r.args = nil
+	}
 }
 
 func (r *request) answer(value any, err error) {
@@ -678,7 +685,7 @@ func (p pipe) write(ctx context.Context, conn redis.Conn, flight chan<- *request
 		case r = <-p:
 		}
 		for n := 1; r != nil; n++ {
-			if !r.dropped.Load() {
+			if !r.settled.Swap(true) {
 				select {
 				case flight <- r:
 				case <-ctx.Done():

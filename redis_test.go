@@ -743,7 +743,8 @@ func TestHalfClosedSender(t *testing.T) {
 	}
 }
 
-// TestRedisChannelPrefix has two relays on one Redis that must not hear each other.
+// TestRedisChannelPrefix has two relays on one Redis that must not hear each
+// other, also where prefix and channel make the same name in Redis.
 func TestRedisChannelPrefix(t *testing.T) {
 	r := startRedis(t)
 	a, b := startReplicas(t, r)
@@ -757,6 +758,18 @@ func TestRedisChannelPrefix(t *testing.T) {
 		postAccepted(t, other, "same", "there")
 		here.only(t, "here")
 		there.only(t, "there")
+	}
+	one, _ := startReplicas(t, r, "REDIS_CHANNEL_PREFIX=relay")
+	two, _ := startReplicas(t, r, "REDIS_CHANNEL_PREFIX=relay-dev")
+	ofOne, ofTwo := openFeed(t, one, "-devci"), openFeed(t, two, "ci")
+	if n := r.subscriptions("relay-devci"); n != 2 {
+		t.Errorf("%d subscriptions, want the two relays'", n)
+	}
+	for range 20 {
+		postAccepted(t, one, "-devci", "one")
+		postAccepted(t, two, "ci", "two")
+		ofOne.only(t, "one")
+		ofTwo.only(t, "two")
 	}
 }
 

@@ -42,14 +42,17 @@
 //	what                                 bound                              at the bound
 //	webhook body                         SERVER_MAX_PAYLOAD_SIZE_LIMIT 3mb  413
 //	event on the stream                  64 MiB                             413
-//	request header                       64 KiB (and net/http's 4), 10 s    431, or 400; connection closed
+//	request header                       64 KiB and 4 of net/http, 10 s     431, or 400; connection closed
 //	request body                         60 s                               400, connection closed
-//	bodies being read, held requests     SERVER_HELD_BUFFER 256mb           503
+//	bodies being read, events of         SERVER_HELD_BUFFER 256mb           503
+//	requests under way, their answers
 //	a held request                       RESPONSE_TIMEOUT 9s, at most 15m   504; 503 when nobody took it
-//	notes on a held event                1024 before its receipts           not noted
-//	receipts of other replicas           250 ms                             not waited for
+//	outcomes that come before the        1024 for a held event              not noted
+//	receipts of other replicas
+//	those receipts                       250 ms                             not waited for
 //	held events published again at once  128                                wait
-//	answer to a provider                 10 s after it began                connection closed
+//	answer to a provider                 70 s after its header; held:       connection closed
+//	                                     10 s after RESPONSE_TIMEOUT
 //	idle connection                      2 min                              closed
 //	connections                          SERVER_MAX_SUBSCRIBERS + 4096,     wait in the kernel's queue
 //	                                     256 to the health service
@@ -59,10 +62,11 @@
 //	                                     5000                               503
 //	becoming ready                       5 s                                503
 //	undelivered frames of a subscriber   SERVER_SUBSCRIBER_BUFFER 16mb      evicted; it reconnects. Held
-//	                                                                        events wait for room instead
+//	                                                                        events wait for space instead
 //	one write to a stream                60 s                               evicted; it reconnects
 //	what a subscriber sends on           4 KiB                              stream closed
 //	report of a client                   8 MiB                              400
+//	reports being read                   64 MiB                             503; sent again
 //	tokens file                          1 MiB                              refused; the last good one stays
 //	publish over Redis                   800 ms; 512 wait per connection    503
 //	signals between replicas             16384 wait                         dropped; their holds time out
@@ -266,7 +270,8 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 	if web.Shutdown(finish) != nil {
 		web.Close()
 	}
-	bus.Signal(finish, Signal{Kind: signalJoined, From: c.Server.Replica}) // answered after all signals before it
+	// Signals keep their order: once this one is answered, all before it are out.
+	bus.Signal(finish, Signal{Kind: signalJoined, From: c.Server.Replica})
 	stopProbes()
 	fail(nil)
 	parts.Wait()
@@ -321,19 +326,19 @@ func webServer(handler http.Handler, log *slog.Logger) *http.Server {
 		ReadTimeout:       bodyTimeout,                // held requests and streams set their own
 		WriteTimeout:      bodyTimeout + replyTimeout, // likewise
 		IdleTimeout:       idleTimeout,
-		HTTP2:             &http.HTTP2Config{WriteByteTimeout: writeTimeout / 2}, // it takes a second one after partial progress
+		HTTP2:             &http.HTTP2Config{WriteByteTimeout: writeTimeout / 2}, // net/http waits twice when a write made some progress
 		MaxHeaderBytes:    headerLimit,
 		ErrorLog:          stdlog.New(httpLog{log}, "", 0),
 	}
 }
 
-// httpLog takes what net/http has to say: the doings of strangers, or a bug of
-// ours.
+// httpLog takes what net/http has to say: the doings of strangers, a bug of ours,
+// or that no connection can be accepted, as when file descriptors run out.
 type httpLog struct{ *slog.Logger }
 
 func (l httpLog) Write(p []byte) (int, error) {
 	level := slog.LevelDebug
-	if bytes.Contains(p, []byte("panic")) {
+	if bytes.Contains(p, []byte("panic")) || bytes.HasPrefix(p, []byte("http: Accept error")) {
 		level = slog.LevelError
 	}
 	l.Log(context.Background(), level, "net/http", "err", strings.TrimSpace(string(p)))
@@ -464,11 +469,11 @@ func serverMetrics(s *Server, hub *Hub, bus *RedisBus) []Metric {
 		counter("relay_webhooks_unanswered_total", "Held webhooks that ended without an answer.", &s.Unanswered),
 		counter("relay_events_delivered_total", "Events queued for subscribers.", &hub.Delivered),
 		counter("relay_subscribers_evicted_total", "Subscribers evicted because they were too slow.", &hub.Evicted),
-		counter("relay_heartbeats_total", "Heartbeats written.", &s.Heartbeats),
+		counter("relay_heartbeats_total", "Heartbeats queued.", &s.Heartbeats),
 		gauge("relay_subscribers", "Live streams.", func() int64 { n, _ := hub.Count(); return int64(n) }),
 		gauge("relay_channels", "Channels with subscribers.", func() int64 { _, n := hub.Count(); return int64(n) }),
 		gauge("relay_held_requests", "Requests held for an answer.", func() int64 { n, _ := s.Held(); return int64(n) }),
-		gauge("relay_held_bytes", "Bytes of requests held for an answer, and of bodies being read.", func() int64 { _, n := s.Held(); return n }),
+		gauge("relay_held_bytes", "Bytes of requests under way, above all of those held for an answer.", func() int64 { _, n := s.Held(); return n }),
 	}
 	if bus != nil {
 		metrics = append(metrics,
@@ -552,7 +557,7 @@ func settings(c *Config) []setting {
 		{"SERVER_MAX_SUBSCRIBERS", "10000", "server", "most streams at once", integer(&l.Subscribers, 1, 10_000_000), nil},
 		{"SERVER_MAX_SUBSCRIBERS_PER_ADDRESS", "5000", "server", "most streams at once from one remote address", integer(&l.PerAddress, 1, 10_000_000), nil},
 		{"SERVER_SUBSCRIBER_BUFFER", "16mb", "server", "undelivered bytes of one subscriber before it is evicted", size(&l.Buffer), nil},
-		{"SERVER_HELD_BUFFER", "256mb", "server", "bytes of all requests held in status and response mode, and of bodies being read", size(&s.HeldBuffer), nil},
+		{"SERVER_HELD_BUFFER", "256mb", "server", "bytes of all requests held in status and response mode, and of bodies being read and published", size(&s.HeldBuffer), nil},
 		{"SERVER_STREAM_MAX_AGE", "", "server", "age at which streams are asked to move; none by default", duration(&s.StreamMaxAge, time.Second, maxDuration), nil},
 		{"SERVER_TLS_CERT_FILE", "", "server", "PEM certificate chain; re-read when it changes", text(&c.CertFile), nil},
 		{"SERVER_TLS_KEY_FILE", "", "server", "PEM private key", text(&c.KeyFile), nil},

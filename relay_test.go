@@ -2588,8 +2588,8 @@ func TestEnvironmentProxy(t *testing.T) {
 
 // What net/http does for us.
 
-// TestHTTPLog: a panic is a bug of ours and an error; whatever else net/http
-// has to say is the doing of strangers.
+// TestHTTPLog: a panic is a bug of ours and an error, and so is running out of
+// file descriptors; whatever else net/http has to say is the doing of strangers.
 func TestHTTPLog(t *testing.T) {
 	said := &logBuffer{}
 	web := webServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic("bug") }),
@@ -2598,11 +2598,12 @@ func TestHTTPLog(t *testing.T) {
 	serveOn(t, web, l)
 	exchange(t, l.Addr().String(), compose("GET / HTTP/1.1", ""))
 	web.ErrorLog.Print("http: TLS handshake error from 192.0.2.1:4711: EOF")
+	web.ErrorLog.Print("http: Accept error: accept tcp [::]:3000: accept4: too many open files; retrying in 1s")
 	records := said.lines("net/http")
-	if len(records) != 2 {
-		t.Fatalf("%d records, want 2:\n%s", len(records), said)
+	if len(records) != 3 {
+		t.Fatalf("%d records, want 3:\n%s", len(records), said)
 	}
-	for i, want := range []struct{ level, text string }{{"ERROR", "bug"}, {"DEBUG", "handshake"}} {
+	for i, want := range []struct{ level, text string }{{"ERROR", "bug"}, {"DEBUG", "handshake"}, {"ERROR", "too many open files"}} {
 		if got := records[i]; got["level"] != want.level || !strings.Contains(fmt.Sprint(got["err"]), want.text) {
 			t.Errorf("record %v, want %s with %s", got, want.level, want.text)
 		}

@@ -50,7 +50,7 @@ const (
 	tokensLimit    = 1 << 20                // bytes of the tokens file
 	reportLimit    = 8 << 20                // bytes of a client's report
 	reportsLimit   = 64 << 20               // bytes of all reports that are being read
-	givenLimit     = 1024                   // deliveries of one held event, beyond which none is noted before its receipt
+	givenLimit     = 1024                   // outcomes of one held event that are noted before its receipts
 	chatterLimit   = 4 << 10                // bytes a subscriber may send after its request
 	retryAfter     = "5"                    // seconds, on every 503
 )
@@ -187,7 +187,7 @@ func (s *Server) Shutdown() {
 	s.mu.Lock()
 	s.left = true
 	s.mu.Unlock()
-	for _, sub := range s.hub.Subscribers() { // one that comes to its begin later asks itself
+	for _, sub := range s.hub.Subscribers() { // a stream that begins later asks itself, in begin
 		time.AfterFunc(mathrand.N(min(moveJitter, s.opts.HandlerTimeout/4)+1), func() { s.askToMove(sub) })
 	}
 	select {
@@ -711,7 +711,7 @@ func (s *Server) signal(sig Signal) {
 		s.bus.Signal(context.Background(), ack) // without From it does not wait
 	case signalAck:
 		if ack, ok := s.acks.LoadAndDelete(sig.Subscriber); ok {
-			ack.(chan bool) <- sig.Data != "" // has room for one, and is asked once
+			ack.(chan bool) <- sig.Data != "" // has space for one, and is asked once
 		}
 	}
 }
@@ -1100,8 +1100,8 @@ func (s *Server) serveResponse(w http.ResponseWriter, r *http.Request, st *strea
 	st.end()
 }
 
-// serveConn takes the connection and streams over it. A fresh goroutine waits
-// for its end: the handler's stack has grown.
+// serveConn takes the connection and streams over it. A fresh, small goroutine
+// waits for its end, so that the handler's, whose stack has grown, can finish.
 func (s *Server) serveConn(w http.ResponseWriter, st *stream) {
 	conn, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {
@@ -1195,7 +1195,7 @@ func (st *stream) begin(out sink, abort func(), head string) {
 		return
 	}
 	s.log.Info("subscriber ready", "channel", sub.Channel, "subscriber", sub.ID, "addr", sub.Addr, "client", sub.Client)
-	st.heartbeat = time.AfterFunc(time.Hour, st.beat)
+	st.heartbeat = time.AfterFunc(time.Hour, st.beat) // beat resets it, so it must be there first
 	st.heartbeat.Reset(s.opts.Heartbeat)
 	if age := s.opts.StreamMaxAge; age > 0 {
 		age -= mathrand.N(age/10 + 1) // not all streams of a replica at once
@@ -1255,7 +1255,8 @@ func (s *Server) askToMove(sub *Subscriber) {
 // send writes p at once, or fails when the subscriber is gone: a deadline, a
 // write, a flush, and every error ends the stream.
 func (st *stream) send(p []byte) error {
-	// The deadline first: whoever ends the subscriber sets one in the past afterwards.
+	// The deadline first: whoever ends the subscriber sets Gone and then a
+	// deadline in the past, which must stay.
 	if err := st.out.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
 		return err
 	}
@@ -1291,7 +1292,7 @@ func (st *stream) write() {
 			}
 			e.release()
 		}
-		if sub.Missed() { // there is room again
+		if sub.Missed() { // there is space again
 			s.bus.Signal(context.Background(), Signal{Kind: signalReady, Channel: sub.Channel, Subscriber: sub.ID})
 		}
 	}

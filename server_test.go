@@ -2235,7 +2235,7 @@ func TestReports(t *testing.T) {
 }
 
 // TestHeldBudget checks that what is held is bounded over all senders, and that
-// one that ends makes room for the next.
+// one that ends makes space for the next.
 func TestHeldBudget(t *testing.T) {
 	relayTest(t, nil, []string{"SERVER_HELD_BUFFER=4kb"}, func(t *testing.T, r *relay) {
 		body := strings.Repeat("x", 3000)
