@@ -65,7 +65,7 @@
 //	                                                                        events wait for space instead
 //	one write to a stream                60 s                               evicted; it reconnects
 //	what a subscriber sends on           4 KiB                              stream closed
-//	report of a client                   8 MiB                              400
+//	report of a client                   8 MiB, 10 s                        400
 //	reports being read                   64 MiB                             503; sent again
 //	tokens file                          1 MiB                              refused; the last good one stays
 //	publish over Redis                   800 ms; 512 wait per connection    503

@@ -48,6 +48,7 @@ const (
 	reserve        = time.Second            // of the handler timeout, kept for closing streams
 	reloadInterval = 3 * time.Second        // between looks at the tokens file
 	tokensLimit    = 1 << 20                // bytes of the tokens file
+	reportTime     = 10 * time.Second       // to send a report, twice what a client takes for one try
 	reportLimit    = 8 << 20                // bytes of a client's report
 	reportsLimit   = 64 << 20               // bytes of all reports that are being read
 	givenLimit     = 1024                   // outcomes of one held event that are noted before its receipts
@@ -780,6 +781,7 @@ func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel, id
 		refuse(w, http.StatusNotFound, "nobody waits")
 		return
 	}
+	http.NewResponseController(w).SetReadDeadline(time.Now().Add(reportTime)) // one that stalls keeps out others
 	b := &budget{Reader: http.MaxBytesReader(w, r.Body, reportLimit), all: &s.reports, limit: reportsLimit}
 	defer b.end()
 	var answer Answer

@@ -573,26 +573,30 @@ func TestFrameLimit(t *testing.T) {
 	})
 }
 
-// TestBodyOfSlowSender checks the bound of the package doc: a body has a
-// minute, and a sender that stalls is answered and cut.
+// TestBodyOfSlowSender checks bounds of the package doc: a body has a minute, a
+// report ten seconds, and a sender that stalls is answered and cut.
 func TestBodyOfSlowSender(t *testing.T) {
-	inBubble(t, func(t *testing.T) {
-		p := newPipes()
-		newRig(t, p)
-		conn, err := p.dial(t.Context(), "", "")
-		if err != nil {
-			t.Fatal(err)
-		}
-		begin := time.Now()
-		io.WriteString(conn, "POST /webhooks/ci HTTP/1.1\r\nHost: relay\r\nContent-Length: 10\r\n\r\nx")
-		answer, _ := io.ReadAll(conn)
-		if !bytes.HasPrefix(answer, []byte("HTTP/1.1 400")) {
-			t.Errorf("got %q", answer)
-		}
-		if took := time.Since(begin); took < bodyTimeout || took > bodyTimeout+5*time.Second {
-			t.Errorf("cut after %s, want %s", took, bodyTimeout)
-		}
-	})
+	for path, patience := range map[string]time.Duration{"/webhooks/ci": bodyTimeout, "/subscribe/ci/responses/id": reportTime} {
+		t.Run(path, func(t *testing.T) {
+			inBubble(t, func(t *testing.T) {
+				p := newPipes()
+				newRig(t, p)
+				conn, err := p.dial(t.Context(), "", "")
+				if err != nil {
+					t.Fatal(err)
+				}
+				begin := time.Now()
+				io.WriteString(conn, "POST "+path+" HTTP/1.1\r\nHost: relay\r\nContent-Length: 10\r\n\r\nx")
+				answer, _ := io.ReadAll(conn)
+				if !bytes.HasPrefix(answer, []byte("HTTP/1.1 400")) {
+					t.Errorf("got %q", answer)
+				}
+				if took := time.Since(begin); took < patience || took > patience+5*time.Second {
+					t.Errorf("cut after %s, want %s", took, patience)
+				}
+			})
+		})
+	}
 }
 
 // TestBodyBudget: what senders that stall have sent counts as held, over all of
