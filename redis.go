@@ -25,6 +25,7 @@ const (
 	lasting        = time.Second             // for which a connection must last, or the next one waits
 	settleTimeout  = 1500 * time.Millisecond // for the other replicas to come back after an outage
 	unreadTimeout  = time.Second             // to read what Redis sent before a session ended
+	largeEvent     = 256 << 10               // bytes beyond which events are published one by one
 	pipeCount      = 4                       // publishing connections
 	pipeQueue      = 512                     // requests that wait on one of them
 	signalQueue    = 16 << 10                // likewise on the first, which takes all signals: nobody repeats one
@@ -61,6 +62,7 @@ type RedisBus struct {
 	known   atomic.Int64            // replicas seen last, this one included; 0: never looked
 	noting  atomic.Bool             // a session is there that will look at dirty
 	recount chan struct{}           // holds one token when known is out of date
+	large   chan struct{}           // holds one token while a large event is being published
 
 	mu    sync.Mutex
 	dirty map[string]struct{} // guarded by mu: channels whose subscription may have to change; empty without a session
@@ -71,7 +73,7 @@ var errBusDown = errors.New("redis is not connected")
 
 // NewRedisBus wires a bus that hands what it receives to hub.
 func NewRedisBus(opts RedisOptions, replica string, hub *Hub, log *slog.Logger) *RedisBus {
-	b := &RedisBus{opts: opts, replica: replica, hub: hub, log: log, dirty: map[string]struct{}{}, poke: make(chan struct{}, 1), recount: make(chan struct{}, 1)}
+	b := &RedisBus{opts: opts, replica: replica, hub: hub, log: log, dirty: map[string]struct{}{}, poke: make(chan struct{}, 1), recount: make(chan struct{}, 1), large: make(chan struct{}, 1)}
 	hub.Watch = b.watch
 	return b
 }
@@ -118,11 +120,22 @@ func (b *RedisBus) Check(context.Context) error {
 }
 
 // Publish implements Bus. It fails at once while Redis is down or silent, and
-// after publishTimeout when Redis does not answer.
+// after publishTimeout when Redis does not answer or cannot keep up.
 func (b *RedisBus) Publish(ctx context.Context, e *Event) (int, error) {
 	s, err := b.working()
 	if err != nil {
 		return 0, err
+	}
+	if len(e.wire) > largeEvent { // a burst of them is more than Redis keeps for a replica
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, publishTimeout)
+		defer cancel()
+		select {
+		case b.large <- struct{}{}:
+			defer func() { <-b.large }()
+		case <-ctx.Done():
+			return 0, errors.New("too many large events wait for redis")
+		}
 	}
 	return s.ask(ctx, s.next(), "PUBLISH", b.eventName(e.Channel), e.wire)
 }

@@ -2129,6 +2129,29 @@ func TestUnreadIsDelivered(t *testing.T) {
 	}
 }
 
+// TestLargeEventsGoOneByOne: a large event waits for its turn, for a time, and
+// the small ones do not wait with it.
+func TestLargeEventsGoOneByOne(t *testing.T) {
+	r := startRedis(t)
+	bus, hub := startBus(t, r.addr, "ONE")
+	s := joinLive(t, hub, "ci")
+	large, small := busEvent("ci", largeEvent), busEvent("ci", 100)
+	bus.large <- struct{}{} // one is on its way
+	began := time.Now()
+	if n, err := bus.Publish(t.Context(), large); err == nil {
+		t.Errorf("published to %d", n)
+	}
+	if took := time.Since(began); took < publishTimeout {
+		t.Errorf("gave up after %s", took)
+	}
+	mustPublish(t, bus, small)
+	<-bus.large
+	for range 2 {
+		mustPublish(t, bus, large)
+	}
+	eventually(t, "one small and two large events", func() bool { return len(s.got) == 3 })
+}
+
 // TestFailedSessionIsNotLive breaks a connection after Redis has confirmed the
 // subscriptions and before the bus works. A stream that comes then is not
 // subscribed anywhere and must wait.

@@ -68,7 +68,8 @@
 //	report of a client                   8 MiB, 10 s                        400
 //	reports being read                   64 MiB                             503; sent again
 //	tokens file                          1 MiB                              refused; the last good one stays
-//	publish over Redis                   800 ms; 512 wait per connection    503
+//	publish over Redis                   800 ms; 512 wait per connection;   503
+//	                                     one at a time above 256 KiB
 //	signals between replicas             16384 wait                         dropped; their holds time out
 //	silence of Redis                     2.5 s                              connected anew
 //	lines of one message in the log      50 a second, above debug           left out; the next tells how many
