@@ -237,14 +237,8 @@ func (e *Event) release() {
 }
 
 // newEvent encodes w for channel: the one encoding that every subscriber on
-// every replica gets.
-func newEvent(channel string, w *Webhook) *Event {
-	size, text := w.wireSize()
-	return w.event(channel, size, text)
-}
-
-// event is newEvent for a caller who has asked for wireSize.
-func (w *Webhook) event(channel string, size int, text bool) *Event {
+// every replica gets. size and text are what w.wireSize says.
+func newEvent(channel string, w *Webhook, size int, text bool) *Event {
 	e := &Event{ID: w.ID, Channel: channel, Respond: w.Respond}
 	if !w.Respond { // held events would only drain the pool
 		recycled := wires.Get().(*[]byte)
@@ -272,19 +266,9 @@ func (w *Webhook) event(channel string, size int, text bool) *Event {
 }
 
 // wireSize is how many bytes the event of w takes, for its body exactly and for
-// the rest about, and whether the body travels as text. A long body that is
-// mostly control characters does not, although it is valid UTF-8: JSON spells
-// each in six bytes, and Redis cuts off a replica that has 32 MB to read.
+// the rest about, and whether the body travels as text.
 func (w *Webhook) wireSize() (size int, text bool) {
-	if text = utf8.Valid(w.Body); text {
-		for _, c := range w.Body {
-			size += int(spelled[c])
-		}
-		text = size <= 2*len(w.Body)+64<<10
-	}
-	if !text {
-		size = base64.StdEncoding.EncodedLen(len(w.Body))
-	}
+	size, text = bodyForm(w.Body)
 	return size + 512 + 3*len(w.Path) + 2*len(w.Query) + headerBytes(w.Headers), text
 }
 
@@ -464,6 +448,23 @@ func appendHeaders(b []byte, headers []Header, length int) []byte {
 		return append(b, `"}`...)
 	}
 	return append(bytes.TrimSuffix(b, []byte(",")), '}')
+}
+
+// bodyForm tells whether body travels as text, and how many bytes it takes. A
+// long one that is mostly control characters does not, although it is valid
+// UTF-8: JSON spells each in six bytes, and Redis cuts off a replica that has
+// 32 MB to read.
+func bodyForm(body []byte) (size int, text bool) {
+	if text = utf8.Valid(body); text {
+		for _, c := range body {
+			size += int(spelled[c])
+		}
+		text = size <= 2*len(body)+64<<10
+	}
+	if !text {
+		size = base64.StdEncoding.EncodedLen(len(body))
+	}
+	return size, text
 }
 
 // appendBody appends the body member: text as it is, anything else in base64.
@@ -679,11 +680,12 @@ func (a *Answer) encode(full bool) []byte {
 	if a.Err != "" {
 		return append(appendString([]byte(`{"error":`), a.Err), '}')
 	}
-	b := make([]byte, 0, 64+headerBytes(a.Headers)+len(a.Body)+len(a.Body)/4)
-	b = strconv.AppendInt(append(b, `{"status":`...), int64(a.Status), 10)
+	b := strconv.AppendInt([]byte(`{"status":`), int64(a.Status), 10)
 	if full {
+		size, text := bodyForm(a.Body)
+		b = slices.Grow(b, 64+headerBytes(a.Headers)+size)
 		b = appendHeaders(append(b, `,"headers":`...), a.Headers, -1)
-		b = appendBody(b, a.Body, utf8.Valid(a.Body))
+		b = appendBody(b, a.Body, text)
 	}
 	return append(b, '}')
 }

@@ -114,7 +114,7 @@ func TestWireShape(t *testing.T) {
 			"{\"id\":\"r-1\",\"method\":\"PURGE\",\"originalUrl\":\"/webhooks/ci/\u00e9?\u00ff\",\"path\":\"/webhooks/ci/\u00e9\",\"query\":{\"\\ufffd\":\"\"},\"headers\":{\"content-length\":\"0\"},\"body\":\"\"" + end + `}`},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			e := newEvent("ci", tc.w)
+			e := eventOf("ci", tc.w)
 			if want := "id: r-1\ndata: " + tc.want + "\n\n"; string(e.frame) != want {
 				t.Errorf("frame\n%q, want\n%q", e.frame, want)
 			}
@@ -142,6 +142,12 @@ func headersOf(lines string) map[string][]string {
 	return h
 }
 
+// eventOf is the event of w.
+func eventOf(channel string, w *Webhook) *Event {
+	size, text := w.wireSize()
+	return newEvent(channel, w, size, text)
+}
+
 // FuzzWebhook states what the wire is for: what a server captured arrives,
 // byte for byte, on the first delivery, on every later one, and over another
 // replica; and what could not be sent on is refused by the receiver.
@@ -166,7 +172,7 @@ func FuzzWebhook(f *testing.F) {
 		if _, spelled, _ := bytes.Cut(appendBody(nil, body, text), []byte(`":"`)); size-without != len(spelled)-1 {
 			t.Fatalf("body %q counts for %d bytes, want %d", body, size-without, len(spelled)-1)
 		}
-		e := newEvent("ci", w)
+		e := eventOf("ci", w)
 		m := onlyMessage(t, e.frame)
 		if m.id != w.ID {
 			t.Fatalf("id %q, want %q", m.id, w.ID)
@@ -228,7 +234,7 @@ func FuzzWebhook(f *testing.F) {
 func FuzzOpenEnvelope(f *testing.F) {
 	sig := Signal{Kind: signalTaken, To: "a", From: "b", Channel: "c", Event: "d", Subscriber: "e", Client: "f", Data: "g"}
 	f.Add(sig.encode())
-	f.Add(newEvent("ci", &Webhook{ID: "r-1", Method: "POST", Path: "/x", Respond: true}).again("s", time.Second).wire)
+	f.Add(eventOf("ci", &Webhook{ID: "r-1", Method: "POST", Path: "/x", Respond: true}).again("s", time.Second).wire)
 	f.Add([]byte{})
 	f.Add([]byte{envelopeVersion})
 	f.Add([]byte{envelopeVersion, 1, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1})
@@ -256,7 +262,7 @@ func FuzzOpenEnvelope(f *testing.F) {
 
 // TestEnvelopeVersion: a replica of a later version must not be misread.
 func TestEnvelopeVersion(t *testing.T) {
-	e := newEvent("ci", &Webhook{ID: "r-1", Method: "POST", Path: "/x"})
+	e := eventOf("ci", &Webhook{ID: "r-1", Method: "POST", Path: "/x"})
 	sig := Signal{Kind: signalReady}
 	for _, version := range []byte{0, envelopeVersion - 1, envelopeVersion + 1, 255} {
 		wire, signal := bytes.Clone(e.wire), sig.encode()
@@ -575,6 +581,7 @@ func TestAnswer(t *testing.T) {
 		{"full", full, true, `{"status":201,"headers":{"content-type":"text/plain","x-dup":["a","b` + "\u00e9" + `"]},"body":"né\u0000"}`, full},
 		{"brief", full, false, `{"status":201}`, Answer{Status: 201}},
 		{"binary", Answer{Status: 200, Body: []byte("\xff")}, true, `{"status":200,"headers":{},"bodyBase64":"/w=="}`, Answer{Status: 200, Body: []byte("\xff")}},
+		{"control characters", Answer{Status: 200, Body: bytes.Repeat([]byte{0}, 18<<10)}, true, `{"status":200,"headers":{},"bodyBase64":"` + strings.Repeat("AAAA", 6<<10) + `"}`, Answer{Status: 200, Body: make([]byte, 18<<10)}},
 		{"unreachable", Answer{Err: answerUnreachable}, true, `{"error":"unreachable"}`, Answer{Err: answerUnreachable}},
 		{"timeout", Answer{Err: answerTimeout}, false, `{"error":"timeout"}`, Answer{Err: answerTimeout}},
 		{"cookies and hops stay behind", Answer{Status: 200, Headers: []Header{{"Set-Cookie", []string{"a"}}, {"Connection", []string{"x-a"}}, {"X-A", []string{"1"}}, {"X-Relay-Client", []string{"1"}}, {"X-B", []string{"2"}}}}, true,
@@ -1046,8 +1053,8 @@ func TestEventsKeepWhatTheyCount(t *testing.T) {
 		var kept []*Event
 		counted := 0
 		for range 1000 {
-			newEvent("a", &Webhook{ID: "x", Method: "POST", Path: "/", Body: []byte(large)}).release()
-			e := newEvent("b", &Webhook{ID: "x", Method: "POST", Path: "/", Body: small, Respond: respond})
+			eventOf("a", &Webhook{ID: "x", Method: "POST", Path: "/", Body: []byte(large)}).release()
+			e := eventOf("b", &Webhook{ID: "x", Method: "POST", Path: "/", Body: small, Respond: respond})
 			kept = append(kept, e)
 			counted += len(e.wire)
 		}
@@ -1212,13 +1219,13 @@ func BenchmarkEncode(b *testing.B) {
 	for _, h := range w.Headers {
 		plain.Headers[strings.ToLower(h.Name)] = h.Values[0]
 	}
-	duel(b, "event", 200, times(200, func() { newEvent("github", w) }), times(200, func() { json.Marshal(plain) }))
+	duel(b, "event", 200, times(200, func() { eventOf("github", w) }), times(200, func() { json.Marshal(plain) }))
 }
 
 // BenchmarkDecode: one event as the client reads it, beside encoding/json
 // alone, without the checks.
 func BenchmarkDecode(b *testing.B) {
-	data := onlyMessage(b, newEvent("github", pushHook()).frame).data
+	data := onlyMessage(b, eventOf("github", pushHook()).frame).data
 	duel(b, "event", 100, times(100, func() {
 		if _, err := decodeWebhook(data); err != nil {
 			b.Fatal(err)

@@ -715,10 +715,10 @@ func (w *world) answer() (Answer, said) {
 
 // hook is the frame of an event that nobody waits for, asking that of one
 // whose sender waits so long.
-func hook(id string) string { return string(newEvent("ci", bodyHook(id, 0)).frame) }
+func hook(id string) string { return string(eventOf("ci", bodyHook(id, 0)).frame) }
 
 func asking(id string, timeout time.Duration) string {
-	return string(newEvent("ci", bodyHook(id, timeout)).frame)
+	return string(eventOf("ci", bodyHook(id, timeout)).frame)
 }
 
 func bodyHook(id string, timeout time.Duration) *Webhook {
@@ -1689,7 +1689,7 @@ func TestAnswers(t *testing.T) {
 				w.start()
 				hook := bodyHook("1", 9*time.Second)
 				hook.Brief = tc.brief
-				w.ready().send(string(newEvent("ci", hook).frame))
+				w.ready().send(string(eventOf("ci", hook).frame))
 				_, report := w.answer()
 				if report.body != tc.want {
 					t.Errorf("reported %.200q, want %.200q", report.body, tc.want)
@@ -1918,7 +1918,7 @@ func TestHostileTarget(t *testing.T) {
 				sent := time.Now()
 				hostile := bodyHook("1", 9*time.Second)
 				hostile.Brief = strings.HasSuffix(tc.name, unread)
-				f.send(string(newEvent("ci", hostile).frame))
+				f.send(string(eventOf("ci", hostile).frame))
 				synctest.Wait()
 				w.heartbeats(f)
 				a, report := w.answer()
@@ -2168,7 +2168,7 @@ func TestAlive(t *testing.T) {
 // Benchmarks.
 
 // pushStream is n push events as they come over the network, in bursts.
-func pushStream(n int) []byte { return bytes.Repeat(newEvent("github", pushHook()).frame, n) }
+func pushStream(n int) []byte { return bytes.Repeat(eventOf("github", pushHook()).frame, n) }
 
 // lines is the least that a reader of events must do: find the lines.
 func lines(data []byte, each func(line []byte)) {

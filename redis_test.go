@@ -2032,7 +2032,7 @@ func joinLive(t testing.TB, hub *Hub, channel string) hubStream {
 }
 
 func busEvent(channel string, size int) *Event {
-	return newEvent(channel, &Webhook{
+	return eventOf(channel, &Webhook{
 		ID: newID("BENCH"), Method: "POST", Path: "/webhooks/" + channel + "/push", Time: time.Now(),
 		Body: bytes.Repeat([]byte("x"), size),
 	})

@@ -324,8 +324,8 @@ func webServer(handler http.Handler, log *slog.Logger) *http.Server {
 		DisableGeneralOptionsHandler: true, // "OPTIONS *" is not found either
 
 		ReadHeaderTimeout: headerTimeout,
-		ReadTimeout:       bodyTimeout,                // held requests and streams set their own
-		WriteTimeout:      bodyTimeout + replyTimeout, // likewise
+		ReadTimeout:       bodyTimeout,                // net/http lifts it once the body is read
+		WriteTimeout:      bodyTimeout + replyTimeout, // held requests and streams set their own
 		IdleTimeout:       idleTimeout,
 		HTTP2:             &http.HTTP2Config{WriteByteTimeout: writeTimeout / 2}, // net/http waits twice when a write made some progress
 		MaxHeaderBytes:    headerLimit,
@@ -715,11 +715,13 @@ type hush struct {
 	shares *shares // shared by all handlers of one log
 }
 
+// shares is what is left to each message.
 type shares struct {
 	mu sync.Mutex
 	of map[string]share // guarded by mu; by message
 }
 
+// share is what one message has had.
 type share struct {
 	second  int64 // Unix time
 	lines   int   // in that second

@@ -2746,10 +2746,7 @@ func TestSlowHeader(t *testing.T) {
 		inBubble(t, func(t *testing.T) {
 			p := newPipes()
 			server := newRig(t, p)
-			conn, err := p.dial(t.Context(), "", "")
-			if err != nil {
-				t.Fatal(err)
-			}
+			conn := p.connect(t)
 			begin := time.Now()
 			go func() {
 				io.WriteString(conn, test.begin)

@@ -269,7 +269,7 @@ func (s *Server) serveWebhook(w http.ResponseWriter, r *http.Request, channel st
 	}
 	mode := s.opts.Modes.of(channel)
 	b := &budget{Reader: http.MaxBytesReader(w, r.Body, s.opts.MaxPayload), all: &s.held, limit: s.opts.HeldBuffer}
-	defer b.end()
+	defer b.set(0)
 	event, err := s.capture(r, b, channel, mode)
 	if err != nil {
 		s.Refused.Add(1)
@@ -354,6 +354,7 @@ func (s *Server) begin() bool {
 // become one write.
 var buffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}
 
+// recycle puts buf back, unless a large body has made it large.
 func recycle(buf *bytes.Buffer) {
 	if buf.Cap() <= 1<<20 {
 		buf.Reset()
@@ -379,8 +380,8 @@ func (b *budget) add(n int64) bool {
 	return b.all.Add(n) <= b.limit || n <= 0
 }
 
-// end counts the request out.
-func (b *budget) end() { b.add(-b.part) }
+// set makes n what the request counts for; 0 counts it out.
+func (b *budget) set(n int) bool { return b.add(int64(n) - b.part) }
 
 func (b *budget) Read(p []byte) (int, error) {
 	n, err := b.Reader.Read(p)
@@ -416,14 +417,14 @@ func (s *Server) capture(r *http.Request, b *budget, channel, mode string) (*Eve
 	}
 	webhook.Path, webhook.Query = splitTarget(r.RequestURI)
 	size, text := webhook.wireSize()
-	if !b.add(int64(size) - b.part) {
+	if !b.set(size) {
 		return nil, errBudget
 	}
-	event := webhook.event(channel, size, text)
+	event := newEvent(channel, webhook, size, text)
 	if len(event.frame) >= lineLimit {
 		return nil, errFrame
 	}
-	b.add(int64(len(event.wire)) - b.part)
+	b.set(len(event.wire))
 	return event, nil
 }
 
@@ -783,7 +784,7 @@ func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel, id
 	}
 	http.NewResponseController(w).SetReadDeadline(time.Now().Add(reportTime)) // one that stalls keeps out others
 	b := &budget{Reader: http.MaxBytesReader(w, r.Body, reportLimit), all: &s.reports, limit: reportsLimit}
-	defer b.end()
+	defer b.set(0)
 	var answer Answer
 	body, err := io.ReadAll(b)
 	if err == nil {

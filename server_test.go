@@ -84,6 +84,13 @@ func newRig(t testing.TB, l net.Listener, env ...string) *rig {
 	return r
 }
 
+// leaveAll ends every stream of h for reason.
+func leaveAll(h *Hub, reason error) {
+	for _, sub := range h.Subscribers() {
+		h.Leave(sub, reason)
+	}
+}
+
 // serveOn runs web on l until the test ends.
 func serveOn(t testing.TB, web *http.Server, l net.Listener) {
 	done := make(chan struct{})
@@ -198,6 +205,16 @@ func (p *pipes) dial(context.Context, string, string) (net.Conn, error) {
 		}
 	}
 	return nil, fmt.Errorf("dial: connection refused")
+}
+
+// connect is a bare connection.
+func (p *pipes) connect(t testing.TB) net.Conn {
+	t.Helper()
+	conn, err := p.dial(t.Context(), "", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return conn
 }
 
 // cut breaks all connections, as a power failure does; with down, none comes up again.
@@ -581,10 +598,7 @@ func TestBodyOfSlowSender(t *testing.T) {
 			inBubble(t, func(t *testing.T) {
 				p := newPipes()
 				newRig(t, p)
-				conn, err := p.dial(t.Context(), "", "")
-				if err != nil {
-					t.Fatal(err)
-				}
+				conn := p.connect(t)
 				begin := time.Now()
 				io.WriteString(conn, "POST "+path+" HTTP/1.1\r\nHost: relay\r\nContent-Length: 10\r\n\r\nx")
 				answer, _ := io.ReadAll(conn)
@@ -606,10 +620,7 @@ func TestBodyBudget(t *testing.T) {
 		p := newPipes()
 		r := newRig(t, p, "SERVER_HELD_BUFFER=4kb")
 		rt := p.transport(t, false)
-		conn, err := p.dial(t.Context(), "", "")
-		if err != nil {
-			t.Fatal(err)
-		}
+		conn := p.connect(t)
 		io.WriteString(conn, "POST /webhooks/ci HTTP/1.1\r\nHost: relay\r\nContent-Length: 4000\r\n\r\n"+strings.Repeat("x", 3000))
 		synctest.Wait()
 		if _, n := r.Held(); n != 3000 {
@@ -748,10 +759,7 @@ func TestStreamBytes(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		p := newPipes()
 		r := newRig(t, p)
-		conn, err := p.dial(t.Context(), "", "")
-		if err != nil {
-			t.Fatal(err)
-		}
+		conn := p.connect(t)
 		got := make(chan string)
 		go func() {
 			b, _ := io.ReadAll(conn)
@@ -759,9 +767,11 @@ func TestStreamBytes(t *testing.T) {
 		}()
 		io.WriteString(conn, "GET /subscribe/ci HTTP/1.1\r\nHost: relay\r\nAccept: text/event-stream\r\n\r\n")
 		synctest.Wait()
-		r.hub.Publish(t.Context(), newEvent("ci", &Webhook{ID: "r-1", Method: "POST", Path: "/webhooks/ci", Body: []byte("a\nb"), Time: time.UnixMilli(1700000000000)}))
+		r.hub.Publish(t.Context(), eventOf("ci", &Webhook{ID: "r-1", Method: "POST", Path: "/webhooks/ci", Body: []byte("a\nb"), Time: time.UnixMilli(1700000000000)}))
 		time.Sleep(12 * time.Second)
-		finishAll(r.hub)
+		for _, sub := range r.hub.Subscribers() {
+			r.hub.Finish(sub, errShutdown)
+		}
 		const want = "HTTP/1.1 200 OK\r\nConnection: close\r\nDate: Sat, 01 Jan 2000 00:00:00 GMT\r\n" +
 			"Content-Type: text/event-stream\r\nCache-Control: no-cache, no-transform\r\nX-Accel-Buffering: no\r\n\r\n" +
 			"id: 0\nevent: ready\ndata: {\"heartbeatInterval\":5000}\n\n" +
@@ -819,7 +829,7 @@ func TestBurstIsOneWrite(t *testing.T) {
 				io.WriteString(conn, "GET /subscribe/ci HTTP/1.1\r\nHost: relay\r\n\r\n")
 				readStreamHead(t, conn)
 				deliver := func(n int) {
-					event := newEvent("ci", &Webhook{ID: strconv.Itoa(n), Method: "POST", Path: "/webhooks/ci", Body: bytes.Repeat([]byte("x"), tt.body)})
+					event := eventOf("ci", &Webhook{ID: strconv.Itoa(n), Method: "POST", Path: "/webhooks/ci", Body: bytes.Repeat([]byte("x"), tt.body)})
 					r.hub.Publish(t.Context(), event)
 				}
 				deliver(0) // nobody reads, so its write lasts
@@ -908,20 +918,18 @@ func TestBusyStreamOfAge(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		p := newPipes()
 		r := newRig(t, p, "SERVER_STREAM_MAX_AGE=60s", "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=10s")
-		conn, err := p.dial(t.Context(), "", "")
-		if err != nil {
-			t.Fatal(err)
-		}
+		conn := p.connect(t)
 		begin := time.Now()
 		go io.WriteString(conn, "GET /subscribe/ci HTTP/1.1\r\nHost: relay\r\n\r\n")
 		var ended atomic.Bool
 		go func() { // ends with the stream
 			for !ended.Load() {
-				r.hub.Deliver(newEvent("ci", &Webhook{ID: "r-1", Method: "POST", Path: "/webhooks/ci", Body: make([]byte, 8<<10)}))
+				r.hub.Deliver(eventOf("ci", &Webhook{ID: "r-1", Method: "POST", Path: "/webhooks/ci", Body: make([]byte, 8<<10)}))
 				time.Sleep(200 * time.Millisecond)
 			}
 		}()
 		b := make([]byte, 1024)
+		var err error
 		for err == nil {
 			_, err = conn.Read(b)
 			time.Sleep(20 * time.Millisecond)
@@ -973,7 +981,7 @@ func TestChattySubscriber(t *testing.T) {
 // once, by the write's own deadline, at shutdown. The write that hangs then
 // must not outlive its subscriber.
 func TestEviction(t *testing.T) {
-	event := newEvent("ci", &Webhook{ID: "r-1", Method: "POST", Path: "/webhooks/ci", Body: make([]byte, 8<<20)})
+	event := eventOf("ci", &Webhook{ID: "r-1", Method: "POST", Path: "/webhooks/ci", Body: make([]byte, 8<<20)})
 	tests := []struct {
 		name   string
 		do     func(r *rig)
@@ -1098,10 +1106,7 @@ func frameHTTP2(kind, flags byte, stream uint32, payload []byte) []byte {
 // stream, whatever is in it, and then reads until stop comes.
 func openHTTP2(t *testing.T, p *pipes, method, path, stop string) net.Conn {
 	t.Helper()
-	conn, err := p.dial(t.Context(), "", "")
-	if err != nil {
-		t.Fatal(err)
-	}
+	conn := p.connect(t)
 	var fields []byte // literals without indexing (RFC 7541 section 6.2.2)
 	for _, s := range []string{":method", method, ":scheme", "http", ":path", path, ":authority", "relay.test"} {
 		if strings.HasPrefix(s, ":") {
@@ -1143,7 +1148,7 @@ func TestUnreadHTTP2(t *testing.T) {
 				conn := openHTTP2(t, p, "GET", "/subscribe/ci", "event: ready\n")
 				defer conn.Close()
 				synctest.Wait()
-				r.hub.Deliver(newEvent("ci", &Webhook{ID: "r-1", Method: "POST", Path: "/webhooks/ci", Body: make([]byte, 1<<20)}))
+				r.hub.Deliver(eventOf("ci", &Webhook{ID: "r-1", Method: "POST", Path: "/webhooks/ci", Body: make([]byte, 1<<20)}))
 				synctest.Wait()
 				begin := time.Now()
 				tt.do(r)
@@ -3230,7 +3235,7 @@ const subscribeRequest = "GET /subscribe/bench/ HTTP/1.1\r\nHost: relay.example.
 func frameLength(request []byte) int {
 	r, _ := http.ReadRequest(bufio.NewReader(bytes.NewReader(request)))
 	body, _ := io.ReadAll(r.Body)
-	e := newEvent("bench", &Webhook{
+	e := eventOf("bench", &Webhook{
 		ID: newID("replica"), Method: r.Method, Path: r.URL.Path, Body: body, Time: time.Now(),
 		Headers: append(endToEnd(r.Header), Header{"Host", []string{r.Host}}),
 	})
@@ -3552,18 +3557,5 @@ func BenchmarkStatusRoundTrip(b *testing.B) {
 				}
 			}
 		})
-	}
-}
-
-// leaveAll ends every stream of h for reason.
-func leaveAll(h *Hub, reason error) {
-	for _, sub := range h.Subscribers() {
-		h.Leave(sub, reason)
-	}
-}
-
-func finishAll(h *Hub) {
-	for _, sub := range h.Subscribers() {
-		h.Finish(sub, errShutdown)
 	}
 }
