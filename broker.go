@@ -101,23 +101,52 @@ func endToEnd(h map[string][]string) []Header {
 	return fields
 }
 
-// splitTarget divides a raw request target (RFC 9112 section 3.2) into path
-// and query, byte for byte; the query keeps its "?". The absolute form loses
-// its scheme and authority.
-func splitTarget(target string) (path, query string) {
-	if !strings.HasPrefix(target, "/") {
-		_, rest, _ := strings.Cut(target, "://")
-		if i := strings.IndexAny(rest, "/?"); i >= 0 {
-			target = rest[i:]
-		} else {
-			target = ""
-		}
-	}
-	if i := strings.IndexByte(target, '?'); i >= 0 {
-		return target[:i], target[i:]
-	}
-	return target, ""
+// requestTarget is a request target taken apart: the one reading of it that
+// routing, authorisation, checks and forwarding share. Nothing is decoded.
+type requestTarget struct {
+	Path, Query string // as received; Query with its leading "?"
+	Kind        string // the first segment of Path: webhooks, subscribe
+	Channel     string // the second
+	Tail        string // what follows Channel, with its leading "/"
 }
+
+var errTarget = errors.New("request target is neither a path nor an http or https URL")
+
+// parseTarget takes a raw request target apart (RFC 9112 section 3.2): the
+// origin form, or the absolute form, which loses its scheme and authority.
+func parseTarget(raw string) (t requestTarget, err error) {
+	rest := raw
+	if !strings.HasPrefix(raw, "/") {
+		scheme, after, absolute := strings.Cut(raw, "://")
+		end := strings.IndexAny(after, "/?#")
+		if !absolute || end <= 0 || after[end] != '/' || !strings.EqualFold(scheme, "http") && !strings.EqualFold(scheme, "https") {
+			return t, errTarget
+		}
+		rest = after[end:]
+	}
+	t.Path = rest
+	if i := strings.IndexByte(rest, '?'); i >= 0 {
+		t.Path, t.Query = rest[:i], rest[i:]
+	}
+	var below string
+	t.Kind, below, _ = strings.Cut(t.Path[1:], "/")
+	t.Channel = below
+	if i := strings.IndexByte(below, '/'); i >= 0 {
+		t.Channel, t.Tail = below[:i], below[i:]
+	}
+	return t, nil
+}
+
+// webhook is nil when t may be forwarded: exactly /webhooks/{channel} or below
+// it, in any reading that a target may give it.
+func (t *requestTarget) webhook() error {
+	if t.Kind != "webhooks" || !validName(t.Channel) {
+		return errOutside
+	}
+	return cmp.Or(checkPath(t.Path), checkQuery(t.Query))
+}
+
+var errOutside = errors.New("path is not /webhooks/{channel} or below it")
 
 var errPath = errors.New("path has a dot segment, a backslash, a space, a control character or a broken escape")
 
@@ -170,13 +199,13 @@ func token(s string) bool {
 	return s != ""
 }
 
-// check is the receiving side's own look at a webhook: nothing in it may
-// break the request that is built from it.
+// check is the receiving side's own look at method and headers: nothing in
+// them may break the request that is built from it.
 func (w *Webhook) check() error {
 	if !token(w.Method) {
 		return fmt.Errorf("method %.20q is no token", w.Method)
 	}
-	return cmp.Or(checkPath(w.Path), checkQuery(w.Query), checkHeaders(w.Headers))
+	return checkHeaders(w.Headers)
 }
 
 // checkQuery refuses what would end the request line.
@@ -610,7 +639,7 @@ func (m *wireMessage) open() ([]Header, []byte, error) {
 // decodeWebhook reads the data of a message event, ours or a legacy server's,
 // and checks it; hop-by-hop headers are gone from what it returns. Its errors
 // hold no value of the event beyond a method or a header name.
-func decodeWebhook(data []byte) (*Webhook, error) {
+func decodeWebhook(channel string, data []byte) (*Webhook, error) {
 	var m struct {
 		wireMessage
 		ID          string `json:"id"`
@@ -636,11 +665,20 @@ func decodeWebhook(data []byte) (*Webhook, error) {
 		Brief:   m.Mode == "status",
 		Timeout: time.Duration(min(max(m.Timeout, 0), maxResponseTimeout.Milliseconds())) * time.Millisecond,
 	}
-	w.Path, w.Query = splitTarget(target)
+	t, err := parseTarget(target)
+	if err == nil {
+		err = t.webhook()
+	}
+	if err == nil && t.Channel != channel {
+		err = errOutside
+	}
+	if err != nil {
+		return nil, err
+	}
+	w.Path, w.Query = t.Path, t.Query
 	if w.ID != "" && !validName(w.ID) {
 		return nil, errors.New("id has characters outside A-Z a-z 0-9 . _ ~ -, or is too long")
 	}
-	var err error
 	if w.Headers, w.Body, err = m.open(); err != nil {
 		return nil, err
 	}
@@ -733,13 +771,27 @@ func (a *Answer) rank() int {
 	}
 }
 
-// newID is an id of 128 random bits or more, made by the replica it starts with.
+// replicaLength is how long the names are that replicas give themselves.
+const replicaLength = 13
+
+// newReplica is a name for a replica: 65 random bits.
+func newReplica() string { return rand.Text()[:replicaLength] }
+
+// newID is an id of 130 random bits, made by the replica it starts with.
 func newID(replica string) string { return replica + "-" + rand.Text() }
 
-// replicaOf is the replica that made id.
+// replicaOf is the replica that made id; empty when id has not exactly the form
+// that newID gives it, so that nothing else is ever sent to a replica.
 func replicaOf(id string) string {
-	replica, _, _ := strings.Cut(id, "-")
-	return replica
+	for i := range len(id) {
+		if c := id[i]; i == replicaLength && c != '-' || i != replicaLength && !('A' <= c && c <= 'Z') && !('2' <= c && c <= '7') {
+			return ""
+		}
+	}
+	if len(id) != replicaLength+1+26 {
+		return ""
+	}
+	return id[:replicaLength]
 }
 
 // Backoff yields growing delays. It belongs to one goroutine.
@@ -833,10 +885,24 @@ func takenSignal(e *Event, taken []Delivery) Signal {
 	return Signal{Kind: signalTaken, To: replicaOf(e.ID), Event: e.ID, Data: string(data)}
 }
 
+// neighbourhood is what shares by address are counted for: the address, or in
+// IPv6 its /64, of which everybody has at least one (RFC 6177 section 2).
+func neighbourhood(addr netip.Addr) netip.Addr {
+	if addr.Is6() && !addr.Is4In6() {
+		if p, err := addr.WithZone("").Prefix(64); err == nil {
+			return p.Addr()
+		}
+	}
+	return addr.Unmap()
+}
+
+// half is the share of n that one party may take, so that others find space.
+func half(n int) int { return (n + 1) / 2 }
+
 // Limits bound a Hub. Zero values refuse everything.
 type Limits struct {
-	Subscribers int   // in total
-	PerAddress  int   // from one remote address
+	Subscribers int   // in total; one channel may have half of them
+	PerAddress  int   // from one remote address, or one /64
 	Buffer      int64 // bytes of undelivered frames for one subscriber
 }
 
@@ -853,7 +919,7 @@ type Hub struct {
 	mu        sync.Mutex
 	channels  map[string]*hubChannel
 	total     int
-	addresses map[netip.Addr]int
+	addresses map[netip.Addr]int // by neighbourhood
 }
 
 // hubChannel is guarded by Hub.mu.
@@ -908,6 +974,7 @@ var (
 	errOverdue     = errors.New("evicted: subscriber did not take its events in time")
 	errSubscribers = errors.New("too many subscribers")
 	errPerAddress  = errors.New("too many subscribers from one address")
+	errPerChannel  = errors.New("too many subscribers of one channel")
 )
 
 // Subscribe registers s, which then belongs to the hub until Leave. Events
@@ -916,11 +983,14 @@ var (
 func (h *Hub) Subscribe(s *Subscriber) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.total >= h.Limits.Subscribers {
+	c := h.channels[s.Channel]
+	switch near := neighbourhood(s.Addr); {
+	case h.total >= h.Limits.Subscribers:
 		return errSubscribers
-	}
-	if h.addresses[s.Addr] >= h.Limits.PerAddress {
+	case h.addresses[near] >= h.Limits.PerAddress:
 		return errPerAddress
+	case c != nil && len(c.subscribers) >= half(h.Limits.Subscribers):
+		return errPerChannel
 	}
 	s.hub = h
 	s.ID = rand.Text()
@@ -929,8 +999,7 @@ func (h *Hub) Subscribe(s *Subscriber) error {
 		h.channels, h.addresses = map[string]*hubChannel{}, map[netip.Addr]int{}
 	}
 	h.total++
-	h.addresses[s.Addr]++
-	c := h.channels[s.Channel]
+	h.addresses[neighbourhood(s.Addr)]++
 	if c == nil {
 		c = &hubChannel{confirmed: make(chan struct{}), subscribers: map[*Subscriber]struct{}{}}
 		h.channels[s.Channel] = c
@@ -999,8 +1068,9 @@ func (h *Hub) end(s *Subscriber, reason error) {
 	s.reason = reason
 	s.queue = nil
 	h.total--
-	if h.addresses[s.Addr]--; h.addresses[s.Addr] == 0 {
-		delete(h.addresses, s.Addr)
+	near := neighbourhood(s.Addr)
+	if h.addresses[near]--; h.addresses[near] == 0 {
+		delete(h.addresses, near)
 	}
 	c := h.channels[s.Channel]
 	if delete(c.subscribers, s); len(c.subscribers) == 0 {

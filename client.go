@@ -69,12 +69,13 @@ type ClientOptions struct {
 
 // Client holds one stream to the source and forwards what arrives on it.
 type Client struct {
-	opts   ClientOptions
-	log    *slog.Logger
-	name   string // for X-Relay-Client: ties reports to streams
-	base   string // path of the target, without trailing slash
-	source *http.Transport
-	target *http.Transport
+	opts    ClientOptions
+	log     *slog.Logger
+	name    string // for X-Relay-Client: ties reports to streams
+	base    string // path of the target, without trailing slash
+	channel string // whose webhooks it takes, and no others
+	source  *http.Transport
+	target  *http.Transport
 
 	slots    chan struct{}   // one per forward under way
 	forwards sync.WaitGroup  // owned by Run
@@ -107,12 +108,13 @@ func NewClient(opts ClientOptions, log *slog.Logger) *Client {
 	}
 	c := &Client{
 		opts: opts, log: log,
-		name:   rand.Text(),
-		base:   strings.TrimRight(opts.Target.EscapedPath(), "/"),
-		source: transport(false),
-		target: transport(opts.Insecure),
-		slots:  make(chan struct{}, opts.Concurrency),
-		probes: make(chan struct{}),
+		name:    rand.Text(),
+		base:    strings.TrimRight(opts.Target.EscapedPath(), "/"),
+		channel: sourceChannel(opts.Source),
+		source:  transport(false),
+		target:  transport(opts.Insecure),
+		slots:   make(chan struct{}, opts.Concurrency),
+		probes:  make(chan struct{}),
 	}
 	c.source.IdleConnTimeout = time.Minute
 	c.target.IdleConnTimeout = reuseTimeout
@@ -286,7 +288,7 @@ func (e *statusError) Error() string {
 
 var (
 	errSilent   = errors.New("stream went silent")
-	errNoStream = errors.New("source answered 200 but no text/event-stream")
+	errNoEvents = errors.New("source answered 200 but no text/event-stream")
 	errEnded    = errors.New("source ended the stream")
 	errMoved    = errors.New("stream moved")
 )
@@ -328,7 +330,7 @@ func (c *Client) read(ctx context.Context, s *subscription, watchdog *time.Timer
 		return &statusError{resp.StatusCode} // redirects too: the token goes to no other host
 	}
 	if kind, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type")); kind != "text/event-stream" {
-		return errNoStream
+		return errNoEvents
 	}
 	p := newParser(&watchedReader{resp.Body, s, watchdog})
 	for {
@@ -404,6 +406,12 @@ func (w *watchedReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// sourceChannel is the last element of the source's path.
+func sourceChannel(source *url.URL) string {
+	path := strings.TrimRight(source.EscapedPath(), "/")
+	return path[strings.LastIndexByte(path, '/')+1:]
+}
+
 // sourceRequest is a request to the source with everything that opens it.
 func (c *Client) sourceRequest(ctx context.Context, method string, u *url.URL, body io.Reader) *http.Request {
 	req, _ := http.NewRequestWithContext(ctx, method, u.String(), body) // u and method were checked at start
@@ -447,7 +455,7 @@ func bare(err error) error {
 func (c *Client) take(data []byte) (duplicate bool, err error) {
 	c.Events.Add(1)
 	received := time.Now()
-	w, err := decodeWebhook(data)
+	w, err := decodeWebhook(c.channel, data)
 	if err != nil {
 		c.Invalid.Add(1)
 		c.log.Warn("event refused", "err", err)
@@ -642,10 +650,10 @@ func (c *Client) targetRequest(ctx context.Context, w *Webhook, target string) *
 	t := c.opts.Target
 	u := &url.URL{Scheme: t.Scheme, Host: t.Host, User: t.User, Opaque: target}
 	if strings.HasPrefix(target, "//") { // no relay sends this, and Opaque would take it for an authority
-		path, query := splitTarget(target)
+		path, query, _ := strings.Cut(target, "?")
 		u.Opaque, u.RawPath = "", path
 		u.Path, _ = url.PathUnescape(path)
-		u.RawQuery, u.ForceQuery = strings.TrimPrefix(query, "?"), query == "?"
+		u.RawQuery, u.ForceQuery = query, query == "" && len(path) < len(target)
 	}
 	req := (&http.Request{
 		Method:        w.Method,

@@ -25,7 +25,7 @@ const (
 	lasting        = time.Second             // for which a connection must last, or the next one waits
 	settleTimeout  = 1500 * time.Millisecond // for the other replicas to come back after an outage
 	unreadTimeout  = time.Second             // to read what Redis sent before a session ended
-	largeEvent     = 256 << 10               // bytes beyond which events are published one by one
+	largeEvent     = 256 << 10               // bytes beyond which messages are published one by one
 	pipeCount      = 4                       // publishing connections
 	pipeQueue      = 512                     // requests that wait on one of them
 	signalQueue    = 16 << 10                // likewise on the first, which takes all signals: nobody repeats one
@@ -126,18 +126,24 @@ func (b *RedisBus) Publish(ctx context.Context, e *Event) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	if len(e.wire) > largeEvent { // a burst of them is more than Redis keeps for a replica
+	return s.publish(ctx, s.next(), b.eventName(e.Channel), e.wire)
+}
+
+// publish hands message to Redis and returns how many take it. A burst of large
+// ones is more than Redis keeps for a replica: those go one by one.
+func (s *session) publish(ctx context.Context, p pipe, name string, message []byte) (int, error) {
+	if len(message) > largeEvent {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, publishTimeout)
 		defer cancel()
 		select {
-		case b.large <- struct{}{}:
-			defer func() { <-b.large }()
+		case s.bus.large <- struct{}{}:
+			defer func() { <-s.bus.large }()
 		case <-ctx.Done():
-			return 0, errors.New("too many large events wait for redis")
+			return 0, errors.New("too many large messages wait for redis")
 		}
 	}
-	return s.ask(ctx, s.next(), "PUBLISH", b.eventName(e.Channel), e.wire)
+	return redis.Int(s.do(ctx, p, "PUBLISH", name, message))
 }
 
 // Signal implements Bus. All signals take one connection, so that they keep
@@ -159,7 +165,7 @@ func (b *RedisBus) Signal(ctx context.Context, sig Signal) (int, error) {
 	if sig.From == "" {
 		return 0, s.pipes[0].put(&request{cmd: "PUBLISH", args: []any{name, sig.encode()}})
 	}
-	return s.ask(ctx, s.pipes[0], "PUBLISH", name, sig.encode())
+	return s.publish(ctx, s.pipes[0], name, sig.encode())
 }
 
 // Run implements Bus: one session after the other. The first try after a
@@ -203,15 +209,16 @@ func (b *RedisBus) Run(ctx context.Context) error {
 // session is one life of the connections. Its goroutines end with ctx, and
 // serve waits for them.
 type session struct {
-	bus    *RedisBus
-	ctx    context.Context
-	fail   context.CancelCauseFunc
-	sub    redis.PubSubConn // written under mu, read by receive
-	pipes  []pipe
-	turn   atomic.Uint32
-	wanted chan struct{} // closed when every first subscription is confirmed
-	heard  atomic.Int64  // Unix nanoseconds of the last word of Redis, on any connection
-	silent atomic.Bool   // a request was not answered, and none has been since
+	bus      *RedisBus
+	ctx      context.Context
+	fail     context.CancelCauseFunc
+	sub      redis.PubSubConn // written under mu, read by receive
+	pipes    []pipe
+	turn     atomic.Uint32
+	wanted   chan struct{} // closed when every first subscription is confirmed
+	complete sync.Once     // closes wanted
+	heard    atomic.Int64  // Unix nanoseconds of the last word of Redis, on any connection
+	silent   atomic.Bool   // a request was not answered, and none has been since
 
 	mu    sync.Mutex           // taken before the hub's
 	names map[string]*interest // guarded by mu: by Redis channel
@@ -274,6 +281,11 @@ func (b *RedisBus) serve(ctx context.Context) (worked bool, err error) {
 	defer fail(nil)
 	run := func(f func() error) {
 		wg.Go(func() {
+			defer func() { // redigo panics on lengths that cannot be
+				if p := recover(); p != nil {
+					fail(fmt.Errorf("redis speaks nonsense: %v", p))
+				}
+			}()
 			if err := f(); err != nil {
 				fail(err)
 			}
@@ -428,8 +440,8 @@ func (s *session) confirmed(name string) {
 			delete(s.names, name)
 		}
 	}
-	if name == s.bus.allName() { // asked for last, and once: everything is subscribed
-		close(s.wanted)
+	if name == s.bus.allName() { // asked for last: everything is subscribed
+		s.complete.Do(func() { close(s.wanted) }) // Redis may say it twice
 	}
 }
 
@@ -491,7 +503,7 @@ func (s *session) deliver(name string, data []byte) {
 // subscribers of a late one.
 func (s *session) join() error {
 	joined := Signal{Kind: signalJoined}
-	if _, err := s.ask(s.ctx, s.pipes[0], "PUBLISH", s.bus.allName(), joined.encode()); err != nil {
+	if _, err := s.publish(s.ctx, s.pipes[0], s.bus.allName(), joined.encode()); err != nil {
 		return fmt.Errorf("publish to redis: %w", err)
 	}
 	if err := s.primary(); err != nil {
@@ -571,11 +583,6 @@ func (s *session) replicas() (int64, error) {
 // next is the publishing connection whose turn it is.
 func (s *session) next() pipe {
 	return s.pipes[s.turn.Add(1)%pipeCount]
-}
-
-// ask sends a command whose reply is a number and waits for it.
-func (s *session) ask(ctx context.Context, p pipe, cmd string, args ...any) (int, error) {
-	return redis.Int(s.do(ctx, p, cmd, args...))
 }
 
 // do puts a command on p and waits for its reply, at most publishTimeout.

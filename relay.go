@@ -91,8 +91,8 @@ package main
 import (
 	"bytes"
 	"cmp"
+	"container/list"
 	"context"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -196,7 +196,7 @@ func run(ctx context.Context, environ []string, stderr io.Writer) error {
 // runServer serves until ctx ends, then drains.
 func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 	hub := &Hub{Limits: c.Limits}
-	c.Server.Replica = rand.Text()[:13]
+	c.Server.Replica = newReplica()
 	c.Server.HandlerTimeout = c.HandlerTimeout
 	var bus Bus = hub
 	var redisBus *RedisBus
@@ -210,17 +210,17 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 		return fmt.Errorf("read tokens: %w", err)
 	}
 	health := &Health{
-		Info:    map[string]string{"role": c.Role, "version": version},
-		Live:    hub.Check,
-		Ready:   server.Check,
-		Metrics: serverMetrics(server, hub, redisBus),
+		Info:  map[string]string{"role": c.Role, "version": version},
+		Live:  hub.Check,
+		Ready: server.Check,
 	}
 	web := webServer(server, log)
 	listener, err := net.Listen("tcp", net.JoinHostPort("", strconv.Itoa(c.Port)))
 	if err != nil {
 		return fmt.Errorf("listen for webhooks: %w", err)
 	}
-	limited := limit(listener, c.Limits.Subscribers+extraConnections)
+	limited := limit(listener, c.Limits.Subscribers+extraConnections, c.Server.TrustedProxies)
+	web.ConnState = limited.state
 	serve := func() error { return web.Serve(limited) }
 	if c.CertFile != "" {
 		cert := &certificate{certFile: c.CertFile, keyFile: c.KeyFile, log: log}
@@ -231,6 +231,7 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 		web.TLSConfig = &tls.Config{GetCertificate: cert.get, MinVersion: tls.VersionTLS12}
 		serve = func() error { return web.ServeTLS(limited, "", "") }
 	}
+	health.Metrics = serverMetrics(server, hub, redisBus, limited)
 	stopProbes, err := serveHealth(c, health, log)
 	if err != nil {
 		listener.Close()
@@ -327,9 +328,12 @@ func webServer(handler http.Handler, log *slog.Logger) *http.Server {
 		ReadTimeout:       bodyTimeout,                // net/http lifts it once the body is read
 		WriteTimeout:      bodyTimeout + replyTimeout, // held requests and streams set their own
 		IdleTimeout:       idleTimeout,
-		HTTP2:             &http.HTTP2Config{WriteByteTimeout: writeTimeout / 2}, // net/http waits twice when a write made some progress
-		MaxHeaderBytes:    headerLimit,
-		ErrorLog:          stdlog.New(httpLog{log}, "", 0),
+		HTTP2: &http.HTTP2Config{
+			MaxConcurrentStreams: streamsAtOnce,
+			WriteByteTimeout:     writeTimeout / 2, // net/http waits twice when a write made some progress
+		},
+		MaxHeaderBytes: headerLimit,
+		ErrorLog:       stdlog.New(httpLog{log}, "", 0),
 	}
 }
 
@@ -357,9 +361,18 @@ func serveHealth(c *Config, health *Health, log *slog.Logger) (stop func(), err 
 		return nil, fmt.Errorf("listen for probes: %w", err)
 	}
 	log.Info("health service listening", "addr", listener.Addr().String())
-	web := webServer(health, log)
+	web := &http.Server{
+		Handler:           health,
+		ReadHeaderTimeout: probeTime,
+		WriteTimeout:      2 * probeTime,
+		MaxHeaderBytes:    headerLimit,
+		ErrorLog:          stdlog.New(httpLog{log}, "", 0),
+	}
+	web.SetKeepAlivesEnabled(false) // a connection that is only there keeps a probe out
+	limited := limit(listener, probeConnections, nil)
+	web.ConnState = limited.state
 	var serving sync.WaitGroup
-	serving.Go(func() { web.Serve(limit(listener, probeConnections)) })
+	serving.Go(func() { web.Serve(limited) })
 	return func() {
 		web.Close()
 		serving.Wait()
@@ -372,48 +385,154 @@ const extraConnections = 4096
 // probeConnections is how many connections there may be to the health service.
 const probeConnections = 256
 
-// limit bounds the connections of l that are open at once: one too many waits
-// in the kernel's queue.
-func limit(l net.Listener, n int) net.Listener {
-	return &limitListener{Listener: l, slots: make(chan struct{}, n), done: make(chan struct{})}
-}
+// probeTime bounds a probe's header, and its answer.
+const probeTime = 5 * time.Second
 
-// limitListener is what limit returns.
-type limitListener struct {
+// door is a listener that bounds the connections that are open at once, and the
+// share of one address (a /64 in IPv6), which is half, so that nobody keeps
+// everybody else out. When there is no place, the connection that has been idle
+// longest gives its up; where none is idle, the new one is closed.
+type door struct {
 	net.Listener
-	slots chan struct{}
-	once  sync.Once
-	done  chan struct{} // closed by Close
+	most    int
+	trusted []netip.Prefix // proxies, which come for many: no share
+
+	Open   atomic.Int64 // connections
+	Closed atomic.Int64 // that had to make place, or found none
+
+	mu     sync.Mutex
+	shares map[netip.Addr]*doorShare // guarded by mu, like all below; by neighbourhood
+	idle   list.List                 // of *guest: without a request, the longest first
 }
 
-func (l *limitListener) Accept() (net.Conn, error) {
-	select {
-	case l.slots <- struct{}{}:
-	case <-l.done:
-		return nil, net.ErrClosed
-	}
-	conn, err := l.Listener.Accept()
-	if err != nil {
-		<-l.slots
-		return nil, err
-	}
-	return &limitConn{Conn: conn, slots: l.slots}, nil
+// doorShare is what one address has of a door.
+type doorShare struct {
+	open int
+	idle list.List // of *guest, as in door
 }
 
-func (l *limitListener) Close() error {
-	l.once.Do(func() { close(l.done) })
-	return l.Listener.Close()
-}
-
-type limitConn struct {
+// guest is one open connection.
+type guest struct {
 	net.Conn
-	slots chan struct{}
-	once  sync.Once
+	door  *door
+	addr  netip.Addr
+	share *doorShare    // guarded by door.mu, like all below; nil once it is closed
+	all   *list.Element // in door.idle; nil while there is a request
+	own   *list.Element // in share.idle, likewise
 }
 
-func (c *limitConn) Close() error {
-	c.once.Do(func() { <-c.slots })
-	return c.Conn.Close()
+// limit makes l a door for most connections.
+func limit(l net.Listener, most int, trusted []netip.Prefix) *door {
+	return &door{Listener: l, most: most, trusted: trusted, shares: map[netip.Addr]*doorShare{}}
+}
+
+// Accept returns the next connection that finds a place.
+func (d *door) Accept() (net.Conn, error) {
+	for {
+		conn, err := d.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		addr := netip.Addr{} // of a connection that has none, in tests
+		if peer, err := netip.ParseAddrPort(conn.RemoteAddr().String()); err == nil {
+			addr = peer.Addr().Unmap()
+		}
+		g := &guest{Conn: conn, door: d, addr: addr}
+		leaver, ok := d.admit(g)
+		if leaver != nil {
+			leaver.Close()
+		}
+		if ok {
+			return g, nil
+		}
+		d.Closed.Add(1)
+		conn.Close()
+	}
+}
+
+// admit takes g in if there is a place, or one that leaver gives up.
+func (d *door) admit(g *guest) (leaver *guest, ok bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	near := neighbourhood(g.addr)
+	share := d.shares[near]
+	if share == nil {
+		share = &doorShare{}
+	}
+	var idle *list.List // who may have to leave
+	switch {
+	case share.open >= half(d.most) && !contains(d.trusted, g.addr):
+		idle = &share.idle
+	case int(d.Open.Load()) >= d.most:
+		idle = &d.idle
+	}
+	if idle != nil {
+		if idle.Len() == 0 {
+			return nil, false
+		}
+		leaver = idle.Front().Value.(*guest)
+		d.leave(leaver)
+		d.Closed.Add(1)
+	}
+	d.shares[near] = share
+	share.open++
+	d.Open.Add(1)
+	g.share = share
+	d.rest(g)
+	return leaver, true
+}
+
+// rest makes g idle, and stir busy. Both need mu.
+func (d *door) rest(g *guest) {
+	g.all, g.own = d.idle.PushBack(g), g.share.idle.PushBack(g)
+}
+
+func (d *door) stir(g *guest) {
+	if g.all != nil {
+		d.idle.Remove(g.all)
+		g.share.idle.Remove(g.own)
+		g.all, g.own = nil, nil
+	}
+}
+
+// leave counts g out, once. It needs mu.
+func (d *door) leave(g *guest) {
+	if g.share == nil {
+		return
+	}
+	d.stir(g)
+	d.Open.Add(-1)
+	if g.share.open--; g.share.open == 0 {
+		delete(d.shares, neighbourhood(g.addr))
+	}
+	g.share = nil
+}
+
+// state is http.Server.ConnState: a connection is idle until its first whole
+// header has come, and between two requests.
+func (d *door) state(conn net.Conn, state http.ConnState) {
+	if secure, ok := conn.(*tls.Conn); ok {
+		conn = secure.NetConn()
+	}
+	g, ok := conn.(*guest)
+	if !ok {
+		return
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if g.share != nil {
+		d.stir(g)
+		if state == http.StateIdle || state == http.StateNew {
+			d.rest(g)
+		}
+	}
+}
+
+func (g *guest) Close() error {
+	g.door.mu.Lock()
+	g.door.leave(g)
+	g.door.mu.Unlock()
+	return g.Conn.Close()
 }
 
 // certificate is a key pair that is read again when a file changes; a broken
@@ -461,10 +580,9 @@ func gauge(name, help string, v func() int64) Metric {
 	return Metric{name, "gauge", help, v}
 }
 
-func serverMetrics(s *Server, hub *Hub, bus *RedisBus) []Metric {
+func serverMetrics(s *Server, hub *Hub, bus *RedisBus, d *door) []Metric {
 	metrics := []Metric{
 		counter("relay_webhooks_total", "Webhooks received.", &s.Webhooks),
-		counter("relay_webhooks_refused_total", "Webhooks answered with an error of the relay before they were published.", &s.Refused),
 		counter("relay_webhooks_unheard_total", "Webhooks accepted in accept mode that reached no subscriber.", &s.Unheard),
 		counter("relay_webhooks_answered_total", "Held webhooks answered by the target.", &s.Answered),
 		counter("relay_webhooks_unanswered_total", "Held webhooks that ended without an answer.", &s.Unanswered),
@@ -476,6 +594,18 @@ func serverMetrics(s *Server, hub *Hub, bus *RedisBus) []Metric {
 		gauge("relay_held_requests", "Requests held for an answer.", func() int64 { n, _ := s.Held(); return int64(n) }),
 		gauge("relay_held_bytes", "Bytes of requests under way, above all of those held for an answer.", func() int64 { _, n := s.Held(); return n }),
 	}
+	for _, reason := range webhookReasons {
+		metrics = append(metrics, counter(fmt.Sprintf("relay_webhooks_refused_total{reason=%q}", reason),
+			"Webhooks answered with an error of the relay before they were published.", s.Refused[reason]))
+	}
+	for _, reason := range subscriberReasons {
+		metrics = append(metrics, counter(fmt.Sprintf("relay_subscribers_refused_total{reason=%q}", reason),
+			"Streams and reports that were refused.", s.Rejected[reason]))
+	}
+	metrics = append(metrics,
+		gauge("relay_connections", "Connections to the port for webhooks and streams.", d.Open.Load),
+		counter("relay_connections_closed_total", "Connections closed because there was no place, or to make one.", &d.Closed),
+	)
 	if bus != nil {
 		metrics = append(metrics,
 			counter("relay_redis_sessions_total", "Times the connection to Redis came up.", &bus.Sessions),
@@ -577,7 +707,7 @@ func settings(c *Config) []setting {
 		{"REDIS_MAX_RETRIES_PER_REQUEST", "", "server", "accepted for compatibility, has no effect", ignored, nil},
 		{"REDIS_ENABLE_OFFLINE_QUEUE", "", "server", "accepted for compatibility, has no effect", ignored, nil},
 		{"REDIS_ENABLE_READY_CHECK", "", "server", "accepted for compatibility, has no effect", ignored, nil},
-		{"SOURCE_URL", "", "client", "the stream: https://relay.example.com/subscribe/{channel}/; required", webURL(&c.Client.Source, true), redacted},
+		{"SOURCE_URL", "", "client", "the stream: https://relay.example.com/subscribe/{channel}/; required", sourceURL(&c.Client.Source), redacted},
 		{"TARGET_BASE_URL", "", "client", "where webhooks go: path and query are appended; required", webURL(&c.Client.Target, false), redacted},
 		{"RECONNECT_INTERVAL", "1000", "client", "first pause before the stream is opened again; grows to 30s", duration(&c.Client.ReconnectInterval, time.Millisecond, maxDuration), nil},
 		{"TARGET_TIMEOUT", "30s", "client", "time for one attempt at the target", duration(&c.Client.Timeout, time.Millisecond, maxDuration), nil},
@@ -604,12 +734,15 @@ var (
 // loadConfig reads environ. Its error names every mistake at once.
 func loadConfig(environ []string) (*Config, []warning, error) {
 	env := map[string]string{}
+	c := &Config{}
+	var mistakes []string
 	for _, entry := range environ {
 		name, value, _ := strings.Cut(entry, "=")
 		env[name] = strings.TrimSpace(value)
+		if name == "AUTH_TOKEN" && env[name] == "" { // what should have set it has not: that must not open the server
+			mistakes = append(mistakes, "AUTH_TOKEN: set, but blank: give a token, or do not set it")
+		}
 	}
-	c := &Config{}
-	var mistakes []string
 	var shown []slog.Attr
 	var warnings []warning
 	mode := strings.ToLower(env["RELAY_MODE"])
@@ -1008,6 +1141,21 @@ func webURL(dst **url.URL, query bool) func(string) error {
 			return errors.New("must not begin its path with two slashes")
 		}
 		*dst = u
+		return nil
+	}
+}
+
+// sourceURL is a webURL that ends in /subscribe/{channel}, maybe with a slash:
+// anything else would be another service, or the way in for webhooks.
+func sourceURL(dst **url.URL) func(string) error {
+	return func(v string) error {
+		if err := webURL(dst, true)(v); err != nil {
+			return err
+		}
+		path := strings.TrimSuffix((*dst).EscapedPath(), "/")
+		if !strings.HasSuffix(path[:strings.LastIndexByte(path, '/')+1], "/subscribe/") || !validName(sourceChannel(*dst)) {
+			return errors.New("must end in /subscribe/{channel}, such as https://relay.example.com/subscribe/ci/")
+		}
 		return nil
 	}
 }

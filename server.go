@@ -34,7 +34,10 @@ const (
 // The server's fixed bounds; the package doc lists what happens at each.
 const (
 	headerTimeout  = 10 * time.Second       // to send a request's header
-	headerLimit    = 64 << 10               // bytes of a request's header
+	headerLimit    = 16 << 10               // bytes of a request's header
+	fieldLimit     = 500                    // values in a header: each costs more than its bytes
+	requestCost    = 16 << 10               // bytes that a request takes besides those it brings
+	streamsAtOnce  = 50                     // requests under way on an HTTP/2 connection
 	bodyTimeout    = 60 * time.Second       // to send a request's body
 	replyTimeout   = 10 * time.Second       // to take an answer
 	againAtOnce    = 128                    // held events that are published again; the others wait, or a bus could not keep up
@@ -43,10 +46,12 @@ const (
 	idleTimeout    = 2 * time.Minute        // between two requests on a connection
 	writeTimeout   = 60 * time.Second       // for one write to a stream: a full client may pause this long
 	liveTimeout    = 5 * time.Second        // until a new stream is subscribed on every replica
+	probeTimeout   = 2 * time.Second        // for a balancer's probe
 	movePatience   = 5 * time.Second        // for clients to follow a drain at shutdown
 	moveJitter     = time.Second            // over which drain is spread at shutdown
 	reserve        = time.Second            // of the handler timeout, kept for closing streams
 	reloadInterval = 3 * time.Second        // between looks at the tokens file
+	settleInterval = time.Second            // between looks at the start, while its last line is not complete
 	tokensLimit    = 1 << 20                // bytes of the tokens file
 	reportTime     = 10 * time.Second       // to send a report, twice what a client takes for one try
 	reportLimit    = 8 << 20                // bytes of a client's report
@@ -99,7 +104,8 @@ type Server struct {
 	held    atomic.Int64 // bytes of all holds, and of bodies that are being read
 	reports atomic.Int64 // bytes of reports that are being read
 
-	Webhooks, Unheard, Refused, Answered, Unanswered, Heartbeats atomic.Int64
+	Webhooks, Unheard, Answered, Unanswered, Heartbeats atomic.Int64
+	Refused, Rejected                                   refusals // webhooks; subscribers and their reports
 
 	draining atomic.Bool   // not ready any more, but still at work
 	giveUp   chan struct{} // closed: held requests, and streams that have not begun, end with 503
@@ -119,9 +125,17 @@ func NewServer(opts ServerOptions, hub *Hub, bus Bus, log *slog.Logger) (*Server
 	s := &Server{
 		opts: opts, log: log, hub: hub, bus: bus,
 		giveUp: make(chan struct{}), turns: make(chan struct{}, againAtOnce),
-		holds: map[string]*hold{},
+		holds:   map[string]*hold{},
+		Refused: newRefusals(webhookReasons), Rejected: newRefusals(subscriberReasons),
 	}
 	keys, err := loadKeys(opts)
+	for err == nil && !keys.whole { // a writer may still be at work, and half a token must open nothing
+		before := keys.sum
+		time.Sleep(settleInterval)
+		if keys, err = loadKeys(opts); err == nil && keys.sum == before {
+			break
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -138,7 +152,7 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	tick := time.NewTicker(reloadInterval)
 	defer tick.Stop()
-	last := ""
+	last, seen := "", s.keys.Load().sum
 	for {
 		select {
 		case <-ctx.Done():
@@ -154,7 +168,9 @@ func (s *Server) Run(ctx context.Context) error {
 			continue
 		}
 		last = ""
-		if keys.sum == s.keys.Load().sum {
+		settled := keys.whole || keys.sum == seen
+		seen = keys.sum
+		if !settled || keys.sum == s.keys.Load().sum {
 			continue
 		}
 		s.keys.Store(keys)
@@ -228,66 +244,139 @@ func done(wg *sync.WaitGroup) <-chan struct{} {
 	return c
 }
 
-// ServeHTTP is the whole route table. It routes on the escaped path and never
-// redirects: a provider that does not follow would lose its webhook.
+// ServeHTTP is the whole route table. It never redirects: a provider that does
+// not follow would lose its webhook.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	kind, rest, _ := strings.Cut(strings.TrimPrefix(r.URL.EscapedPath(), "/"), "/")
-	channel, tail, _ := strings.Cut(rest, "/")
-	if s.draining.Load() {
-		w.Header().Set("Connection", "close") // the next request goes to another replica
+	if s.draining.Load() || len(r.TransferEncoding) > 0 {
+		// The next request goes to another replica; or what follows a chunked
+		// body may be a second request, if the message had a Content-Length too
+		// (RFC 9112 section 6.3): net/http does not tell.
+		w.Header().Set("Connection", "close")
 	}
+	t, err := parseTarget(r.RequestURI)
 	switch {
-	case kind == "webhooks" && r.URL.EscapedPath() != "/webhooks":
-		s.serveWebhook(w, r, channel)
-	case kind == "subscribe" && rest != "" && tail == "":
-		s.serveSubscribe(w, r, channel)
-	case kind == "subscribe" && strings.HasPrefix(tail, "responses/") && strings.Count(tail, "/") == 1:
-		s.serveReport(w, r, channel, strings.TrimPrefix(tail, "responses/"))
+	case r.RequestURI == "*":
+		refuse(w, errNotFound)
+	case err != nil:
+		refuse(w, errInvalidPath)
+	case t.Kind == "webhooks" && t.Path != "/webhooks":
+		s.serveWebhook(w, r, &t)
+	case t.Kind == "subscribe" && t.Channel != "" && (t.Tail == "" || t.Tail == "/"):
+		s.serveSubscribe(w, r, t.Channel)
+	case t.Kind == "subscribe" && strings.HasPrefix(t.Tail, "/responses/") && strings.Count(t.Tail, "/") == 2:
+		s.serveReport(w, r, t.Channel, strings.TrimPrefix(t.Tail, "/responses/"))
+	case t.Path == "/":
+		s.serveReady(w, r)
 	default:
-		refuse(w, http.StatusNotFound, "not found")
+		refuse(w, errNotFound)
 	}
 }
 
-// refuse answers with the relay's own error: a fixed text, never the input.
-func refuse(w http.ResponseWriter, status int, message string) {
+// refusal is the relay's own answer to a request: a fixed text, never the input.
+type refusal struct {
+	status  int
+	message string
+	reason  string // label of the metrics that count it
+}
+
+func (r *refusal) Error() string { return r.message }
+
+// All that is refused, and why.
+var (
+	errNotFound    = &refusal{http.StatusNotFound, "not found", "path"}
+	errMethod      = &refusal{http.StatusMethodNotAllowed, "method not allowed", "method"}
+	errChannel     = &refusal{http.StatusBadRequest, "invalid channel", "channel"}
+	errBadMethod   = &refusal{http.StatusBadRequest, "invalid method", "method"}
+	errInvalidPath = &refusal{http.StatusBadRequest, "invalid path", "path"}
+	errQuery       = &refusal{http.StatusBadRequest, "invalid query", "path"}
+	errIncomplete  = &refusal{http.StatusBadRequest, "body incomplete", "body"}
+	errUnwanted    = &refusal{http.StatusBadRequest, "no body expected", "body"}
+	errFields      = &refusal{http.StatusRequestHeaderFieldsTooLarge, "too many header fields", "size"}
+	errTooLarge    = &refusal{http.StatusRequestEntityTooLarge, "payload too large", "size"}
+	errAddress     = &refusal{http.StatusForbidden, "address not allowed", "address"}
+	errToken       = &refusal{http.StatusUnauthorized, "missing or wrong token", "token"}
+	errBudget      = &refusal{http.StatusServiceUnavailable, "too many requests wait", "budget"}
+	errLimit       = &refusal{http.StatusServiceUnavailable, "too many subscribers", "limit"}
+	errBus         = &refusal{http.StatusServiceUnavailable, "bus unavailable", "bus"}
+	errLeaving     = &refusal{http.StatusServiceUnavailable, "shutting down", "shutdown"}
+	errConnection  = &refusal{http.StatusServiceUnavailable, "no stream on this connection", "connection"}
+	errNobody      = &refusal{http.StatusServiceUnavailable, "nobody connected", "nobody"}
+	errGone        = &refusal{http.StatusServiceUnavailable, "provider is gone", "gone"}
+	errReport      = &refusal{http.StatusBadRequest, "invalid report", "body"}
+	errNoHold      = &refusal{http.StatusNotFound, "nobody waits", "path"}
+	errUnreachable = &refusal{http.StatusBadGateway, "target unreachable", "unreachable"}
+	errNoAnswer    = &refusal{http.StatusGatewayTimeout, "no answer in time", "timeout"}
+)
+
+// refusals counts by reason.
+type refusals map[string]*atomic.Int64
+
+// webhookReasons and subscriberReasons are all that may stand in the label.
+var (
+	webhookReasons    = []string{"address", "body", "budget", "bus", "channel", "method", "path", "shutdown", "size"}
+	subscriberReasons = []string{"address", "body", "bus", "channel", "connection", "limit", "method", "shutdown", "token"}
+)
+
+func newRefusals(reasons []string) refusals {
+	r := refusals{}
+	for _, reason := range reasons {
+		r[reason] = new(atomic.Int64)
+	}
+	return r
+}
+
+// refuse counts err and answers with it.
+func (r refusals) refuse(w http.ResponseWriter, err *refusal) {
+	r[err.reason].Add(1)
+	refuse(w, err)
+}
+
+// refuse answers with err.
+func refuse(w http.ResponseWriter, err *refusal) {
 	h := w.Header()
 	h.Set("Content-Type", "application/json")
-	if status == http.StatusServiceUnavailable {
+	if err.status == http.StatusServiceUnavailable {
 		h.Set("Retry-After", retryAfter)
 	}
-	w.WriteHeader(status)
-	fmt.Fprintf(w, `{"statusCode":%d,"message":"%s"}`, status, message)
+	w.WriteHeader(err.status)
+	fmt.Fprintf(w, `{"statusCode":%d,"message":"%s"}`, err.status, err.message)
+}
+
+// serveReady is /ready of the health service, for balancers that can only
+// probe the port that takes traffic.
+func (s *Server) serveReady(w http.ResponseWriter, r *http.Request) {
+	ctx, cancel := context.WithTimeout(r.Context(), probeTimeout)
+	defer cancel()
+	switch {
+	case r.Method != http.MethodGet && r.Method != http.MethodHead:
+		w.Header().Set("Allow", "GET, HEAD")
+		refuse(w, errMethod)
+	case s.draining.Load():
+		refuse(w, errLeaving)
+	case s.Check(ctx) != nil:
+		refuse(w, errBus)
+	default:
+		io.WriteString(w, "ok\n")
+	}
 }
 
 // serveWebhook takes one webhook of a provider.
-func (s *Server) serveWebhook(w http.ResponseWriter, r *http.Request, channel string) {
+func (s *Server) serveWebhook(w http.ResponseWriter, r *http.Request, t *requestTarget) {
 	s.Webhooks.Add(1)
-	if status, message := s.admitWebhook(r, channel); status != 0 {
-		s.Refused.Add(1)
-		refuse(w, status, message)
+	if err := s.admitWebhook(r, t); err != nil {
+		s.Refused.refuse(w, err)
 		return
 	}
-	mode := s.opts.Modes.of(channel)
+	mode := s.opts.Modes.of(t.Channel)
 	b := &budget{Reader: http.MaxBytesReader(w, r.Body, s.opts.MaxPayload), all: &s.held, limit: s.opts.HeldBuffer}
-	defer b.set(0)
-	event, err := s.capture(r, b, channel, mode)
+	defer b.end()
+	event, err := s.capture(r, t, b, mode)
 	if err != nil {
-		s.Refused.Add(1)
-		s.log.Debug("webhook refused", "channel", channel, "err", err)
-		_, large := errors.AsType[*http.MaxBytesError](err)
-		switch {
-		case errors.Is(err, errBudget):
-			refuse(w, http.StatusServiceUnavailable, "too many requests wait")
-		case large || err == errFrame:
-			refuse(w, http.StatusRequestEntityTooLarge, "payload too large")
-		default:
-			refuse(w, http.StatusBadRequest, "body incomplete")
-		}
+		s.Refused.refuse(w, err)
 		return
 	}
 	if !s.begin() {
-		s.Refused.Add(1)
-		refuse(w, http.StatusServiceUnavailable, "shutting down")
+		s.Refused.refuse(w, errLeaving)
 		return
 	}
 	defer s.requests.Done()
@@ -295,47 +384,56 @@ func (s *Server) serveWebhook(w http.ResponseWriter, r *http.Request, channel st
 		s.serveHeld(w, r, &hold{event: event, budget: b, poke: make(chan struct{}, 1)}, mode)
 		return
 	}
+	log := s.log.With("channel", event.Channel, "event", event.ID)
 	// A sender that closes its side after the request looks as if it had gone.
-	receivers, err := s.bus.Publish(context.WithoutCancel(r.Context()), event)
-	if err != nil {
-		s.Refused.Add(1)
-		s.log.Debug("webhook refused", "channel", channel, "event", event.ID, "err", err)
-		refuse(w, http.StatusServiceUnavailable, "bus unavailable")
+	receivers, busErr := s.bus.Publish(context.WithoutCancel(r.Context()), event)
+	if busErr != nil {
+		log.Debug("webhook refused", "err", busErr)
+		s.Refused.refuse(w, errBus)
 		return
 	}
 	if receivers == 0 {
 		s.Unheard.Add(1)
-		s.log.Info("webhook reached no subscriber", "channel", channel, "event", event.ID)
+		log.Info("webhook reached no subscriber")
 	} else {
-		s.log.Debug("webhook published", "channel", channel, "event", event.ID)
+		log.Debug("webhook published")
 	}
 	event.release()
 }
 
-// admitWebhook is everything that can be refused before the body is read;
-// status 0 admits.
-func (s *Server) admitWebhook(r *http.Request, channel string) (status int, message string) {
-	if !validName(channel) {
-		return http.StatusBadRequest, "invalid channel"
-	}
-	path, query := splitTarget(r.RequestURI)
+// admitWebhook is everything that can be refused before the body is read; nil
+// admits.
+func (s *Server) admitWebhook(r *http.Request, t *requestTarget) *refusal {
 	switch { // HTTP/2 can bring such methods and queries
+	case !validName(t.Channel):
+		return errChannel
 	case !token(r.Method):
-		return http.StatusBadRequest, "invalid method"
-	case checkPath(path) != nil:
-		return http.StatusBadRequest, "invalid path"
-	case checkQuery(query) != nil:
-		return http.StatusBadRequest, "invalid query"
+		return errBadMethod
+	case checkPath(t.Path) != nil:
+		return errInvalidPath
+	case checkQuery(t.Query) != nil:
+		return errQuery
+	case tooManyFields(r.Header):
+		return errFields
 	}
 	if s.opts.WebhooksAllowed != nil {
 		if addr, err := s.remote(r); err != nil || !contains(s.opts.WebhooksAllowed, addr) {
-			return http.StatusForbidden, "address not allowed"
+			return errAddress
 		}
 	}
 	if r.ContentLength > s.opts.MaxPayload { // before 100 Continue invites the body
-		return http.StatusRequestEntityTooLarge, "payload too large"
+		return errTooLarge
 	}
-	return 0, ""
+	return nil
+}
+
+// tooManyFields reports whether h has more values than a request may have.
+func tooManyFields(h map[string][]string) bool {
+	n := 0
+	for _, values := range h {
+		n += len(values)
+	}
+	return n > fieldLimit
 }
 
 // begin counts a webhook in that is about to be published, unless the server
@@ -372,16 +470,17 @@ type budget struct {
 	part  int64 // of this one
 }
 
-var errBudget = errors.New("no space in the budget")
-
 // add counts n bytes more, or less, and tells whether all are within the limit.
 func (b *budget) add(n int64) bool {
 	b.part += n
 	return b.all.Add(n) <= b.limit || n <= 0
 }
 
-// set makes n what the request counts for; 0 counts it out.
-func (b *budget) set(n int) bool { return b.add(int64(n) - b.part) }
+// set makes n, and what any request takes, what this one counts for.
+func (b *budget) set(n int) bool { return b.add(requestCost + int64(n) - b.part) }
+
+// end counts the request out.
+func (b *budget) end() { b.add(-b.part) }
 
 func (b *budget) Read(p []byte) (int, error) {
 	n, err := b.Reader.Read(p)
@@ -393,42 +492,49 @@ func (b *budget) Read(p []byte) (int, error) {
 
 // capture reads the request to its end and encodes it: the only copy that is
 // kept, and what counts in b from then on.
-func (s *Server) capture(r *http.Request, b *budget, channel, mode string) (*Event, error) {
+func (s *Server) capture(r *http.Request, t *requestTarget, b *budget, mode string) (*Event, *refusal) {
+	if !b.set(0) {
+		return nil, errBudget
+	}
 	buf := buffers.Get().(*bytes.Buffer)
 	defer recycle(buf)
 	if r.ContentLength != 0 {
 		buf.Grow(int(min(max(r.ContentLength, 0), 16<<10)) + bytes.MinRead)
-		if _, err := buf.ReadFrom(b); err != nil {
-			return nil, fmt.Errorf("read body: %w", err)
+		_, err := buf.ReadFrom(b)
+		if _, large := errors.AsType[*http.MaxBytesError](err); large {
+			return nil, errTooLarge
+		} else if err == errBudget {
+			return nil, errBudget
+		} else if err != nil {
+			return nil, errIncomplete
 		}
 	}
 	webhook := &Webhook{
 		ID:      newID(s.opts.Replica),
 		Method:  r.Method,
+		Path:    t.Path,
+		Query:   t.Query,
 		Headers: endToEnd(r.Header),
 		Body:    buf.Bytes(),
 		Time:    time.Now(),
 		Respond: mode != modeAccept,
 		Brief:   mode == modeStatus,
-		Timeout: s.opts.Timeouts.of(channel),
+		Timeout: s.opts.Timeouts.of(t.Channel),
 	}
 	if r.Host != "" {
 		webhook.Headers = append(webhook.Headers, Header{"Host", []string{r.Host}})
 	}
-	webhook.Path, webhook.Query = splitTarget(r.RequestURI)
 	size, text := webhook.wireSize()
 	if !b.set(size) {
 		return nil, errBudget
 	}
-	event := newEvent(channel, webhook, size, text)
+	event := newEvent(t.Channel, webhook, size, text)
 	if len(event.frame) >= lineLimit {
-		return nil, errFrame
+		return nil, errTooLarge
 	}
 	b.set(len(event.wire))
 	return event, nil
 }
-
-var errFrame = errors.New("frame is larger than clients take")
 
 // Held requests. The provider's open request is the only queue: a hold is one
 // map entry, one timer in the request's own goroutine, and the event.
@@ -466,37 +572,59 @@ func (s *Server) serveHeld(w http.ResponseWriter, r *http.Request, h *hold, mode
 	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(timeout + replyTimeout))
 	s.hold(h)
 	defer s.release(h)
-	answer, status, message := s.await(r.Context(), h, time.Now().Add(timeout))
-	log := s.log.With("channel", e.Channel, "event", e.ID)
+	answer, refused := s.await(r.Context(), h, time.Now().Add(timeout))
 	switch {
-	case status != 0:
-		s.Unanswered.Add(1)
-		log.Info("webhook not answered", "status", status)
-		refuse(w, status, message)
+	case refused != nil:
 	case answer.Err == answerUnreachable:
-		s.Unanswered.Add(1)
-		refuse(w, http.StatusBadGateway, "target unreachable")
+		refused = errUnreachable
 	case answer.Err != "":
-		s.Unanswered.Add(1)
-		refuse(w, http.StatusGatewayTimeout, "no answer in time")
-	default:
-		s.Answered.Add(1)
-		log.Debug("webhook answered", "status", answer.Status)
-		header := w.Header()
-		header["Content-Type"] = nil // net/http must not guess one
-		if mode == modeResponse {
-			for _, f := range answer.Headers {
-				header[f.Name] = f.Values
-			}
-		} else {
-			answer.Body = nil
-		}
-		if r.Method != http.MethodHead && answer.Status != http.StatusNoContent && answer.Status != http.StatusNotModified {
-			header.Set("Content-Length", strconv.Itoa(len(answer.Body)))
-		}
-		w.WriteHeader(answer.Status)
-		w.Write(answer.Body)
+		refused = errNoAnswer
 	}
+	log := s.log.With("channel", e.Channel, "event", e.ID)
+	if refused != nil {
+		s.Unanswered.Add(1)
+		log.Info("webhook not answered", "status", refused.status, "err", refused)
+		refuse(w, refused)
+		return
+	}
+	s.Answered.Add(1)
+	log.Debug("webhook answered", "status", answer.Status)
+	header := w.Header()
+	header["Content-Type"] = nil // net/http must not guess one
+	if mode == modeResponse {
+		public(header, answer.Headers, r.Header["Origin"] != nil)
+	} else {
+		answer.Body = nil
+	}
+	if r.Method != http.MethodHead && answer.Status != http.StatusNoContent && answer.Status != http.StatusNotModified {
+		header.Set("Content-Length", strconv.Itoa(len(answer.Body)))
+	}
+	w.WriteHeader(answer.Status)
+	w.Write(answer.Body)
+}
+
+// private lists what a target may say to its own proxy or its own browsers, but
+// not on the relay's host; a name that ends in "-" stands for all that begin so.
+var private = []string{
+	"X-Accel-", "X-Sendfile", "X-Sendfile-", // nginx, Apache and lighttpd would serve files of the relay's host
+	"Strict-Transport-Security", "Clear-Site-Data", "Alt-Svc", "Service-Worker-Allowed", "Refresh",
+}
+
+// public puts the fields of a target's answer into header as far as they
+// concern the provider alone. Access-Control fields are for a browser that
+// sent an Origin. What comes from inside is neither kept by caches nor sniffed.
+func public(header http.Header, fields []Header, origin bool) {
+	for _, f := range fields {
+		if !slices.ContainsFunc(private, func(name string) bool {
+			return f.Name == name || strings.HasSuffix(name, "-") && strings.HasPrefix(f.Name, name)
+		}) && (origin || !strings.HasPrefix(f.Name, "Access-Control-")) {
+			header[f.Name] = f.Values
+		}
+	}
+	if header["Cache-Control"] == nil {
+		header["Cache-Control"] = []string{"no-store"}
+	}
+	header["X-Content-Type-Options"] = []string{"nosniff"}
 }
 
 // hold makes h known to those who report; release forgets it.
@@ -513,13 +641,13 @@ func (s *Server) release(h *hold) {
 }
 
 // await publishes h's event, again whenever somebody new can take it, until
-// there is an answer or a reason to give up: a status of our own, or, when the
-// provider has gone, anything.
-func (s *Server) await(ctx context.Context, h *hold, deadline time.Time) (a Answer, status int, message string) {
+// there is an answer or a reason to give up: a refusal, or, when the provider
+// has gone, anything.
+func (s *Server) await(ctx context.Context, h *hold, deadline time.Time) (a Answer, refused *refusal) {
 	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
 	if err := s.publish(ctx, h, h.event); err != nil {
-		return a, http.StatusServiceUnavailable, "bus unavailable"
+		return a, errBus
 	}
 	for {
 		s.mu.Lock()
@@ -534,7 +662,7 @@ func (s *Server) await(ctx context.Context, h *hold, deadline time.Time) (a Answ
 		}
 		s.mu.Unlock()
 		if done {
-			return a, 0, ""
+			return a, nil
 		}
 		for _, only := range again {
 			if err := s.publishAgain(ctx, h, only, deadline); err != nil {
@@ -552,20 +680,20 @@ func (s *Server) await(ctx context.Context, h *hold, deadline time.Time) (a Answ
 		case <-h.poke:
 		case <-look:
 		case <-s.giveUp:
-			return a, http.StatusServiceUnavailable, "shutting down"
+			return a, errLeaving
 		case <-ctx.Done():
 			if ctx.Err() == context.Canceled {
-				return a, http.StatusServiceUnavailable, "provider is gone"
+				return a, errGone
 			}
 			s.mu.Lock()
 			defer s.mu.Unlock()
 			if h.best != nil {
-				return *h.best, 0, ""
+				return *h.best, nil
 			}
 			if slices.ContainsFunc(h.given, func(g given) bool { return !g.Legacy && g.state == stateOpen }) {
-				return a, http.StatusGatewayTimeout, "no answer in time"
+				return a, errNoAnswer
 			}
-			return a, http.StatusServiceUnavailable, "nobody connected"
+			return a, errNobody
 		}
 	}
 }
@@ -778,13 +906,13 @@ func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel, id
 	if _, _, ok := s.authorise(w, r, http.MethodPost, channel); !ok {
 		return
 	}
-	if !validName(id) {
-		refuse(w, http.StatusNotFound, "nobody waits")
+	if replicaOf(id) == "" {
+		refuse(w, errNoHold)
 		return
 	}
 	http.NewResponseController(w).SetReadDeadline(time.Now().Add(reportTime)) // one that stalls keeps out others
 	b := &budget{Reader: http.MaxBytesReader(w, r.Body, reportLimit), all: &s.reports, limit: reportsLimit}
-	defer b.set(0)
+	defer b.end()
 	var answer Answer
 	body, err := io.ReadAll(b)
 	if err == nil {
@@ -792,11 +920,11 @@ func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel, id
 	}
 	switch {
 	case err == errBudget:
-		refuse(w, http.StatusServiceUnavailable, "too many reports")
+		refuse(w, errBudget)
 		return
 	case err != nil:
 		s.log.Warn("report refused", "channel", channel, "event", id, "err", err)
-		refuse(w, http.StatusBadRequest, "invalid report")
+		refuse(w, errReport)
 		return
 	}
 	taken, err := s.route(r.Context(), Signal{
@@ -806,9 +934,9 @@ func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel, id
 	}, answer)
 	switch {
 	case err != nil:
-		refuse(w, http.StatusServiceUnavailable, "bus unavailable")
+		refuse(w, errBus)
 	case !taken:
-		refuse(w, http.StatusNotFound, "nobody waits")
+		refuse(w, errNoHold)
 	default:
 		w.WriteHeader(http.StatusNoContent)
 	}
@@ -845,11 +973,12 @@ type keyring struct {
 	open   bool                  // no token is configured at all
 	tokens map[string][][32]byte // by channel; "*" for any
 	sum    [32]byte              // of the file, to notice a change
+	whole  bool                  // its last line is complete
 }
 
 // loadKeys reads the tokens of opts.
 func loadKeys(opts ServerOptions) (*keyring, error) {
-	k := &keyring{open: opts.Token == "" && opts.TokensFile == "", tokens: map[string][][32]byte{}}
+	k := &keyring{open: opts.Token == "" && opts.TokensFile == "", whole: true, tokens: map[string][][32]byte{}}
 	if opts.TokensFile != "" {
 		f, err := os.Open(opts.TokensFile)
 		if err != nil {
@@ -867,6 +996,7 @@ func loadKeys(opts ServerOptions) (*keyring, error) {
 			return nil, fmt.Errorf("%s: %w", opts.TokensFile, err)
 		}
 		k.sum = sha256.Sum256(data)
+		k.whole = bytes.HasSuffix(data, []byte("\n"))
 	}
 	if opts.Token != "" {
 		k.tokens["*"] = append(k.tokens["*"], sha256.Sum256([]byte(opts.Token)))
@@ -920,22 +1050,24 @@ func (s *Server) authorise(w http.ResponseWriter, r *http.Request, method, chann
 		token = strings.TrimSpace(bearer)
 	}
 	credential = sha256.Sum256([]byte(token))
+	var refused *refusal
 	switch {
 	case !validName(channel):
-		refuse(w, http.StatusBadRequest, "invalid channel")
+		refused = errChannel
 	case r.Method != method:
 		w.Header().Set("Allow", method)
-		refuse(w, http.StatusMethodNotAllowed, "method not allowed")
+		refused = errMethod
 	case s.opts.SubscribeAllowed != nil && (err != nil || !contains(s.opts.SubscribeAllowed, addr)):
 		s.log.Warn("subscriber refused: address not allowed", "channel", channel, "addr", addr)
-		refuse(w, http.StatusForbidden, "address not allowed")
+		refused = errAddress
 	case !s.keys.Load().allows(channel, credential):
 		s.log.Warn("subscriber refused: missing or wrong token", "channel", channel, "addr", addr)
 		w.Header().Set("WWW-Authenticate", "Bearer")
-		refuse(w, http.StatusUnauthorized, "missing or wrong token")
+		refused = errToken
 	default:
 		return addr, credential, true
 	}
+	s.Rejected.refuse(w, refused)
 	return addr, credential, false
 }
 
@@ -1053,8 +1185,12 @@ func (s *Server) serveSubscribe(w http.ResponseWriter, r *http.Request, channel 
 			sub.Drains = true
 		}
 	}
+	if r.ContentLength != 0 { // it would fill HTTP/2's buffers while the stream lasts
+		s.Rejected.refuse(w, errUnwanted)
+		return
+	}
 	if !s.enter(sub) {
-		refuse(w, http.StatusServiceUnavailable, "shutting down")
+		s.Rejected.refuse(w, errLeaving)
 		return
 	}
 	st := &stream{server: s, sub: sub}
@@ -1062,17 +1198,17 @@ func (s *Server) serveSubscribe(w http.ResponseWriter, r *http.Request, channel 
 	if err := s.hub.Subscribe(sub); err != nil {
 		s.exit(sub)
 		s.log.Warn("subscriber refused", "channel", channel, "addr", addr, "err", err)
-		refuse(w, http.StatusServiceUnavailable, err.Error())
+		s.Rejected.refuse(w, errLimit)
 		return
 	}
 	if !s.keys.Load().allows(channel, credential) { // revoked before the hub could evict it
 		s.abandon(sub, errRevoked)
-		refuse(w, http.StatusUnauthorized, "missing or wrong token")
+		s.Rejected.refuse(w, errToken)
 		return
 	}
 	if !s.awaitLive(r.Context(), sub) {
 		s.abandon(sub, errPeerGone)
-		refuse(w, http.StatusServiceUnavailable, "bus unavailable")
+		s.Rejected.refuse(w, errBus)
 		return
 	}
 	if r.ProtoMajor > 1 {
@@ -1109,7 +1245,7 @@ func (s *Server) serveConn(w http.ResponseWriter, st *stream) {
 	conn, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		s.abandon(st.sub, err)
-		refuse(w, http.StatusServiceUnavailable, "no stream on this connection")
+		s.Rejected.refuse(w, errConnection)
 		return
 	}
 	sent := buffered.Reader.Buffered()
