@@ -1,3 +1,5 @@
+# A release pins this image by its digest, golang:1.26@sha256:…, which
+# "docker buildx imagetools inspect golang:1.26" prints.
 FROM golang:1.26 AS build
 WORKDIR /src
 COPY go.mod go.sum ./

@@ -9,10 +9,13 @@
 //	ANY  /webhooks/{channel}[/…]                 a provider's webhook
 //	GET  /subscribe/{channel}[/]                 the event stream
 //	POST /subscribe/{channel}/responses/{id}     a client reports its target's answer
+//	GET  /                                       as /ready of the health service
 //
 // Errors of the relay itself are JSON, {"statusCode":413,"message":"…"}. A
 // passing state is 503, 504 or 502, never a status on which providers disable
-// a hook.
+// a hook. One reading of the request target decides everything: what is
+// forwarded is exactly /webhooks/{channel} or below it, at the server and again
+// at the client.
 //
 // # Event stream
 //
@@ -39,13 +42,19 @@
 //
 // # Bounds
 //
+// No address, which is a /64 in IPv6, and no channel may take everything: half
+// is rounded up. Connections of TRUSTED_PROXIES have no share, as they come for
+// many.
+//
 //	what                                 bound                              at the bound
 //	webhook body                         SERVER_MAX_PAYLOAD_SIZE_LIMIT 3mb  413
 //	event on the stream                  64 MiB                             413
-//	request header                       64 KiB and 4 of net/http, 10 s     431, or 400; connection closed
+//	request header                       16 KiB and 4 of net/http, 10 s     431, or 400; connection closed
+//	values in a webhook's header         500                                431
 //	request body                         60 s                               400, connection closed
 //	bodies being read, events of         SERVER_HELD_BUFFER 256mb           503
-//	requests under way, their answers
+//	requests under way, their answers,
+//	and 16 KiB for each request
 //	a held request                       RESPONSE_TIMEOUT 9s, at most 15m   504; 503 when nobody took it
 //	outcomes that come before the        1024 for a held event              not noted
 //	receipts of other replicas
@@ -54,20 +63,28 @@
 //	answer to a provider                 70 s after its header; held:       connection closed
 //	                                     10 s after RESPONSE_TIMEOUT
 //	idle connection                      2 min                              closed
-//	connections                          SERVER_MAX_SUBSCRIBERS + 4096,     wait in the kernel's queue
-//	                                     256 to the health service
-//	requests on an HTTP/2 connection     250                                wait at the sender
+//	connections                          SERVER_MAX_SUBSCRIBERS + 4096,     the longest idle one closed;
+//	                                     256 to the health service          where none is idle, the new one
+//	connections of one address           half of these                      the same, among its own
+//	connection to the health service     one request, 5 s for its header,   closed
+//	                                     10 s for its answer
+//	check for GET /                      2 s                                503
+//	requests on an HTTP/2 connection     50                                 wait at the sender
 //	subscribers                          SERVER_MAX_SUBSCRIBERS 10000       503
 //	subscribers of one address           SERVER_MAX_SUBSCRIBERS_PER_ADDRESS
 //	                                     5000                               503
+//	subscribers of one channel           half of SERVER_MAX_SUBSCRIBERS     503
 //	becoming ready                       5 s                                503
 //	undelivered frames of a subscriber   SERVER_SUBSCRIBER_BUFFER 16mb      evicted; it reconnects. Held
 //	                                                                        events wait for space instead
 //	one write to a stream                60 s                               evicted; it reconnects
+//	body of a request for a stream       none                               400
 //	what a subscriber sends on           4 KiB                              stream closed
 //	report of a client                   8 MiB, 10 s                        400
 //	reports being read                   64 MiB                             503; sent again
 //	tokens file                          1 MiB                              refused; the last good one stays
+//	tokens file with half a last line    two equal looks, 3 s apart,        not in force before
+//	                                     1 s at the start
 //	publish over Redis                   800 ms; 512 wait per connection;   503
 //	                                     one at a time above 256 KiB
 //	signals between replicas             16384 wait                         dropped; their holds time out
