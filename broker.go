@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
 	"context"
@@ -10,9 +11,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"math"
 	mathrand "math/rand/v2"
+	"net/http"
 	"net/netip"
 	"net/textproto"
 	"net/url"
@@ -42,11 +45,20 @@ type Webhook struct {
 	Query   string // as received with its leading "?"; empty when there was none
 	Headers []Header
 	Body    []byte
-	Time    time.Time
-	Respond bool          // the sender waits for the target's answer
-	Timeout time.Duration // how long it still waits, when Respond
-	Brief   bool          // it waits for the status alone
+	Time    time.Time     // when it came, by the clock of the replica that took it
+	Mode    string        // what its sender waits for; empty from a legacy server
+	Timeout time.Duration // for which it waits; 0 in accept
 }
+
+// Response modes: what a provider is told, and when.
+const (
+	modeAccept   = "accept"   // 200 as soon as the bus took the event
+	modeStatus   = "status"   // the target's status
+	modeResponse = "response" // the target's status, headers and body
+)
+
+// respond reports whether the sender of a webhook waits for the target.
+func respond(mode string) bool { return mode == modeStatus || mode == modeResponse }
 
 // Answer is what the target said to one webhook, or why it said nothing.
 type Answer struct {
@@ -199,15 +211,6 @@ func token(s string) bool {
 	return s != ""
 }
 
-// check is the receiving side's own look at method and headers: nothing in
-// them may break the request that is built from it.
-func (w *Webhook) check() error {
-	if !token(w.Method) {
-		return fmt.Errorf("method %.20q is no token", w.Method)
-	}
-	return checkHeaders(w.Headers)
-}
-
 // checkQuery refuses what would end the request line.
 func checkQuery(query string) error {
 	for i := range len(query) {
@@ -241,17 +244,18 @@ func checkHeaders(headers []Header) error {
 type Event struct {
 	ID      string
 	Channel string
-	Respond bool
-	Only    string       // deliver to this subscriber alone; empty: to all
-	frame   []byte       // the SSE block
-	wire    []byte       // the envelope of openEvent, which frame is the end of
-	tail    int          // where the changing end of frame begins: respond and timeout
-	uses    atomic.Int32 // queues that hold it; -1 once its maker has released it, too
+	Mode    string
+	Only    string // deliver to this subscriber alone; empty: to all
+	wire    []byte // the envelope of openEvent, which chunk is the end of
+	chunk   []byte // the block of the stream, in the frame of chunkOf
+
+	legacyOnce sync.Once
+	legacy     []byte       // what legacyChunk made
+	uses       atomic.Int32 // queues that hold it; -1 once its maker has released it, too
 }
 
 // wires recycles the memory of events, which is most of what the collector has
-// to do under load: BenchmarkIngest has 0.55 of the bare rate without it, and
-// 0.7 with it.
+// to do under load.
 var wires = sync.Pool{New: func() any { return new([]byte) }}
 
 // release gives up one use of e: its maker's, or that of a queue whose stream
@@ -260,16 +264,17 @@ var wires = sync.Pool{New: func() any { return new([]byte) }}
 func (e *Event) release() {
 	if e.uses.Add(-1) < 0 && cap(e.wire) <= 64<<10 {
 		b := e.wire
-		e.wire, e.frame = nil, nil
+		e.wire, e.chunk, e.legacy = nil, nil, nil
 		wires.Put(&b)
 	}
 }
 
 // newEvent encodes w for channel: the one encoding that every subscriber on
-// every replica gets. size and text are what w.wireSize says.
-func newEvent(channel string, w *Webhook, size int, text bool) *Event {
-	e := &Event{ID: w.ID, Channel: channel, Respond: w.Respond}
-	if !w.Respond { // held events would only drain the pool
+// every replica gets.
+func newEvent(channel string, w *Webhook) *Event {
+	e := &Event{ID: w.ID, Channel: channel, Mode: w.Mode}
+	size := w.wireSize()
+	if !respond(w.Mode) { // held events would only drain the pool
 		recycled := wires.Get().(*[]byte)
 		if cap(*recycled) <= 2*size { // budgets count bytes that are used
 			e.wire = (*recycled)[:0]
@@ -280,25 +285,61 @@ func newEvent(channel string, w *Webhook, size int, text bool) *Event {
 	e.wire = slices.Grow(e.wire, size)
 	e.wire = e.appendEnvelope(e.wire)
 	start := len(e.wire)
-	b := append(e.wire, "id: "...)
-	b = append(b, w.ID...)
-	b = append(b, "\ndata: "...)
-	b = w.appendJSON(b, text)
-	e.tail = len(b) - start
-	if w.Brief {
-		b = append(b, `,"mode":"status"`...)
-		e.tail = len(b) - start
-	}
-	e.wire = appendTail(b, w.Respond, w.Timeout)
-	e.frame = e.wire[start:]
+	e.wire = appendChunk(e.wire, func(b []byte) []byte {
+		b = append(b, "id: "...)
+		b = append(b, w.ID...)
+		b = append(b, "\nevent: webhook\n"...)
+		b = w.appendMessage(b)
+		return append(b, '\n')
+	})
+	e.chunk = e.wire[start:]
 	return e
 }
 
-// wireSize is how many bytes the event of w takes, for its body exactly and for
-// the rest about, and whether the body travels as text.
-func (w *Webhook) wireSize() (size int, text bool) {
-	size, text = bodyForm(w.Body)
-	return size + 512 + 3*len(w.Path) + 2*len(w.Query) + headerBytes(w.Headers), text
+// chunkHead and chunkTail are what a chunk has around the block (RFC 9112
+// section 7.1): eight hexadecimal digits and CRLF; CRLF.
+const (
+	chunkHead = 10
+	chunkTail = 2
+)
+
+// appendChunk appends what add appends, as one chunk of HTTP/1.1.
+func appendChunk(b []byte, add func([]byte) []byte) []byte {
+	start := len(b)
+	b = add(append(b, "00000000\r\n"...))
+	n := len(b) - start - chunkHead
+	for i := start + 7; n > 0; i-- {
+		b[i] = hexDigits[n&15]
+		n >>= 4
+	}
+	return append(b, "\r\n"...)
+}
+
+const hexDigits = "0123456789abcdef"
+
+// newFrame is an event of the relay's own. It has no id and counts for nothing.
+func newFrame(block string) *Event {
+	return &Event{chunk: appendChunk(nil, func(b []byte) []byte { return append(b, block...) })}
+}
+
+// chunkFor is e in the form that a subscriber reads: HTTP, or the legacy JSON.
+func (e *Event) chunkFor(http bool) []byte {
+	if http || e.ID == "" {
+		return e.chunk
+	}
+	return e.legacyChunk()
+}
+
+// block is a chunk without what is around it.
+func block(chunk []byte) []byte { return chunk[chunkHead : len(chunk)-chunkTail] }
+
+// wireSize is at least how many bytes the event of w takes.
+func (w *Webhook) wireSize() int {
+	n := 512 + 2*len(w.Path) + 2*len(w.Query) + 2*headerBytes(w.Headers)
+	if isText(w.Body) {
+		return n + len(w.Body) + len(linePrefix)*(bytes.Count(w.Body, []byte("\n"))+1)
+	}
+	return n + base64.StdEncoding.EncodedLen(len(w.Body))
 }
 
 // lineLimit is how many bytes a client takes for one line or event.
@@ -310,7 +351,7 @@ func (e *Event) size() int64 {
 	if e.ID == "" {
 		return 0
 	}
-	return int64(len(e.frame))
+	return int64(len(e.chunk))
 }
 
 func headerBytes(headers []Header) int {
@@ -323,57 +364,43 @@ func headerBytes(headers []Header) int {
 	return n
 }
 
-// appendTail closes the JSON object and the frame. It is the only part of an
-// event that differs between deliveries, so it comes last.
-func appendTail(b []byte, respond bool, timeout time.Duration) []byte {
-	if respond {
-		b = append(b, `,"respond":true,"timeout":`...)
-		b = strconv.AppendInt(b, timeout.Milliseconds(), 10)
-	}
-	return append(b, "}\n\n"...)
-}
-
-// again is e for one more delivery, to one subscriber or (empty) to all, with
-// what is left of its time. It copies the frame; e stays as it is.
-func (e *Event) again(only string, left time.Duration) *Event {
-	n := &Event{ID: e.ID, Channel: e.Channel, Respond: e.Respond, Only: only, tail: e.tail}
-	b := make([]byte, 0, len(e.frame)+len(e.ID)+len(only)+64)
-	b = n.appendEnvelope(b)
+// again is e for one more delivery, to one subscriber or (empty) to all. The
+// block stays as it is: a client knows from its time how old it is.
+func (e *Event) again(only string) *Event {
+	n := &Event{ID: e.ID, Channel: e.Channel, Mode: e.Mode, Only: only}
+	b := n.appendEnvelope(make([]byte, 0, len(e.chunk)+len(e.Channel)+len(e.ID)+len(only)+32))
 	start := len(b)
-	n.wire = appendTail(append(b, e.frame[:e.tail]...), e.Respond, left)
-	n.frame = n.wire[start:]
+	n.wire = append(b, e.chunk...)
+	n.chunk = n.wire[start:]
 	return n
 }
 
 // envelopeVersion is the first byte of everything that travels between
 // replicas; a replica ignores versions it does not know.
-const envelopeVersion = 2
+const envelopeVersion = 3
 
 // appendEnvelope begins the form in which an event travels between replicas:
-// the version, 1 when it asks for a response, channel, id, Only, then the frame
-// as it is.
+// the version, channel, id, mode, Only, then the chunk as it is.
 func (e *Event) appendEnvelope(b []byte) []byte {
-	flag := byte(0)
-	if e.Respond {
-		flag = 1
-	}
-	return appendFields(append(b, envelopeVersion, flag), e.Channel, e.ID, e.Only)
+	return appendFields(append(b, envelopeVersion), e.Channel, e.ID, e.Mode, e.Only)
 }
 
-// openEvent is the inverse of appendEnvelope: the frame is not parsed, and it
+// openEvent is the inverse of appendEnvelope: the chunk is not parsed, and it
 // aliases wire. An event of another channel is refused: with the prefixes "a" and
 // "a-b" two relays have names in common.
 func openEvent(channel string, wire []byte) (*Event, error) {
-	if len(wire) < 2 || wire[0] != envelopeVersion {
+	if len(wire) == 0 || wire[0] != envelopeVersion {
 		return nil, errEnvelope
 	}
-	e := &Event{Respond: wire[1]&1 != 0, wire: wire}
-	rest, err := cutFields(wire[2:], &e.Channel, &e.ID, &e.Only)
-	if err == nil && e.Channel != channel {
-		err = errEnvelope
+	e := &Event{wire: wire}
+	var err error
+	if e.chunk, err = cutFields(wire[1:], &e.Channel, &e.ID, &e.Mode, &e.Only); err != nil {
+		return nil, err
 	}
-	e.frame = rest
-	return e, err
+	if e.Channel != channel || e.ID == "" || len(e.chunk) < chunkHead+chunkTail {
+		return nil, errEnvelope
+	}
+	return e, nil
 }
 
 var errEnvelope = errors.New("unknown, broken or misdirected envelope")
@@ -398,173 +425,68 @@ func cutFields(b []byte, fields ...*string) ([]byte, error) {
 	return b, nil
 }
 
-// appendJSON appends the webhook's JSON object without its end, which
-// appendTail writes. Written by hand because reflection and HTML escaping in
-// encoding/json cost most of what a webhook costs; BenchmarkEncode has both.
-func (w *Webhook) appendJSON(b []byte, text bool) []byte {
-	b = append(b, `{"id":`...)
-	b = appendString(b, w.ID)
-	b = append(b, `,"method":`...)
-	b = appendString(b, w.Method)
-	b = append(b, `,"originalUrl":`...)
-	b = appendLatin1(b, w.Path, w.Query)
-	b = append(b, `,"path":`...)
-	b = appendLatin1(b, w.Path)
-	b = append(b, `,"query":`...)
-	b = appendQuery(b, w.Query)
-	b = append(b, `,"headers":`...)
-	length := len(w.Body)
+// linePrefix begins each line of a message on the stream.
+const linePrefix = "data: "
+
+// appendMessage appends w as an HTTP message (RFC 9112) with LF for line ends,
+// each line as a data line. Bytes above 0x7F before the body stand for the code
+// points of the same numbers, because a stream is UTF-8.
+func (w *Webhook) appendMessage(b []byte) []byte {
+	b = append(append(append(b, linePrefix...), w.Method...), ' ')
+	b = appendLatin1(appendLatin1(b, w.Path), w.Query)
+	b = append(b, " HTTP/1.1\n"...)
+	for _, h := range w.Headers {
+		for _, v := range h.Values {
+			b = append(append(append(b, linePrefix...), h.Name...), ": "...)
+			b = append(appendLatin1(b, v), '\n')
+		}
+	}
+	text, length := isText(w.Body), len(w.Body)
 	if !text {
-		length = -1 // bodyBase64 is longer than the body: no length a legacy client could trust
+		b = append(b, "data: X-Relay-Body: base64\n"...)
+		length = base64.StdEncoding.EncodedLen(length)
 	}
-	b = appendHeaders(b, w.Headers, length)
-	b = appendBody(b, w.Body, text)
-	b = append(b, `,"timestamp":`...)
-	return strconv.AppendInt(b, w.Time.UnixMilli(), 10)
-}
-
-// appendQuery appends the flat query object that legacy clients read: every
-// key once, repeated ones as arrays. What net/url cannot read is left out;
-// our own client uses the raw query alone.
-func appendQuery(b []byte, raw string) []byte {
-	if len(raw) <= 1 {
-		return append(b, "{}"...)
+	b = strconv.AppendInt(append(b, "data: Content-Length: "...), int64(length), 10)
+	b = strconv.AppendInt(append(b, "\ndata: X-Relay-Time: "...), w.Time.UnixMilli(), 10)
+	b = append(append(b, "\ndata: X-Relay-Respond: "...), w.Mode...)
+	if respond(w.Mode) {
+		b = strconv.AppendInt(append(b, "; timeout="...), w.Timeout.Milliseconds(), 10)
 	}
-	query := map[string]any{}
-	values, _ := url.ParseQuery(raw[1:])
-	for key, list := range values {
-		query[key] = list
-		if len(list) == 1 {
-			query[key] = list[0]
-		}
-	}
-	object, _ := json.Marshal(query) // puts U+FFFD for what is not UTF-8
-	return append(b, object...)
-}
-
-// appendHeaders appends the headers object: lower-case names, latin1 values,
-// set-cookie always an array (Node's form, which legacy clients expect), and
-// content-length when length is not negative.
-func appendHeaders(b []byte, headers []Header, length int) []byte {
-	b = append(b, '{')
-	for _, h := range headers {
-		b = append(b, '"')
-		for i := range len(h.Name) {
-			c := h.Name[i]
-			if 'A' <= c && c <= 'Z' {
-				c += 'a' - 'A'
-			}
-			b = append(b, c)
-		}
-		b = append(b, `":`...)
-		if len(h.Values) == 1 && h.Name != "Set-Cookie" {
-			b = appendLatin1(b, h.Values[0])
-		} else {
-			b = append(b, '[')
-			for i, v := range h.Values {
-				if i > 0 {
-					b = append(b, ',')
-				}
-				b = appendLatin1(b, v)
-			}
-			b = append(b, ']')
-		}
-		b = append(b, ',')
-	}
-	if length >= 0 {
-		b = append(b, `"content-length":"`...)
-		b = strconv.AppendInt(b, int64(length), 10)
-		return append(b, `"}`...)
-	}
-	return append(bytes.TrimSuffix(b, []byte(",")), '}')
-}
-
-// bodyForm tells whether body travels as text, and how many bytes it takes. A
-// long one that is mostly control characters does not, although it is valid
-// UTF-8: JSON spells each in six bytes, and Redis cuts off a replica that has
-// 32 MB to read.
-func bodyForm(body []byte) (size int, text bool) {
-	if text = utf8.Valid(body); text {
-		for _, c := range body {
-			size += int(spelled[c])
-		}
-		text = size <= 2*len(body)+64<<10
-	}
+	b = append(b, "\ndata:\n"...)
 	if !text {
-		size = base64.StdEncoding.EncodedLen(len(body))
+		b = append(b, linePrefix...)
+		return append(base64.StdEncoding.AppendEncode(b, w.Body), '\n')
 	}
-	return size, text
+	for rest := w.Body; ; {
+		b = append(b, linePrefix...)
+		end := bytes.IndexByte(rest, '\n')
+		if end < 0 {
+			return append(append(b, rest...), '\n')
+		}
+		b = append(b, rest[:end+1]...)
+		rest = rest[end+1:]
+	}
 }
 
-// appendBody appends the body member: text as it is, anything else in base64.
-func appendBody(b, body []byte, text bool) []byte {
-	if text {
-		return appendString(append(b, `,"body":`...), body)
-	}
-	b = base64.StdEncoding.AppendEncode(append(b, `,"bodyBase64":"`...), body)
-	return append(b, '"')
+// isText reports whether a body can be on the stream as it is: valid UTF-8
+// without CR, which would end a line. Not so when its lines are so short that
+// the prefixes cost more than base64 does.
+func isText(body []byte) bool {
+	return bytes.IndexByte(body, '\r') < 0 &&
+		len(linePrefix)*bytes.Count(body, []byte("\n")) <= len(body)/3+16<<10 && utf8.Valid(body)
 }
 
-const hexDigits = "0123456789abcdef"
-
-// spelled is how many bytes each byte takes in a JSON string (RFC 8259 section
-// 7); 1: it stands for itself. U+2028 does: only CR and LF end a line of an
-// event stream.
-var spelled = func() (t [256]uint8) {
-	for c := range t {
-		t[c] = uint8(max(1, len(appendEscape(nil, byte(c)))))
-	}
-	return t
-}()
-
-// appendString appends s, which must be valid UTF-8, as a JSON string.
-func appendString[T string | []byte](b []byte, s T) []byte {
-	b = append(b, '"')
+// appendLatin1 appends s with each byte as the code point of the same number,
+// as Node reads headers.
+func appendLatin1(b []byte, s string) []byte {
 	start := 0
-	for i := 0; i < len(s); i++ {
-		if spelled[s[i]] > 1 {
-			b = append(b, s[start:i]...)
-			b = appendEscape(b, s[i])
+	for i := range len(s) {
+		if s[i] >= utf8.RuneSelf {
+			b = utf8.AppendRune(append(b, s[start:i]...), rune(s[i]))
 			start = i + 1
 		}
 	}
-	return append(append(b, s[start:]...), '"')
-}
-
-// appendLatin1 appends the concatenated parts as one JSON string in which each
-// byte stands for the code point of the same number, as Node reads headers.
-func appendLatin1(b []byte, parts ...string) []byte {
-	b = append(b, '"')
-	for _, s := range parts {
-		for i := range len(s) {
-			switch c := s[i]; {
-			case c >= utf8.RuneSelf:
-				b = utf8.AppendRune(b, rune(c))
-			case spelled[c] == 1:
-				b = append(b, c)
-			default:
-				b = appendEscape(b, c)
-			}
-		}
-	}
-	return append(b, '"')
-}
-
-// appendEscape appends the escape of c; nothing when it needs none.
-func appendEscape(b []byte, c byte) []byte {
-	switch {
-	case c == '"' || c == '\\':
-		return append(b, '\\', c)
-	case c == '\n':
-		return append(b, `\n`...)
-	case c == '\r':
-		return append(b, `\r`...)
-	case c == '\t':
-		return append(b, `\t`...)
-	case c < ' ':
-		return append(b, '\\', 'u', '0', '0', hexDigits[c>>4], hexDigits[c&15])
-	}
-	return b
+	return append(b, s[start:]...)
 }
 
 // latin1 is the inverse of appendLatin1; ok is false when s holds a code
@@ -587,68 +509,227 @@ func latin1(s string) (_ string, ok bool) {
 	return string(b), true
 }
 
-// wireValues is a header in JSON: one string or an array of strings, decoded
-// from latin1.
-type wireValues []string
+// The bounds of a head: request line and fields of a message.
+const (
+	headLimit  = 64 << 10 // bytes
+	fieldLimit = 500      // values from outside: each costs more than its bytes
+	ownFields  = 8        // values that the relay adds, at most
+)
 
-func (v *wireValues) UnmarshalJSON(data []byte) error {
-	var list []string
-	if len(data) > 0 && data[0] == '[' {
-		if err := json.Unmarshal(data, &list); err != nil {
-			return err
-		}
-	} else {
-		list = make([]string, 1)
-		if err := json.Unmarshal(data, &list[0]); err != nil {
-			return err
-		}
+// decodeWebhook reads the data of a webhook event: an HTTP message, which came
+// under id. It checks all that may reach the target; hop-by-hop fields are gone
+// from what it returns. Its errors hold nothing of the event beyond a method or
+// the name of a field.
+func decodeWebhook(channel, id string, data []byte) (*Webhook, error) {
+	end := bytes.Index(data[:min(len(data), headLimit)], []byte("\n\n"))
+	if end < 0 {
+		return nil, fmt.Errorf("head is not complete within %d bytes", headLimit)
 	}
-	for i, s := range list {
-		var ok bool
-		if list[i], ok = latin1(s); !ok {
-			return errors.New("header value has a code point above U+00FF")
-		}
+	head, ok := latin1(string(data[:end]))
+	if !ok {
+		return nil, errors.New("head has a code point above U+00FF")
 	}
-	*v = list
-	return nil
+	line, rest, _ := strings.Cut(head, "\n")
+	method, after, _ := strings.Cut(line, " ")
+	target, ok := strings.CutSuffix(after, " HTTP/1.1")
+	if !ok {
+		return nil, errors.New("no request line of HTTP/1.1")
+	}
+	if !validName(id) {
+		return nil, errors.New("id has characters outside A-Z a-z 0-9 . _ ~ -, or is too long")
+	}
+	w := &Webhook{ID: id, Method: method}
+	fields, err := parseFields(rest)
+	if err != nil {
+		return nil, err
+	}
+	own := func(name string) string {
+		if v := fields[name]; len(v) > 0 {
+			return v[0]
+		}
+		return ""
+	}
+	w.Mode, after, _ = strings.Cut(own("X-Relay-Respond"), ";")
+	if timeout, ok := strings.CutPrefix(strings.TrimSpace(after), "timeout="); ok {
+		ms, _ := strconv.ParseUint(timeout, 10, 31)
+		w.Timeout = min(time.Duration(ms)*time.Millisecond, maxResponseTimeout)
+	}
+	ms, _ := strconv.ParseInt(own("X-Relay-Time"), 10, 64)
+	w.Time = time.UnixMilli(ms)
+	body := data[end+2:]
+	if length := own("Content-Length"); length != strconv.Itoa(len(body)) {
+		return nil, fmt.Errorf("body has %d bytes, and not its Content-Length", len(body))
+	}
+	if own("X-Relay-Body") == "base64" {
+		if w.Body, err = base64.StdEncoding.AppendDecode(nil, body); err != nil {
+			return nil, errors.New("body is no base64")
+		}
+	} else if len(body) > 0 {
+		w.Body = bytes.Clone(body)
+	}
+	w.Headers = endToEnd(fields)
+	return w, w.aim(channel, target)
 }
 
-// wireMessage is what webhooks and answers have in common on the wire.
-type wireMessage struct {
-	Headers    map[string]wireValues `json:"headers"`
-	Body       string                `json:"body"`
-	BodyBase64 []byte                `json:"bodyBase64"`
-}
-
-func (m *wireMessage) open() ([]Header, []byte, error) {
-	h := make(map[string][]string, len(m.Headers))
-	for name, values := range m.Headers {
+// parseFields reads field lines that end in LF.
+func parseFields(lines string) (map[string][]string, error) {
+	n := strings.Count(lines, "\n") + 1
+	if n > fieldLimit+ownFields {
+		return nil, fmt.Errorf("head has more than %d fields", fieldLimit)
+	}
+	fields := make(map[string][]string, n)
+	values := make([]string, 0, n)
+	for line := range strings.SplitSeq(lines, "\n") {
+		if line == "" {
+			continue
+		}
+		name, value, ok := strings.Cut(line, ":")
+		if !ok || !token(name) {
+			return nil, errors.New("head has a line that is no field")
+		}
 		name = textproto.CanonicalMIMEHeaderKey(name)
-		h[name] = append(h[name], values...)
+		value = textproto.TrimString(value)
+		if known := fields[name]; known != nil {
+			fields[name] = append(known, value)
+		} else {
+			values = append(values, value)
+			fields[name] = values[len(values)-1 : len(values) : len(values)]
+		}
 	}
-	headers := endToEnd(h)
-	if err := checkHeaders(headers); err != nil {
-		return nil, nil, err
-	}
-	if m.BodyBase64 != nil {
-		return headers, m.BodyBase64, nil
-	}
-	return headers, []byte(m.Body), nil
+	return fields, nil
 }
 
-// decodeWebhook reads the data of a message event, ours or a legacy server's,
-// and checks it; hop-by-hop headers are gone from what it returns. Its errors
-// hold no value of the event beyond a method or a header name.
-func decodeWebhook(channel string, data []byte) (*Webhook, error) {
+// aim gives w its target, and checks all that becomes part of a request: nothing
+// may break it, or reach anything but what is below the channel.
+func (w *Webhook) aim(channel, target string) error {
+	t, err := parseTarget(target)
+	switch {
+	case err != nil:
+		return err
+	case !token(w.Method):
+		return fmt.Errorf("method %.20q is no token", w.Method)
+	case t.Channel != channel:
+		return errOutside
+	}
+	w.Path, w.Query = t.Path, t.Query
+	return cmp.Or(t.webhook(), checkHeaders(w.Headers))
+}
+
+// The legacy form: what legacy servers send, and what readers get that do not
+// say X-Relay-Features: http.
+
+// legacyMessage is the data of an unnamed event. Header values hold one code
+// point for each byte.
+type legacyMessage struct {
+	Headers     map[string]any `json:"headers"` // string, or []string when repeated and for set-cookie
+	OriginalURL string         `json:"originalUrl"`
+	Path        string         `json:"path"`
+	Query       map[string]any `json:"query"` // likewise
+	Body        *string        `json:"body,omitempty"`
+	BodyBase64  []byte         `json:"bodyBase64,omitempty"` // when it is not UTF-8
+	Timestamp   int64          `json:"timestamp"`            // milliseconds
+}
+
+// legacyChunk is e in the legacy form, made when the first reader of this
+// replica needs it.
+func (e *Event) legacyChunk() []byte {
+	e.legacyOnce.Do(func() {
+		e.legacy = appendChunk(nil, func(b []byte) []byte {
+			w, err := decodeWebhook(e.Channel, e.ID, unframe(block(e.chunk)))
+			if err != nil { // no replica of this version sends such
+				return append(b, ": unreadable\n\n"...)
+			}
+			b = append(append(append(b, "id: "...), e.ID...), "\ndata: "...)
+			return append(append(b, w.legacyJSON()...), '\n')
+		})
+	})
+	return e.legacy
+}
+
+// unframe is the data of a block that newEvent made.
+func unframe(block []byte) []byte {
+	data := make([]byte, 0, len(block))
+	for line := range bytes.Lines(block) {
+		if value, ok := bytes.CutPrefix(line, []byte("data:")); ok {
+			data = append(data, bytes.TrimPrefix(value, []byte(" "))...)
+		}
+	}
+	return bytes.TrimSuffix(data, []byte("\n"))
+}
+
+// legacyJSON is w as one line of JSON and its end.
+func (w *Webhook) legacyJSON() []byte {
+	m := legacyMessage{
+		Headers:     make(map[string]any, len(w.Headers)+1),
+		OriginalURL: string(appendLatin1(nil, w.Path+w.Query)),
+		Path:        string(appendLatin1(nil, w.Path)),
+		Query:       legacyQuery(w.Query),
+		Timestamp:   w.Time.UnixMilli(),
+	}
+	for _, h := range w.Headers {
+		values := make([]string, len(h.Values))
+		for i, v := range h.Values {
+			values[i] = string(appendLatin1(nil, v))
+		}
+		if len(values) == 1 && h.Name != "Set-Cookie" {
+			m.Headers[strings.ToLower(h.Name)] = values[0]
+		} else {
+			m.Headers[strings.ToLower(h.Name)] = values
+		}
+	}
+	if utf8.Valid(w.Body) {
+		body := string(w.Body)
+		m.Body = &body
+		m.Headers["content-length"] = strconv.Itoa(len(body))
+	} else { // of another length than a legacy client would send
+		m.BodyBase64 = w.Body
+	}
+	var b bytes.Buffer
+	encoder := json.NewEncoder(&b)
+	encoder.SetEscapeHTML(false)
+	encoder.Encode(m) // strings, numbers and maps of them cannot fail
+	return b.Bytes()
+}
+
+// legacyQuery is the flat object from which legacy clients build their URL:
+// every key once, repeated ones as arrays. What cannot be decoded stays as it is.
+func legacyQuery(raw string) map[string]any {
+	query := map[string]any{}
+	for part := range strings.SplitSeq(strings.TrimPrefix(raw, "?"), "&") {
+		if part == "" {
+			continue
+		}
+		key, value, _ := strings.Cut(part, "=")
+		key, value = unescape(key), unescape(value)
+		switch known := query[key].(type) {
+		case nil:
+			query[key] = value
+		case string:
+			query[key] = []string{known, value}
+		case []string:
+			query[key] = append(known, value)
+		}
+	}
+	return query
+}
+
+// unescape decodes a part of a query if that makes text.
+func unescape(part string) string {
+	part = string(appendLatin1(nil, part))
+	if plain, err := url.QueryUnescape(part); err == nil && utf8.ValidString(plain) {
+		return plain
+	}
+	return part
+}
+
+// decodeLegacy reads the data of an unnamed event, as legacy servers send it,
+// with the checks of decodeWebhook.
+func decodeLegacy(channel string, data []byte) (*Webhook, error) {
 	var m struct {
-		wireMessage
-		ID          string `json:"id"`
-		Method      string `json:"method"`
-		OriginalURL string `json:"originalUrl"`
-		Timestamp   int64  `json:"timestamp"`
-		Respond     bool   `json:"respond"`
-		Timeout     int64  `json:"timeout"`
-		Mode        string `json:"mode"`
+		Headers     json.RawMessage `json:"headers"`
+		OriginalURL string          `json:"originalUrl"`
+		Body        string          `json:"body"`
+		Timestamp   int64           `json:"timestamp"`
 	}
 	if err := json.Unmarshal(data, &m); err != nil {
 		return nil, jsonError(err)
@@ -657,32 +738,51 @@ func decodeWebhook(channel string, data []byte) (*Webhook, error) {
 	if !ok {
 		return nil, errors.New("originalUrl has a code point above U+00FF")
 	}
-	w := &Webhook{
-		ID:      m.ID,
-		Method:  cmp.Or(m.Method, "POST"),
-		Time:    time.UnixMilli(m.Timestamp),
-		Respond: m.Respond && m.ID != "",
-		Brief:   m.Mode == "status",
-		Timeout: time.Duration(min(max(m.Timeout, 0), maxResponseTimeout.Milliseconds())) * time.Millisecond,
-	}
-	t, err := parseTarget(target)
-	if err == nil {
-		err = t.webhook()
-	}
-	if err == nil && t.Channel != channel {
-		err = errOutside
-	}
+	w := &Webhook{Method: "POST", Time: time.UnixMilli(m.Timestamp), Body: []byte(m.Body)}
+	fields, err := legacyFields(m.Headers)
 	if err != nil {
 		return nil, err
 	}
-	w.Path, w.Query = t.Path, t.Query
-	if w.ID != "" && !validName(w.ID) {
-		return nil, errors.New("id has characters outside A-Z a-z 0-9 . _ ~ -, or is too long")
+	w.Headers = endToEnd(fields)
+	return w, w.aim(channel, target)
+}
+
+// legacyFields reads the headers object: strings, or arrays of strings.
+func legacyFields(data json.RawMessage) (map[string][]string, error) {
+	if len(data) > headLimit {
+		return nil, fmt.Errorf("headers take more than %d bytes", headLimit)
 	}
-	if w.Headers, w.Body, err = m.open(); err != nil {
-		return nil, err
+	var list map[string]json.RawMessage
+	if len(data) == 0 {
+		return nil, nil
 	}
-	return w, w.check()
+	if err := json.Unmarshal(data, &list); err != nil {
+		return nil, jsonError(err)
+	}
+	fields := make(map[string][]string, len(list))
+	for name, value := range list {
+		values := make([]string, 1)
+		var err error
+		if value[0] == '[' {
+			err = json.Unmarshal(value, &values)
+		} else {
+			err = json.Unmarshal(value, &values[0])
+		}
+		if err != nil {
+			return nil, jsonError(err)
+		}
+		for i, v := range values {
+			var ok bool
+			if values[i], ok = latin1(v); !ok {
+				return nil, errors.New("header value has a code point above U+00FF")
+			}
+		}
+		name = textproto.CanonicalMIMEHeaderKey(name)
+		if fields[name] = append(fields[name], values...); len(fields) > fieldLimit || len(fields[name]) > fieldLimit {
+			return nil, fmt.Errorf("headers have more than %d values", fieldLimit)
+		}
+	}
+	return fields, nil
 }
 
 // maxResponseTimeout bounds how long a sender's request may be held, whoever says so.
@@ -713,41 +813,85 @@ func validName(s string) bool {
 	return 0 < len(s) && len(s) <= 128 && s != "." && s != ".."
 }
 
-// encode is the report's JSON; with full unset headers and body stay out.
-func (a *Answer) encode(full bool) []byte {
+// A report is an HTTP response: the target's, or why there is none.
+
+// The bounds of a report.
+const answerLimit = 1 << 20 // bytes of a target's body
+
+// appendReport appends a, the answer to the event id, as an HTTP/1.1 response.
+func (a *Answer) appendReport(b *bytes.Buffer, id string) {
+	resp := http.Response{
+		StatusCode: a.Status, ProtoMajor: 1, ProtoMinor: 1, Header: make(http.Header, len(a.Headers)+2),
+		ContentLength: int64(len(a.Body)), Body: io.NopCloser(bytes.NewReader(a.Body)),
+	}
+	if len(a.Body) == 0 {
+		resp.Body = nil
+	}
+	for _, h := range a.Headers {
+		resp.Header[h.Name] = h.Values
+	}
+	resp.Header["X-Relay-Event-Id"] = []string{id}
 	if a.Err != "" {
-		return append(appendString([]byte(`{"error":`), a.Err), '}')
+		resp.Header["X-Relay-Error"] = []string{a.Err}
+		resp.StatusCode = http.StatusBadGateway
+		if a.Err == answerTimeout {
+			resp.StatusCode = http.StatusGatewayTimeout
+		}
 	}
-	b := strconv.AppendInt([]byte(`{"status":`), int64(a.Status), 10)
-	if full {
-		size, text := bodyForm(a.Body)
-		b = slices.Grow(b, 64+headerBytes(a.Headers)+size)
-		b = appendHeaders(append(b, `,"headers":`...), a.Headers, -1)
-		b = appendBody(b, a.Body, text)
-	}
-	return append(b, '}')
+	resp.Write(b) // a buffer takes everything
 }
 
-// decodeAnswer reads a report and checks it, without hop-by-hop headers and
-// without Set-Cookie: a cookie of the target means nothing to a provider.
-func decodeAnswer(data []byte) (Answer, error) {
-	var m struct {
-		wireMessage
-		Status int    `json:"status"`
-		Error  string `json:"error"`
+// reports reads the reports of one request, one after the other.
+type reports struct {
+	in  io.LimitedReader
+	buf *bufio.Reader
+}
+
+func newReports(r io.Reader) *reports {
+	rs := &reports{in: io.LimitedReader{R: r}}
+	rs.buf = bufio.NewReader(&rs.in)
+	return rs
+}
+
+var errNoReport = errors.New("no response with an event id, a status from 200 to 599 and a length")
+
+// next reads one report and checks it; io.EOF is the end. The answer is without
+// hop-by-hop fields and without Set-Cookie: a cookie of the target means nothing
+// to a provider. The body is only kept when wanted says so of the id.
+func (rs *reports) next(wanted func(id string) bool) (id string, a Answer, err error) {
+	rs.in.N = headLimit
+	if _, err := rs.buf.Peek(1); err != nil {
+		return "", a, err
 	}
-	if err := json.Unmarshal(data, &m); err != nil {
-		return Answer{}, jsonError(err)
+	resp, err := http.ReadResponse(rs.buf, nil)
+	if err != nil { // it may quote what was sent
+		return "", a, errNoReport
+	}
+	defer resp.Body.Close()
+	id, a.Status, a.Err = resp.Header.Get("X-Relay-Event-Id"), resp.StatusCode, resp.Header.Get("X-Relay-Error")
+	fields := 0
+	for _, values := range resp.Header {
+		fields += len(values)
 	}
 	switch {
-	case m.Error == answerUnreachable || m.Error == answerTimeout:
-		return Answer{Err: m.Error}, nil
-	case m.Error != "" || m.Status < 200 || m.Status > 599:
-		return Answer{}, fmt.Errorf("report has neither a status from 200 to 599 nor a known error")
+	case replicaOf(id) == "" || a.Status < 200 || a.Status > 599 || fields > fieldLimit+ownFields,
+		resp.ContentLength < 0 && len(resp.TransferEncoding) == 0 || resp.ContentLength > answerLimit,
+		a.Err != "" && a.Err != answerUnreachable && a.Err != answerTimeout:
+		return "", a, errNoReport
 	}
-	headers, body, err := m.open()
-	headers = slices.DeleteFunc(headers, func(h Header) bool { return h.Name == "Set-Cookie" })
-	return Answer{Status: m.Status, Headers: headers, Body: body}, err
+	rs.in.N = answerLimit + headLimit
+	if !wanted(id) {
+		_, err = io.Copy(io.Discard, resp.Body)
+		return id, a, err
+	}
+	a.Headers = slices.DeleteFunc(endToEnd(resp.Header), func(h Header) bool { return h.Name == "Set-Cookie" })
+	if err := checkHeaders(a.Headers); err != nil {
+		return "", a, err
+	}
+	if a.Body, err = io.ReadAll(resp.Body); err == nil && len(a.Body) > answerLimit {
+		err = errNoReport
+	}
+	return id, a, err
 }
 
 // size is what a counts for while it is kept; 0 when there is none.
@@ -838,10 +982,10 @@ type Bus interface {
 type Signal struct {
 	Kind       string
 	To         string // the replica it is for; empty: every one
-	From       string // the replica that waits for a signalAck
+	From       string // the replica that waits until the bus has taken it
 	Channel    string
 	Event      string
-	Subscriber string // in signalAnswer and signalAck the report's own id
+	Subscriber string
 	Client     string // how the client names itself over all its streams
 	Data       string
 }
@@ -850,8 +994,7 @@ type Signal struct {
 const (
 	signalTaken   = "taken"   // to the holder: Data names the subscribers that Event was delivered to
 	signalWritten = "written" // to the holder: a legacy Subscriber has Event on its stream
-	signalAnswer  = "answer"  // to the holder: Client's report on Event is Data; answered by signalAck
-	signalAck     = "ack"     // to the asking replica: Event's holder took the answer (Data "1") or not
+	signalAnswer  = "answer"  // to the holder: Client's report on Event is Data
 	signalReady   = "ready"   // to all: Subscriber of Channel is ready
 	signalLeft    = "left"    // to all: Subscriber of Channel is gone
 	signalAgain   = "again"   // to all: the bus is back for a replica, publish held events once more
@@ -936,6 +1079,7 @@ type Subscriber struct {
 	Channel    string
 	Addr       netip.Addr
 	Credential [32]byte // hash of the token it came with
+	HTTP       bool     // it reads webhooks as HTTP messages
 	Responds   bool     // its client reports answers
 	Drains     bool     // its client knows the drain event
 	Write      func()   // writes what Take gives until that is nothing; runs in a goroutine of its own, one at a time
@@ -1102,7 +1246,7 @@ func (h *Hub) Deliver(e *Event) (taken []Delivery, n int) {
 			continue
 		}
 		if s.bytes > 0 && s.bytes+size > h.Limits.Buffer {
-			if s.missed = s.missed || e.Respond; e.Respond {
+			if s.missed = s.missed || respond(e.Mode); respond(e.Mode) {
 				continue
 			}
 			h.Evicted.Add(1)
@@ -1111,7 +1255,7 @@ func (h *Hub) Deliver(e *Event) (taken []Delivery, n int) {
 		}
 		s.push(e)
 		n++
-		if e.Respond {
+		if respond(e.Mode) {
 			taken = append(taken, Delivery{s.ID, s.Client, !s.Responds})
 		}
 	}
@@ -1230,7 +1374,7 @@ func (h *Hub) Count() (subscribers, channels int) {
 // Publish implements Bus for a relay of one replica.
 func (h *Hub) Publish(_ context.Context, e *Event) (int, error) {
 	taken, n := h.Deliver(e)
-	if e.Respond && n > 0 {
+	if respond(e.Mode) && n > 0 {
 		h.OnSignal(takenSignal(e, taken))
 	}
 	return min(n, 1), nil

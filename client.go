@@ -39,10 +39,13 @@ const (
 	retryMax         = 10 * time.Second       // longest pause, unless the target asks for more
 	retryHeld        = time.Second            // longest pause while a sender waits, likewise
 	redirectLimit    = 5                      // 307 and 308 in a row
-	answerLimit      = 1 << 20                // bytes of a target's body that are reported
 	answerHeaders    = 64 << 10               // bytes of a target's header
 	discardTimeout   = 500 * time.Millisecond // for a body that nobody wants, so that its connection can be used again
 	reportTimeout    = 5 * time.Second        // for one try to report
+	reportsAtOnce    = 4                      // requests with reports under way
+	reportBatch      = 1 << 20                // bytes of reports in one of them, beyond the first
+	clocksLimit      = 64                     // replicas whose clocks are known
+	ageWindow        = 5 * time.Minute        // after which a clock is compared anew
 	memoryEvents     = 16384                  // event ids remembered
 	memoryBytes      = 16 << 20               // bytes of answers remembered
 	memoryAge        = 15 * time.Minute       // for which they are remembered
@@ -82,10 +85,11 @@ type Client struct {
 	work     context.Context // of forwards; set by Run, ends after the handler timeout
 	taking   context.Context // set by Run; ends when no more events are taken
 	memory   memory
+	reporter reporter
 	current  atomic.Pointer[subscription] // the stream that counts; nil: none is ready
 	probes   chan struct{}                // taken by the follow loop: proof that it lives
 
-	Events, Duplicates, Invalid, Forwarded, Failed, Retries, Reconnects, Reports atomic.Int64
+	Events, Duplicates, Invalid, Overdue, Forwarded, Failed, Retries, Reconnects, Reports atomic.Int64
 }
 
 // NewClient wires a client. Both transports speak HTTP/1.1 alone: a dead
@@ -116,6 +120,7 @@ func NewClient(opts ClientOptions, log *slog.Logger) *Client {
 		slots:   make(chan struct{}, opts.Concurrency),
 		probes:  make(chan struct{}),
 	}
+	c.reporter.client = c
 	c.source.IdleConnTimeout = time.Minute
 	c.target.IdleConnTimeout = reuseTimeout
 	return c
@@ -320,7 +325,7 @@ func (c *Client) read(ctx context.Context, s *subscription, watchdog *time.Timer
 	req := c.sourceRequest(ctx, http.MethodGet, c.opts.Source, nil)
 	req.Header.Set("Accept", "text/event-stream")
 	req.Header.Set("Cache-Control", "no-cache")
-	req.Header.Set("X-Relay-Features", "respond, drain")
+	req.Header.Set("X-Relay-Features", "http, respond, drain")
 	resp, err := c.source.RoundTrip(req)
 	if err != nil {
 		return bare(err)
@@ -332,7 +337,7 @@ func (c *Client) read(ctx context.Context, s *subscription, watchdog *time.Timer
 	if kind, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type")); kind != "text/event-stream" {
 		return errNoEvents
 	}
-	p := newParser(&watchedReader{resp.Body, s, watchdog})
+	p, clocks := newParser(&watchedReader{resp.Body, s, watchdog}), &clocks{began: time.Now()}
 	for {
 		m, err := p.next()
 		if err == io.EOF {
@@ -354,7 +359,7 @@ func (c *Client) read(ctx context.Context, s *subscription, watchdog *time.Timer
 			default:
 				close(s.drain)
 			}
-		case "message":
+		case "webhook", "message":
 			if c.opts.Concurrency == 1 && s.before != nil { // what the stream before has is older
 				select {
 				case <-s.before:
@@ -362,7 +367,7 @@ func (c *Client) read(ctx context.Context, s *subscription, watchdog *time.Timer
 					return ctx.Err()
 				}
 			}
-			duplicate, err := c.take(m.data)
+			duplicate, err := c.take(&m, clocks)
 			if err != nil {
 				return err
 			}
@@ -452,14 +457,28 @@ func bare(err error) error {
 // bounds memory, and forwards in a goroutine that Run waits for. It does not
 // give up when its stream ends: another stream may have dropped the event as a
 // duplicate meanwhile. Its only error is the end of the client.
-func (c *Client) take(data []byte) (duplicate bool, err error) {
+func (c *Client) take(m *message, clocks *clocks) (duplicate bool, err error) {
 	c.Events.Add(1)
 	received := time.Now()
-	w, err := decodeWebhook(c.channel, data)
+	var w *Webhook
+	if m.name == "webhook" {
+		w, err = decodeWebhook(c.channel, m.id, m.data)
+	} else {
+		w, err = decodeLegacy(c.channel, m.data)
+	}
 	if err != nil {
 		c.Invalid.Add(1)
 		c.log.Warn("event refused", "err", err)
 		return false, nil
+	}
+	waited := respond(w.Mode)
+	if waited { // its time began when the server took it
+		age := clocks.age(w)
+		if received = received.Add(-age); age > w.Timeout {
+			c.Overdue.Add(1)
+			c.log.Warn("event is over, its sender has been answered", "event", w.ID)
+			return false, nil
+		}
 	}
 	known := w.ID != ""
 	if !known {
@@ -472,13 +491,13 @@ func (c *Client) take(data []byte) (duplicate bool, err error) {
 			duplicate = true
 			c.Duplicates.Add(1)
 			c.log.Debug("event is a duplicate", "event", w.ID)
-			if answer == nil || !w.Respond {
+			if answer == nil || !waited {
 				return duplicate, nil // the first one forwards, and reports
 			}
 		}
 	}
 	over := c.work.Done()
-	if w.Respond { // its server holds it and gives it to the next
+	if waited { // its server holds it and gives it to the next
 		over = c.taking.Done()
 	}
 	select {
@@ -498,8 +517,8 @@ func (c *Client) take(data []byte) (duplicate bool, err error) {
 				c.memory.finish(w.ID, answer)
 			}
 		}
-		if w.Respond {
-			c.report(c.work, w.ID, answer, !w.Brief, received.Add(w.Timeout))
+		if waited {
+			c.reporter.report(w.ID, answer, received.Add(w.Timeout))
 		}
 	})
 	return duplicate, nil
@@ -509,7 +528,7 @@ func (c *Client) take(data []byte) (duplicate bool, err error) {
 // time is over: the retry window, or what the event has left for its sender.
 func (c *Client) forward(ctx context.Context, w *Webhook, received time.Time) Answer {
 	end := time.Now().Add(c.opts.RetryWindow)
-	if w.Respond {
+	if respond(w.Mode) {
 		// The report must arrive before the sender's time is over.
 		end = received.Add(w.Timeout - min(w.Timeout/10, 500*time.Millisecond))
 		var cancel context.CancelFunc
@@ -518,7 +537,7 @@ func (c *Client) forward(ctx context.Context, w *Webhook, received time.Time) An
 	}
 	log := c.log.With("event", w.ID)
 	backoff := Backoff{Initial: retryInitial, Max: retryMax, Factor: 2, Jitter: true}
-	if w.Respond {
+	if respond(w.Mode) {
 		backoff.Max = retryHeld
 	}
 	var last Answer
@@ -605,7 +624,7 @@ func (c *Client) answer(ctx context.Context, w *Webhook, resp *http.Response) (A
 	if a.Status < 200 || a.Status > 599 { // 101 is none that could be passed on
 		return Answer{Err: answerUnreachable}, pause, fmt.Errorf("%w: status %d", errHeard, resp.StatusCode)
 	}
-	if !w.Respond || w.Brief {
+	if w.Mode != modeResponse {
 		drop(resp.Body)
 		return a, pause, nil
 	}
@@ -730,28 +749,6 @@ func hostPort(u *url.URL) string {
 	return net.JoinHostPort(u.Hostname(), port)
 }
 
-// report tells the source what the target answered, again until end.
-func (c *Client) report(ctx context.Context, id string, a *Answer, full bool, end time.Time) {
-	ctx, cancel := context.WithDeadline(ctx, end)
-	defer cancel()
-	u := c.opts.Source.JoinPath("responses", id)
-	body := a.encode(full)
-	backoff := Backoff{Initial: retryInitial, Max: retryMax, Factor: 2, Jitter: true}
-	for {
-		err := c.reportOnce(ctx, u, body)
-		if err == nil {
-			c.Reports.Add(1)
-			return
-		}
-		status, ok := errors.AsType[*statusError](err)
-		refused := ok && status.status < 500 && status.status != http.StatusTooManyRequests
-		if refused || !sleep(ctx, backoff.Next()) {
-			c.log.Warn("report given up", "event", id, "err", err)
-			return
-		}
-	}
-}
-
 // sleep waits for d; it is false when ctx ends first.
 func sleep(ctx context.Context, d time.Duration) bool {
 	select {
@@ -762,11 +759,102 @@ func sleep(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-func (c *Client) reportOnce(ctx context.Context, u *url.URL, body []byte) error {
-	ctx, cancel := context.WithTimeout(ctx, reportTimeout)
+// reporter brings reports to the source, as HTTP responses one after the other:
+// a few requests at a time, and whatever waits meanwhile goes into the next.
+type reporter struct {
+	client *Client
+	mu     sync.Mutex
+	queue  []*report // guarded by mu, as is busy
+	busy   int       // goroutines in send
+}
+
+// report is one answer on its way to the source.
+type report struct {
+	id   string
+	data []byte
+	end  time.Time     // when nobody waits for it any more
+	done chan struct{} // closed when it has arrived, or is given up
+}
+
+// report reports a, and returns once that has arrived or end is over.
+func (r *reporter) report(id string, a *Answer, end time.Time) {
+	var data bytes.Buffer
+	a.appendReport(&data, id)
+	one := &report{id: id, data: data.Bytes(), end: end, done: make(chan struct{})}
+	r.mu.Lock()
+	r.queue = append(r.queue, one)
+	if r.busy < reportsAtOnce {
+		r.busy++
+		r.client.forwards.Go(r.send) // one of which is our caller
+	}
+	r.mu.Unlock()
+	<-one.done
+}
+
+// send sends what waits until nothing does.
+func (r *reporter) send() {
+	backoff := Backoff{Initial: retryInitial, Max: retryHeld, Factor: 2, Jitter: true}
+	for {
+		batch := r.take()
+		if len(batch) == 0 {
+			return
+		}
+		err := r.client.sendReports(batch)
+		if err == nil {
+			backoff.Reset()
+			r.client.Reports.Add(int64(len(batch)))
+			for _, one := range batch {
+				close(one.done)
+			}
+			continue
+		}
+		pause := backoff.Next()
+		refusal, ok := errors.AsType[*statusError](err)
+		final := ok && refusal.status == http.StatusBadRequest || r.client.work.Err() != nil
+		r.mu.Lock()
+		for _, one := range batch {
+			if !final && time.Until(one.end) > pause {
+				r.queue = append(r.queue, one)
+				continue
+			}
+			r.client.log.Warn("report given up", "event", one.id, "err", err)
+			close(one.done)
+		}
+		r.mu.Unlock()
+		sleep(r.client.work, pause)
+	}
+}
+
+// take removes from the queue what fits into one request. With nothing there
+// its caller is no sender any more.
+func (r *reporter) take() (batch []*report) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	size, n := 0, 0
+	for n < len(r.queue) && (n == 0 || size+len(r.queue[n].data) <= reportBatch) {
+		size += len(r.queue[n].data)
+		n++
+	}
+	batch = slices.Clone(r.queue[:n])
+	if r.queue = slices.Delete(r.queue, 0, n); n == 0 {
+		r.busy--
+	}
+	return batch
+}
+
+// sendReports sends one request with reports.
+func (c *Client) sendReports(batch []*report) error {
+	ctx, cancel := context.WithTimeout(c.work, reportTimeout)
 	defer cancel()
-	req := c.sourceRequest(ctx, http.MethodPost, u, bytes.NewReader(body))
-	req.Header.Set("Content-Type", "application/json")
+	body := batch[0].data
+	if len(batch) > 1 {
+		body = nil
+		for _, one := range batch {
+			body = append(body, one.data...)
+		}
+	}
+	req := c.sourceRequest(ctx, http.MethodPost, c.opts.Source.JoinPath("responses"), bytes.NewReader(body))
+	req.Header.Set("Content-Type", "application/http; msgtype=response") // RFC 9112 section 10.2
 	resp, err := c.source.RoundTrip(req)
 	if err != nil {
 		return bare(err)
@@ -777,6 +865,45 @@ func (c *Client) reportOnce(ctx context.Context, u *url.URL, body []byte) error 
 		return &statusError{resp.StatusCode}
 	}
 	return nil
+}
+
+// clocks tell how old the events of a stream are, although no two machines
+// agree on the time: of all events that a replica sent, the youngest was at
+// least as old as its way took, so that what later ones have beside it is their
+// age. It belongs to the stream's goroutine.
+type clocks struct {
+	began  time.Time             // now is counted from here: a clock that is set back or forth changes nothing
+	offset map[string]*clockView // by replica
+}
+
+// clockView is the least difference of one replica's clock to ours, in this
+// window and in the one before: clocks drift.
+type clockView struct {
+	least, before time.Duration
+	turned        time.Time
+}
+
+// age is how long w has been on its way.
+func (c *clocks) age(w *Webhook) time.Duration {
+	now := c.began.Add(time.Since(c.began))
+	passed := now.Round(0).Sub(w.Time)
+	replica := replicaOf(w.ID)
+	view := c.offset[replica]
+	if view == nil {
+		if len(c.offset) >= clocksLimit { // a source that makes them up
+			c.offset = nil
+		}
+		if c.offset == nil {
+			c.offset = map[string]*clockView{}
+		}
+		view = &clockView{passed, passed, now}
+		c.offset[replica] = view
+	}
+	if now.Sub(view.turned) > ageWindow {
+		view.least, view.before, view.turned = passed, view.least, now
+	}
+	view.least = min(view.least, passed)
+	return passed - min(view.least, view.before)
 }
 
 // memory remembers the ids of recent events and the answers to them, so that

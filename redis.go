@@ -493,7 +493,7 @@ func (s *session) deliver(name string, data []byte) {
 	}
 	b.Received.Add(1)
 	taken, _ := b.hub.Deliver(e)
-	if e.Respond {
+	if respond(e.Mode) {
 		b.Signal(s.ctx, takenSignal(e, taken))
 	}
 }

@@ -637,6 +637,7 @@ func clientMetrics(c *Client) []Metric {
 		counter("relay_events_total", "Events received.", &c.Events),
 		counter("relay_events_duplicate_total", "Events dropped because they had come before.", &c.Duplicates),
 		counter("relay_events_invalid_total", "Events refused.", &c.Invalid),
+		counter("relay_events_overdue_total", "Events skipped because their sender had been answered already.", &c.Overdue),
 		counter("relay_forwarded_total", "Webhooks the target gave a final answer to.", &c.Forwarded),
 		counter("relay_forward_failures_total", "Webhooks given up.", &c.Failed),
 		counter("relay_forward_retries_total", "Attempts repeated.", &c.Retries),

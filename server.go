@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
 	"crypto/sha256"
 	"crypto/subtle"
 	"encoding/json"
@@ -24,18 +23,10 @@ import (
 	"time"
 )
 
-// Response modes: what a provider is told, and when.
-const (
-	modeAccept   = "accept"   // 200 as soon as the bus took the event
-	modeStatus   = "status"   // the target's status
-	modeResponse = "response" // the target's status, headers and body
-)
-
 // The server's fixed bounds; the package doc lists what happens at each.
 const (
 	headerTimeout  = 10 * time.Second       // to send a request's header
 	headerLimit    = 16 << 10               // bytes of a request's header
-	fieldLimit     = 500                    // values in a header: each costs more than its bytes
 	requestCost    = 16 << 10               // bytes that a request takes besides those it brings
 	streamsAtOnce  = 50                     // requests under way on an HTTP/2 connection
 	bodyTimeout    = 60 * time.Second       // to send a request's body
@@ -45,6 +36,7 @@ const (
 	takenTimeout   = 250 * time.Millisecond // for replicas to say to whom an event went
 	idleTimeout    = 2 * time.Minute        // between two requests on a connection
 	writeTimeout   = 60 * time.Second       // for one write to a stream: a full client may pause this long
+	lastChunkTime  = time.Second            // to write the end of a stream
 	liveTimeout    = 5 * time.Second        // until a new stream is subscribed on every replica
 	probeTimeout   = 2 * time.Second        // for a balancer's probe
 	movePatience   = 5 * time.Second        // for clients to follow a drain at shutdown
@@ -54,7 +46,7 @@ const (
 	settleInterval = time.Second            // between looks at the start, while its last line is not complete
 	tokensLimit    = 1 << 20                // bytes of the tokens file
 	reportTime     = 10 * time.Second       // to send a report, twice what a client takes for one try
-	reportLimit    = 8 << 20                // bytes of a client's report
+	reportLimit    = 4 << 20                // bytes of the reports of one request
 	reportsLimit   = 64 << 20               // bytes of all reports that are being read
 	givenLimit     = 1024                   // outcomes of one held event that are noted before its receipts
 	chatterLimit   = 4 << 10                // bytes a subscriber may send after its request
@@ -117,7 +109,6 @@ type Server struct {
 	requests sync.WaitGroup   // webhooks being published or held; Add only under mu while !left
 	streams  sync.WaitGroup   // goroutines of streams; likewise
 	movers   sync.WaitGroup   // streams that can follow a drain; likewise
-	acks     sync.Map         // of chan bool: reports on their way to another replica, by the id of their Signal
 }
 
 // NewServer wires a server to its hub and bus, and reads the tokens file.
@@ -263,8 +254,8 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		s.serveWebhook(w, r, &t)
 	case t.Kind == "subscribe" && t.Channel != "" && (t.Tail == "" || t.Tail == "/"):
 		s.serveSubscribe(w, r, t.Channel)
-	case t.Kind == "subscribe" && strings.HasPrefix(t.Tail, "/responses/") && strings.Count(t.Tail, "/") == 2:
-		s.serveReport(w, r, t.Channel, strings.TrimPrefix(t.Tail, "/responses/"))
+	case t.Kind == "subscribe" && t.Tail == "/responses":
+		s.serveReport(w, r, t.Channel)
 	case t.Path == "/":
 		s.serveReady(w, r)
 	default:
@@ -303,7 +294,6 @@ var (
 	errNobody      = &refusal{http.StatusServiceUnavailable, "nobody connected", "nobody"}
 	errGone        = &refusal{http.StatusServiceUnavailable, "provider is gone", "gone"}
 	errReport      = &refusal{http.StatusBadRequest, "invalid report", "body"}
-	errNoHold      = &refusal{http.StatusNotFound, "nobody waits", "path"}
 	errUnreachable = &refusal{http.StatusBadGateway, "target unreachable", "unreachable"}
 	errNoAnswer    = &refusal{http.StatusGatewayTimeout, "no answer in time", "timeout"}
 )
@@ -517,19 +507,17 @@ func (s *Server) capture(r *http.Request, t *requestTarget, b *budget, mode stri
 		Headers: endToEnd(r.Header),
 		Body:    buf.Bytes(),
 		Time:    time.Now(),
-		Respond: mode != modeAccept,
-		Brief:   mode == modeStatus,
+		Mode:    mode,
 		Timeout: s.opts.Timeouts.of(t.Channel),
 	}
 	if r.Host != "" {
-		webhook.Headers = append(webhook.Headers, Header{"Host", []string{r.Host}})
+		webhook.Headers = slices.Insert(webhook.Headers, 0, Header{"Host", []string{r.Host}})
 	}
-	size, text := webhook.wireSize()
-	if !b.set(size) {
+	if !b.set(webhook.wireSize()) {
 		return nil, errBudget
 	}
-	event := newEvent(t.Channel, webhook, size, text)
-	if len(event.frame) >= lineLimit {
+	event := newEvent(t.Channel, webhook)
+	if len(event.chunk) >= lineLimit {
 		return nil, errTooLarge
 	}
 	b.set(len(event.wire))
@@ -665,7 +653,7 @@ func (s *Server) await(ctx context.Context, h *hold, deadline time.Time) (a Answ
 			return a, nil
 		}
 		for _, only := range again {
-			if err := s.publishAgain(ctx, h, only, deadline); err != nil {
+			if err := s.publishAgain(ctx, h, only); err != nil {
 				s.log.Debug("held webhook not published again", "event", h.event.ID, "err", err)
 				s.mu.Lock()
 				h.again = append(h.again, only)
@@ -714,7 +702,7 @@ func (s *Server) publish(ctx context.Context, h *hold, e *Event) error {
 
 // publishAgain sends the event of h once more, to one subscriber or (empty) to
 // all, when its turn comes.
-func (s *Server) publishAgain(ctx context.Context, h *hold, only string, deadline time.Time) error {
+func (s *Server) publishAgain(ctx context.Context, h *hold, only string) error {
 	select {
 	case s.turns <- struct{}{}:
 		defer func() { <-s.turns }()
@@ -723,7 +711,7 @@ func (s *Server) publishAgain(ctx context.Context, h *hold, only string, deadlin
 	case <-s.giveUp:
 		return errShutdown
 	}
-	return s.publish(ctx, h, h.event.again(only, time.Until(deadline)))
+	return s.publish(ctx, h, h.event.again(only))
 }
 
 // takeAgain is to whom the event must go once more: not to subscribers that
@@ -834,16 +822,17 @@ func (s *Server) signal(sig Signal) {
 	case signalTaken, signalWritten:
 		s.receipt(sig)
 	case signalAnswer:
-		ack := Signal{Kind: signalAck, To: sig.From, Event: sig.Event, Subscriber: sig.Subscriber}
-		if a, err := decodeAnswer([]byte(sig.Data)); err == nil && s.answer(sig, a) {
-			ack.Data = "1"
-		}
-		s.bus.Signal(context.Background(), ack) // without From it does not wait
-	case signalAck:
-		if ack, ok := s.acks.LoadAndDelete(sig.Subscriber); ok {
-			ack.(chan bool) <- sig.Data != "" // has space for one, and is asked once
+		if _, a, err := newReports(strings.NewReader(sig.Data)).next(s.waits); err == nil {
+			s.answer(sig.Event, sig.Channel, sig.Client, a)
 		}
 	}
+}
+
+// waits reports whether the event id is held here.
+func (s *Server) waits(id string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.holds[id] != nil
 }
 
 // presence tells the holds of a channel who came and who went.
@@ -887,83 +876,65 @@ func (s *Server) receipt(sig Signal) {
 }
 
 // answer gives a client's report to the request that waits for it, if any.
-func (s *Server) answer(sig Signal, a Answer) bool {
+func (s *Server) answer(id, channel, client string, a Answer) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	h := s.holds[sig.Event]
-	if h == nil || h.event.Channel != sig.Channel {
-		return false
-	}
-	had := h.best.size()
-	h.answer(sig.Client, a)
-	h.budget.add(h.best.size() - had) // whatever the limit: it is what makes space
-	wake(h.poke)
-	return true
-}
-
-// serveReport takes a client's report of its target's answer.
-func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel, id string) {
-	if _, _, ok := s.authorise(w, r, http.MethodPost, channel); !ok {
+	h := s.holds[id]
+	if h == nil || h.event.Channel != channel {
 		return
 	}
-	if replicaOf(id) == "" {
-		refuse(w, errNoHold)
+	had := h.best.size()
+	h.answer(client, a)
+	h.budget.add(h.best.size() - had) // whatever the limit: it is what makes space
+	wake(h.poke)
+}
+
+// serveReport takes what a client reports on one or more events, as HTTP
+// responses one after the other. What nobody waits for any more is no mistake.
+func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel string) {
+	if _, _, ok := s.authorise(w, r, http.MethodPost, channel); !ok {
 		return
 	}
 	http.NewResponseController(w).SetReadDeadline(time.Now().Add(reportTime)) // one that stalls keeps out others
 	b := &budget{Reader: http.MaxBytesReader(w, r.Body, reportLimit), all: &s.reports, limit: reportsLimit}
 	defer b.end()
-	var answer Answer
-	body, err := io.ReadAll(b)
-	if err == nil {
-		answer, err = decodeAnswer(body)
-	}
-	switch {
-	case err == errBudget:
-		refuse(w, errBudget)
-		return
-	case err != nil:
-		s.log.Warn("report refused", "channel", channel, "event", id, "err", err)
-		refuse(w, errReport)
-		return
-	}
-	taken, err := s.route(r.Context(), Signal{
-		Kind: signalAnswer, To: replicaOf(id), Channel: channel, Event: id,
-		Subscriber: rand.Text(), // names this report: its ack comes back with it
-		Client:     clientName(r), Data: string(body),
-	}, answer)
-	switch {
-	case err != nil:
-		refuse(w, errBus)
-	case !taken:
-		refuse(w, errNoHold)
-	default:
-		w.WriteHeader(http.StatusNoContent)
+	client, list := clientName(r), newReports(b)
+	wanted := func(id string) bool { return replicaOf(id) != s.opts.Replica || s.waits(id) }
+	for n := 0; ; n++ {
+		id, answer, err := list.next(wanted)
+		switch {
+		case err == io.EOF && n > 0:
+			w.WriteHeader(http.StatusNoContent)
+			return
+		case errors.Is(err, errBudget):
+			s.Rejected.refuse(w, errBudget)
+			return
+		case err != nil:
+			s.log.Warn("report refused", "channel", channel, "err", err)
+			s.Rejected.refuse(w, errReport)
+			return
+		}
+		if err := s.route(r.Context(), id, channel, client, answer); err != nil {
+			s.log.Debug("report not taken", "channel", channel, "event", id, "err", err)
+			s.Rejected.refuse(w, errBus)
+			return
+		}
 	}
 }
 
 // route brings an answer to the replica that holds its request, here or
-// elsewhere, and tells whether somebody waited.
-func (s *Server) route(ctx context.Context, sig Signal, a Answer) (taken bool, err error) {
-	if sig.To == s.opts.Replica {
-		return s.answer(sig, a), nil
+// elsewhere.
+func (s *Server) route(ctx context.Context, id, channel, client string, a Answer) error {
+	if replicaOf(id) == s.opts.Replica {
+		s.answer(id, channel, client, a)
+		return nil
 	}
-	sig.From = s.opts.Replica
-	ack := make(chan bool, 1)
-	s.acks.Store(sig.Subscriber, ack)
-	defer s.acks.Delete(sig.Subscriber)
-	receivers, err := s.bus.Signal(ctx, sig)
-	if err != nil || receivers == 0 {
-		return false, err
-	}
-	select {
-	case taken = <-ack:
-		return taken, nil
-	case <-ctx.Done():
-		return false, ctx.Err()
-	case <-time.After(time.Second):
-		return false, errors.New("replica that holds the request did not acknowledge")
-	}
+	var data bytes.Buffer
+	a.appendReport(&data, id)
+	_, err := s.bus.Signal(ctx, Signal{
+		Kind: signalAnswer, To: replicaOf(id), From: s.opts.Replica, Channel: channel, Event: id, Client: client, Data: data.String(),
+	})
+	return err
 }
 
 // Who may subscribe, and from where.
@@ -1144,6 +1115,7 @@ type stream struct {
 	server    *Server
 	sub       *Subscriber
 	out       sink
+	chunked   bool // HTTP/1.1 on a hijacked connection
 	heartbeat *time.Timer
 	ages      []*time.Timer // what happens at StreamMaxAge; empty without
 }
@@ -1159,12 +1131,12 @@ var streamHeader = [][2]string{
 
 // The relay's own events, shared by all streams.
 var (
-	heartbeatEvent = &Event{frame: []byte("event: heartbeat\ndata: {}\n\n")}
-	drainEvent     = &Event{frame: []byte("event: drain\ndata: {}\n\n")}
+	heartbeatEvent = newFrame("event: heartbeat\ndata: {}\n\n")
+	drainEvent     = newFrame("event: drain\ndata: {}\n\n")
 )
 
-func readyFrame(heartbeat time.Duration) string {
-	return fmt.Sprintf("id: 0\nevent: ready\ndata: {\"heartbeatInterval\":%d}\n\n", heartbeat.Milliseconds())
+func readyEvent(heartbeat time.Duration) *Event {
+	return newFrame(fmt.Sprintf("id: 0\nevent: ready\ndata: {\"heartbeatInterval\":%d}\n\n", heartbeat.Milliseconds()))
 }
 
 // serveSubscribe opens a stream.
@@ -1179,6 +1151,8 @@ func (s *Server) serveSubscribe(w http.ResponseWriter, r *http.Request, channel 
 	}
 	for feature := range strings.SplitSeq(strings.Join(r.Header["X-Relay-Features"], ","), ",") {
 		switch strings.TrimSpace(feature) {
+		case "http":
+			sub.HTTP = true
 		case "respond":
 			sub.Responds = true
 		case "drain":
@@ -1214,6 +1188,7 @@ func (s *Server) serveSubscribe(w http.ResponseWriter, r *http.Request, channel 
 	if r.ProtoMajor > 1 {
 		s.serveResponse(w, r, st)
 	} else {
+		st.chunked = r.ProtoAtLeast(1, 1)
 		s.serveConn(w, st)
 	}
 }
@@ -1227,7 +1202,7 @@ func (s *Server) serveResponse(w http.ResponseWriter, r *http.Request, st *strea
 	}
 	out := responseSink{w, http.NewResponseController(w)}
 	gone := make(chan struct{})
-	st.sub.Writers.Go(func() { st.begin(out, func() { close(gone) }, readyFrame(s.opts.Heartbeat)) })
+	st.sub.Writers.Go(func() { st.begin(out, func() { close(gone) }, nil) })
 	select {
 	case <-gone:
 	case <-r.Context().Done():
@@ -1249,7 +1224,7 @@ func (s *Server) serveConn(w http.ResponseWriter, st *stream) {
 		return
 	}
 	sent := buffered.Reader.Buffered()
-	st.begin(connSink{conn}, func() { conn.SetDeadline(past) }, openConn(s.opts.Heartbeat))
+	st.begin(connSink{conn}, func() { conn.SetDeadline(past) }, openConn(st.chunked))
 	go func() { // ends with the connection; exit counts it out
 		b := make([]byte, 16)
 		for sent <= chatterLimit {
@@ -1311,25 +1286,28 @@ func (s *Server) awaitLive(ctx context.Context, sub *Subscriber) bool {
 	return false
 }
 
-// openConn is the head of a stream on a hijacked connection. The body ends
-// with the connection (RFC 9112 section 6.3), so that every frame is written
-// as it is, without a chunk around it.
-func openConn(heartbeat time.Duration) string {
-	var b strings.Builder
+// openConn is the head of a stream on a hijacked connection. Without chunks, to
+// a reader of HTTP/1.0, the body ends with the connection (RFC 9112 section 6.3).
+func openConn(chunked bool) []byte {
+	var b bytes.Buffer
 	fmt.Fprintf(&b, "HTTP/1.1 200 OK\r\nConnection: close\r\nDate: %s\r\n", time.Now().UTC().Format(http.TimeFormat))
 	for _, f := range streamHeader {
 		fmt.Fprintf(&b, "%s: %s\r\n", f[0], f[1])
 	}
-	return b.String() + "\r\n" + readyFrame(heartbeat)
+	if chunked {
+		b.WriteString("Transfer-Encoding: chunked\r\n")
+	}
+	b.WriteString("\r\n")
+	return b.Bytes()
 }
 
 // begin writes the stream's head and what has queued meanwhile, and starts its
 // timers. Nobody else writes until it returns.
-func (st *stream) begin(out sink, abort func(), head string) {
+func (st *stream) begin(out sink, abort func(), head []byte) {
 	s, sub := st.server, st.sub
 	st.out = out
 	s.hub.Attach(sub, abort)
-	if err := st.send([]byte(head)); err != nil {
+	if err := st.send(append(head, st.form(readyEvent(s.opts.Heartbeat))...)); err != nil {
 		s.hub.Leave(sub, err)
 		return
 	}
@@ -1366,6 +1344,10 @@ func (st *stream) end() {
 	}
 	level, reason := slog.LevelInfo, s.hub.Reason(sub)
 	if conn, ok := st.out.(connSink); ok {
+		if st.chunked && (reason == errShutdown || reason == errStreamAge) { // all is written: the body is complete
+			conn.SetWriteDeadline(time.Now().Add(lastChunkTime))
+			io.WriteString(conn, "0\r\n\r\n")
+		}
 		conn.Close()
 	}
 	s.tellLeft(sub)
@@ -1424,7 +1406,7 @@ func (st *stream) write() {
 			return
 		}
 		for _, e := range batch {
-			if e.Respond && !sub.Responds { // all that a legacy client can tell
+			if respond(e.Mode) && !sub.Responds { // all that a legacy client can tell
 				s.bus.Signal(context.Background(), Signal{
 					Kind: signalWritten, To: replicaOf(e.ID), Channel: sub.Channel, Event: e.ID, Subscriber: sub.ID,
 				})
@@ -1437,15 +1419,37 @@ func (st *stream) write() {
 	}
 }
 
+// form is what is written of e when it is alone.
+func (st *stream) form(e *Event) []byte {
+	chunk := e.chunkFor(st.sub.HTTP)
+	if !st.chunked {
+		return block(chunk)
+	}
+	return chunk
+}
+
+// sendBatch is one write, and over HTTP/1.1 one chunk: readers that wait for
+// whole chunks see every event at once.
 func (st *stream) sendBatch(batch []*Event) error {
 	if len(batch) == 1 {
-		return st.send(batch[0].frame)
+		return st.send(st.form(batch[0]))
 	}
 	buf := buffers.Get().(*bytes.Buffer)
+	size := chunkHead + chunkTail
 	for _, e := range batch {
-		buf.Write(e.frame)
+		size += len(e.chunkFor(st.sub.HTTP))
 	}
-	err := st.send(buf.Bytes())
+	buf.Grow(size)
+	all := appendChunk(buf.AvailableBuffer(), func(b []byte) []byte {
+		for _, e := range batch {
+			b = append(b, block(e.chunkFor(st.sub.HTTP))...)
+		}
+		return b
+	})
+	if !st.chunked {
+		all = block(all)
+	}
+	err := st.send(all)
 	if err == nil { // net/http may still read what it failed to write
 		recycle(buf)
 	}
