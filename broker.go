@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"cmp"
+	"container/list"
 	"context"
 	"crypto/rand"
 	"encoding/base64"
@@ -71,6 +72,7 @@ type Answer struct {
 const (
 	answerUnreachable = "unreachable" // no connection to the target, or it broke
 	answerTimeout     = "timeout"     // the target was silent until the event's time was over
+	answerTaken       = "taken"       // none yet: a client whose streams end is still forwarding it
 )
 
 // hopByHop lists what never crosses the relay: the fixed part of RFC 9110
@@ -239,51 +241,77 @@ func checkHeaders(headers []Header) error {
 	return nil
 }
 
-// Event is one webhook in transit, encoded once. It is immutable and shared
-// by all its subscribers; wire is what travels between replicas.
+// Event is one webhook in transit, encoded once. Its bytes are immutable and
+// shared by all its subscribers and deliveries.
 type Event struct {
 	ID      string
 	Channel string
 	Mode    string
-	Only    string // deliver to this subscriber alone; empty: to all
-	wire    []byte // the envelope of openEvent, which chunk is the end of
-	chunk   []byte // the block of the stream, in the frame of chunkOf
+	Holder  string    // the replica that holds it: receipts go there
+	Round   int       // counts the holder's publications of it, so that no receipt counts for another
+	Only    string    // who is given it: a client by name, onlyReporters, or (empty) everybody
+	Until   time.Time // when its sender's time is over; zero: never
+
+	chunk []byte // the block of the stream, in the frame of appendChunk
+	wire  []byte // the envelope of openEvent with chunk at its end; nil for another delivery
+	first *Event // whose bytes these are; nil: its own
 
 	legacyOnce sync.Once
 	legacy     []byte       // what legacyChunk made
-	uses       atomic.Int32 // queues that hold it; -1 once its maker has released it, too
+	claim      *claim       // what its bytes take of the budget; nil: nothing
+	uses       atomic.Int32 // its maker, and queues that hold it
+	kept       atomic.Bool  // its bytes may still be read by somebody who does not say when he is done
 }
+
+// onlyReporters in Event.Only is for those who can report, and no legacy reader
+// that would take a second delivery for a second webhook.
+const onlyReporters = "@"
 
 // wires recycles the memory of events, which is most of what the collector has
 // to do under load.
 var wires = sync.Pool{New: func() any { return new([]byte) }}
 
-// release gives up one use of e: its maker's, or that of a queue whose stream
-// has written it. After the last one nobody may touch its bytes. A use that is
-// never given up, such as an evicted subscriber's, leaves e to the collector.
+// owner is the event whose bytes e has.
+func (e *Event) owner() *Event {
+	if e.first != nil {
+		return e.first
+	}
+	return e
+}
+
+// use adds one use of the bytes of e; release gives one up: its maker's, or that
+// of a queue whose stream has written it. After the last one nobody may touch
+// them.
+func (e *Event) use() { e.owner().uses.Add(1) }
+
 func (e *Event) release() {
-	if e.uses.Add(-1) < 0 && cap(e.wire) <= 64<<10 {
-		b := e.wire
-		e.wire, e.chunk, e.legacy = nil, nil, nil
+	o := e.owner()
+	if o.uses.Add(-1) > 0 {
+		return
+	}
+	o.claim.end()
+	if b := o.wire; !o.kept.Load() && cap(b) <= 64<<10 {
+		o.wire, o.chunk, o.legacy = nil, nil, nil
 		wires.Put(&b)
 	}
 }
 
-// newEvent encodes w for channel: the one encoding that every subscriber on
-// every replica gets.
-func newEvent(channel string, w *Webhook) *Event {
-	e := &Event{ID: w.ID, Channel: channel, Mode: w.Mode}
-	size := w.wireSize()
-	if !respond(w.Mode) { // held events would only drain the pool
-		recycled := wires.Get().(*[]byte)
-		if cap(*recycled) <= 2*size { // budgets count bytes that are used
-			e.wire = (*recycled)[:0]
-		} else {
-			wires.Put(recycled)
-		}
+// newEvent encodes w for channel, which replica holds: the one encoding that
+// every subscriber on every replica gets.
+func newEvent(channel, replica string, w *Webhook, c *claim) *Event {
+	e := &Event{ID: w.ID, Channel: channel, Mode: w.Mode, Holder: replica, claim: c}
+	if respond(w.Mode) {
+		e.Until = time.Now().Add(w.Timeout)
 	}
-	e.wire = slices.Grow(e.wire, size)
-	e.wire = e.appendEnvelope(e.wire)
+	e.uses.Store(1)
+	size := w.wireSize()
+	recycled := wires.Get().(*[]byte)
+	if cap(*recycled) <= 2*size { // the budget counts bytes that are used
+		e.wire = (*recycled)[:0]
+	} else {
+		wires.Put(recycled)
+	}
+	e.wire = e.appendEnvelope(slices.Grow(e.wire, size))
 	start := len(e.wire)
 	e.wire = appendChunk(e.wire, func(b []byte) []byte {
 		b = append(b, "id: "...)
@@ -295,6 +323,18 @@ func newEvent(channel string, w *Webhook) *Event {
 	e.chunk = e.wire[start:]
 	return e
 }
+
+// again is e for one more delivery, with the bytes of the first: a client knows
+// from its time how old it is. It has no use of its own.
+func (e *Event) again(holder string, round int, only string) *Event {
+	return &Event{
+		ID: e.ID, Channel: e.Channel, Mode: e.Mode, Holder: holder, Round: round, Only: only, Until: e.Until,
+		chunk: e.chunk, first: e.owner(),
+	}
+}
+
+// over reports whether nobody waits for e any more.
+func (e *Event) over(now time.Time) bool { return !e.Until.IsZero() && now.After(e.Until) }
 
 // chunkHead and chunkTail are what a chunk has around the block (RFC 9112
 // section 7.1): eight hexadecimal digits and CRLF; CRLF.
@@ -317,9 +357,12 @@ func appendChunk(b []byte, add func([]byte) []byte) []byte {
 
 const hexDigits = "0123456789abcdef"
 
-// newFrame is an event of the relay's own. It has no id and counts for nothing.
+// newFrame is an event of the relay's own. It has no id, counts for nothing, and
+// its maker never gives up its use.
 func newFrame(block string) *Event {
-	return &Event{chunk: appendChunk(nil, func(b []byte) []byte { return append(b, block...) })}
+	e := &Event{chunk: appendChunk(nil, func(b []byte) []byte { return append(b, block...) })}
+	e.uses.Store(1)
+	return e
 }
 
 // chunkFor is e in the form that a subscriber reads: HTTP, or the legacy JSON.
@@ -327,7 +370,7 @@ func (e *Event) chunkFor(http bool) []byte {
 	if http || e.ID == "" {
 		return e.chunk
 	}
-	return e.legacyChunk()
+	return e.owner().legacyChunk()
 }
 
 // block is a chunk without what is around it.
@@ -364,42 +407,52 @@ func headerBytes(headers []Header) int {
 	return n
 }
 
-// again is e for one more delivery, to one subscriber or (empty) to all. The
-// block stays as it is: a client knows from its time how old it is.
-func (e *Event) again(only string) *Event {
-	n := &Event{ID: e.ID, Channel: e.Channel, Mode: e.Mode, Only: only}
-	b := n.appendEnvelope(make([]byte, 0, len(e.chunk)+len(e.Channel)+len(e.ID)+len(only)+32))
-	start := len(b)
-	n.wire = append(b, e.chunk...)
-	n.chunk = n.wire[start:]
-	return n
-}
-
 // envelopeVersion is the first byte of everything that travels between
 // replicas; a replica ignores versions it does not know.
 const envelopeVersion = 3
 
 // appendEnvelope begins the form in which an event travels between replicas:
-// the version, channel, id, mode, Only, then the chunk as it is.
+// the version, all that Event says, the milliseconds that are left to it (0: no
+// end), then the chunk as it is.
 func (e *Event) appendEnvelope(b []byte) []byte {
-	return appendFields(append(b, envelopeVersion), e.Channel, e.ID, e.Mode, e.Only)
+	left := int64(0)
+	if !e.Until.IsZero() {
+		left = max(1, time.Until(e.Until).Milliseconds())
+	}
+	b = appendFields(append(b, envelopeVersion), e.Channel, e.ID, e.Mode, e.Holder, e.Only)
+	return binary.AppendUvarint(binary.AppendUvarint(b, uint64(e.Round)), uint64(left))
 }
 
-// openEvent is the inverse of appendEnvelope: the chunk is not parsed, and it
-// aliases wire. An event of another channel is refused: with the prefixes "a" and
-// "a-b" two relays have names in common.
+// message is what travels between replicas.
+func (e *Event) message() []byte {
+	if e.wire != nil {
+		return e.wire
+	}
+	return append(e.appendEnvelope(make([]byte, 0, len(e.chunk)+256)), e.chunk...)
+}
+
+// openEvent is the inverse of message: the chunk is not parsed, and it aliases
+// wire. An event of another channel is refused: with the prefixes "a" and "a-b"
+// two relays have names in common.
 func openEvent(channel string, wire []byte) (*Event, error) {
 	if len(wire) == 0 || wire[0] != envelopeVersion {
 		return nil, errEnvelope
 	}
 	e := &Event{wire: wire}
-	var err error
-	if e.chunk, err = cutFields(wire[1:], &e.Channel, &e.ID, &e.Mode, &e.Only); err != nil {
+	e.uses.Store(1)
+	rest, err := cutFields(wire[1:], &e.Channel, &e.ID, &e.Mode, &e.Holder, &e.Only)
+	if err != nil {
 		return nil, err
 	}
-	if e.Channel != channel || e.ID == "" || len(e.chunk) < chunkHead+chunkTail {
+	round, rest := cutNumber(rest)
+	left, rest := cutNumber(rest)
+	if e.Channel != channel || e.ID == "" || left < 0 || len(rest) < chunkHead+chunkTail {
 		return nil, errEnvelope
 	}
+	if left > 0 {
+		e.Until = time.Now().Add(time.Duration(min(left, maxResponseTimeout.Milliseconds())) * time.Millisecond)
+	}
+	e.Round, e.chunk = int(round), rest
 	return e, nil
 }
 
@@ -411,6 +464,15 @@ func appendFields(b []byte, fields ...string) []byte {
 		b = append(binary.AppendUvarint(b, uint64(len(f))), f...)
 	}
 	return b
+}
+
+// cutNumber cuts a uvarint off b; -1 when there is none.
+func cutNumber(b []byte) (int64, []byte) {
+	n, size := binary.Uvarint(b)
+	if size <= 0 || n > math.MaxInt32 {
+		return -1, nil
+	}
+	return int64(n), b[size:]
 }
 
 // cutFields is the inverse of appendFields; it returns what follows them.
@@ -634,6 +696,7 @@ type legacyMessage struct {
 // replica needs it.
 func (e *Event) legacyChunk() []byte {
 	e.legacyOnce.Do(func() {
+		e.kept.Store(true) // the memory of two forms is not recycled
 		e.legacy = appendChunk(nil, func(b []byte) []byte {
 			w, err := decodeWebhook(e.Channel, e.ID, unframe(block(e.chunk)))
 			if err != nil { // no replica of this version sends such
@@ -642,6 +705,7 @@ func (e *Event) legacyChunk() []byte {
 			b = append(append(append(b, "id: "...), e.ID...), "\ndata: "...)
 			return append(append(b, w.legacyJSON()...), '\n')
 		})
+		e.claim.add(int64(len(e.legacy)))
 	})
 	return e.legacy
 }
@@ -833,10 +897,9 @@ func (a *Answer) appendReport(b *bytes.Buffer, id string) {
 	resp.Header["X-Relay-Event-Id"] = []string{id}
 	if a.Err != "" {
 		resp.Header["X-Relay-Error"] = []string{a.Err}
-		resp.StatusCode = http.StatusBadGateway
-		if a.Err == answerTimeout {
-			resp.StatusCode = http.StatusGatewayTimeout
-		}
+		resp.StatusCode = map[string]int{
+			answerUnreachable: http.StatusBadGateway, answerTimeout: http.StatusGatewayTimeout, answerTaken: http.StatusAccepted,
+		}[a.Err]
 	}
 	resp.Write(b) // a buffer takes everything
 }
@@ -876,7 +939,7 @@ func (rs *reports) next(wanted func(id string) bool) (id string, a Answer, err e
 	switch {
 	case replicaOf(id) == "" || a.Status < 200 || a.Status > 599 || fields > fieldLimit+ownFields,
 		resp.ContentLength < 0 && len(resp.TransferEncoding) == 0 || resp.ContentLength > answerLimit,
-		a.Err != "" && a.Err != answerUnreachable && a.Err != answerTimeout:
+		!slices.Contains([]string{"", answerUnreachable, answerTimeout, answerTaken}, a.Err):
 		return "", a, errNoReport
 	}
 	rs.in.N = answerLimit + headLimit
@@ -962,48 +1025,61 @@ func (b *Backoff) Next() time.Duration {
 // Reset starts over after a success.
 func (b *Backoff) Reset() { b.tries = 0 }
 
-// Bus carries events to the subscribers of all replicas. All methods are safe
-// for concurrent use.
+// Bus carries events to the subscribers of all replicas, and what replicas tell
+// each other. All methods are safe for concurrent use.
 type Bus interface {
 	// Publish hands e to every replica that has subscribers for its channel
-	// and returns how many took it; it answers within a second.
+	// and returns how many took it. While the bus is away it waits until ctx
+	// ends.
 	Publish(ctx context.Context, e *Event) (receivers int, err error)
-	// Signal hands sig to the replica it is for, or to all. One with From is
-	// waited for, within a second, and receivers is how many took it; without
-	// From it is only queued, and receivers means nothing.
-	Signal(ctx context.Context, sig Signal) (receivers int, err error)
+	// Send hands sig to the replica it is for, or to all, and returns how many
+	// took it.
+	Send(ctx context.Context, sig Signal) (receivers int, err error)
+	// Tell queues sig and does not wait. What is queued keeps its order.
+	Tell(sig Signal)
+	// Peers are the names of the other replicas.
+	Peers(ctx context.Context) ([]string, error)
 	// Run serves until ctx ends; only a failure beyond repair ends it earlier.
 	Run(ctx context.Context) error
 	// Check is nil while the bus works.
 	Check(ctx context.Context) error
 }
 
-// Signal is what replicas tell each other about held requests.
+// Signal is what replicas tell each other about holds. The package doc has the
+// protocol; each kind has the fields that it names.
 type Signal struct {
 	Kind       string
 	To         string // the replica it is for; empty: every one
-	From       string // the replica that waits until the bus has taken it
+	From       string // the replica that tells it
 	Channel    string
 	Event      string
 	Subscriber string
 	Client     string // how the client names itself over all its streams
-	Data       string
+	Data       []byte
+	Round      int
+	Given      []Given
 }
 
 // The kinds of Signal.
 const (
-	signalTaken   = "taken"   // to the holder: Data names the subscribers that Event was delivered to
-	signalWritten = "written" // to the holder: a legacy Subscriber has Event on its stream
-	signalAnswer  = "answer"  // to the holder: Client's report on Event is Data
-	signalReady   = "ready"   // to all: Subscriber of Channel is ready
-	signalLeft    = "left"    // to all: Subscriber of Channel is gone
-	signalAgain   = "again"   // to all: the bus is back for a replica, publish held events once more
+	signalReceipt = "receipt" // to the holder: Event was given to these subscribers in this round
+	signalReport  = "report"  // to the holder, or to all when it is gone: Client's report on Event is Data
+	signalReady   = "ready"   // to all: a stream of Client on Channel is ready, or has space again
+	signalLeft    = "left"    // to all: Subscriber of Client on Channel is gone
+	signalGone    = "gone"    // from the bus: the replica From is gone, with all its subscribers
+	signalAgain   = "again"   // to all: the bus was away for From, what was told meanwhile may be lost
+	signalHand    = "hand"    // to one replica: hold Event of Channel, which is Data, from now on
 	signalJoined  = "joined"  // to all: one replica more, for the bus itself
 )
 
 // encode is the form in which a signal travels between replicas.
 func (sig *Signal) encode() []byte {
-	return appendFields([]byte{envelopeVersion}, sig.Kind, sig.To, sig.From, sig.Channel, sig.Event, sig.Subscriber, sig.Client, sig.Data)
+	b := appendFields([]byte{envelopeVersion}, sig.Kind, sig.To, sig.From, sig.Channel, sig.Event, sig.Subscriber, sig.Client, string(sig.Data))
+	b = binary.AppendUvarint(b, uint64(sig.Round))
+	for _, g := range sig.Given {
+		b = appendFields(b, g.Subscriber, g.Client)
+	}
+	return b
 }
 
 // openSignal is the inverse of encode.
@@ -1011,21 +1087,171 @@ func openSignal(wire []byte) (sig Signal, err error) {
 	if len(wire) == 0 || wire[0] != envelopeVersion {
 		return sig, errEnvelope
 	}
-	_, err = cutFields(wire[1:], &sig.Kind, &sig.To, &sig.From, &sig.Channel, &sig.Event, &sig.Subscriber, &sig.Client, &sig.Data)
-	return sig, err
+	var data string
+	rest, err := cutFields(wire[1:], &sig.Kind, &sig.To, &sig.From, &sig.Channel, &sig.Event, &sig.Subscriber, &sig.Client, &data)
+	if err != nil {
+		return sig, err
+	}
+	sig.Data = []byte(data)
+	round, rest := cutNumber(rest)
+	if round < 0 {
+		return sig, errEnvelope
+	}
+	sig.Round = int(round)
+	for len(rest) > 0 {
+		var g Given
+		if rest, err = cutFields(rest, &g.Subscriber, &g.Client); err != nil {
+			return sig, err
+		}
+		sig.Given = append(sig.Given, g)
+	}
+	return sig, nil
 }
 
-// Delivery is one event given to one subscriber.
-type Delivery struct {
+// Given is one event given to one subscriber.
+type Given struct {
 	Subscriber string
-	Client     string
-	Legacy     bool // cannot answer: written is all it can tell
+	Client     string // empty: it cannot report, and having it is all it can tell
 }
 
-// takenSignal tells the holder of e to whom it went.
-func takenSignal(e *Event, taken []Delivery) Signal {
-	data, _ := json.Marshal(taken)
-	return Signal{Kind: signalTaken, To: replicaOf(e.ID), Event: e.ID, Data: string(data)}
+// receipt tells the holder of e to whom it was given.
+func receipt(e *Event, replica string, given []Given) Signal {
+	return Signal{Kind: signalReceipt, To: e.Holder, From: replica, Event: e.ID, Round: e.Round, Given: given}
+}
+
+// Budget bounds the memory of all webhooks on their way: held, being read, or
+// queued for a subscriber. Of its bytes one channel may have half, and bodies
+// that are still being read may have half; when those are used up, the one that
+// has stalled longest gives its place up, so that nobody starves the others.
+type Budget struct {
+	Limit int64
+
+	mu       sync.Mutex
+	used     int64            // guarded by mu, like all below
+	reading  int64            // of used: bodies being read
+	channels map[string]int64 // of used, by channel
+	bodies   list.List        // of *claim: being read, the one that stalled longest first
+}
+
+// claim is what one webhook takes of a Budget. A nil claim takes nothing.
+type claim struct {
+	budget  *Budget
+	channel string
+	bytes   int64         // guarded by budget.mu, like all below
+	place   *list.Element // in bodies; nil: no body is being read
+	moved   time.Time     // when the body was last seen to come
+	cut     func()        // makes the reading of the body fail
+}
+
+// claim begins with n bytes for channel; ok is false, and there is no claim,
+// when there is no space.
+func (b *Budget) claim(channel string, n int64) (c *claim, ok bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.used+n > b.Limit || b.channels[channel]+n > b.share() {
+		return nil, false
+	}
+	c = &claim{budget: b, channel: channel}
+	c.grow(n)
+	return c, true
+}
+
+// share is what one party may have.
+func (b *Budget) share() int64 { return (b.Limit + 1) / 2 }
+
+// Used is how many bytes are taken.
+func (b *Budget) Used() int64 {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.used
+}
+
+// grow needs budget.mu.
+func (c *claim) grow(n int64) {
+	b := c.budget
+	c.bytes += n
+	b.used += n
+	if c.place != nil {
+		b.reading += n
+	}
+	if b.channels == nil {
+		b.channels = map[string]int64{}
+	}
+	if b.channels[c.channel] += n; b.channels[c.channel] == 0 {
+		delete(b.channels, c.channel)
+	}
+}
+
+// add takes n bytes more, or gives them back, whatever the limit.
+func (c *claim) add(n int64) {
+	if c != nil {
+		c.budget.mu.Lock()
+		c.grow(n)
+		c.budget.mu.Unlock()
+	}
+}
+
+// end gives everything back.
+func (c *claim) end() {
+	if c != nil {
+		c.budget.mu.Lock()
+		c.readDone()
+		c.grow(-c.bytes)
+		c.budget.mu.Unlock()
+	}
+}
+
+// read counts n bytes more of a body that is being read, and reports whether
+// there is space for them. A body that loses its place is cut.
+func (c *claim) read(n int, cut func()) bool {
+	b, now := c.budget, time.Now()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	switch {
+	case c.cut == nil: // its first bytes
+		c.cut, c.place = cut, b.bodies.PushBack(c)
+		b.reading += c.bytes
+	case c.place == nil:
+		return false // it has lost its place
+	default:
+		b.bodies.MoveToBack(c.place)
+	}
+	c.moved = now
+	c.grow(int64(n))
+	for b.reading > b.share() || b.used > b.Limit {
+		stalled := b.bodies.Front().Value.(*claim)
+		if stalled == c || now.Sub(stalled.moved) < stallTime {
+			return false
+		}
+		stalled.readDone()
+		stalled.grow(-stalled.bytes)
+		stalled.cut()
+	}
+	return b.channels[c.channel] <= b.share()
+}
+
+// stallTime is for how long nothing must have come of a body before it gives
+// its place up.
+const stallTime = time.Second
+
+// readDone ends the reading of the body. It needs budget.mu.
+func (c *claim) readDone() {
+	if c.place != nil {
+		c.budget.reading -= c.bytes
+		c.budget.bodies.Remove(c.place)
+		c.place = nil
+	}
+}
+
+// set makes n what c takes: its body has been read. It reports whether c still
+// had its place.
+func (c *claim) set(n int64) bool {
+	c.budget.mu.Lock()
+	defer c.budget.mu.Unlock()
+	had := c.cut == nil || c.place != nil
+	c.readDone()
+	c.grow(n - c.bytes)
+	return had
 }
 
 // neighbourhood is what shares by address are counted for: the address, or in
@@ -1054,10 +1280,11 @@ type Limits struct {
 // without subscribers. With no Watch it is itself the Bus of a one-replica relay.
 type Hub struct {
 	Limits   Limits
+	Budget   *Budget              // shared with the server
 	OnSignal func(Signal)         // set before use; called without mu
 	Watch    func(channel string) // set before use; called under mu when channel got its first subscriber or lost its last
 
-	Delivered, Evicted atomic.Int64 // events given to subscribers; subscribers that were too slow
+	Delivered, Full, Evicted atomic.Int64 // events given to subscribers; not given because a queue was full; subscribers that were stuck
 
 	mu        sync.Mutex
 	channels  map[string]*hubChannel
@@ -1080,7 +1307,7 @@ type Subscriber struct {
 	Addr       netip.Addr
 	Credential [32]byte // hash of the token it came with
 	HTTP       bool     // it reads webhooks as HTTP messages
-	Responds   bool     // its client reports answers
+	Responds   bool     // its client reports; it has a name then
 	Drains     bool     // its client knows the drain event
 	Write      func()   // writes what Take gives until that is nothing; runs in a goroutine of its own, one at a time
 
@@ -1092,7 +1319,7 @@ type Subscriber struct {
 	hub     *Hub
 	abort   func() // guarded by hub.mu, like all below: makes a blocked read or write fail; called once, must not block
 	writing bool   // Write is under way, or the stream has not begun
-	missed  bool   // a held event found no space in queue
+	missed  bool   // an event found no space in queue
 	finish  error  // end with this reason once the queue is empty
 	reason  error  // why it ended
 	queue   []*Event
@@ -1110,10 +1337,11 @@ func wake(c chan struct{}) {
 
 // Why a stream ends; logged as its reason.
 var (
-	errSlow        = errors.New("evicted: slow subscriber, its queue is full")
+	errStuck       = errors.New("evicted: stuck subscriber, a write made no progress")
 	errRevoked     = errors.New("evicted: token revoked")
 	errPeerGone    = errors.New("peer closed the stream")
 	errShutdown    = errors.New("shutting down")
+	errMovedAway   = errors.New("its client was asked to move")
 	errStreamAge   = errors.New("stream reached its age")
 	errOverdue     = errors.New("evicted: subscriber did not take its events in time")
 	errSubscribers = errors.New("too many subscribers")
@@ -1210,6 +1438,9 @@ func (h *Hub) end(s *Subscriber, reason error) {
 		return
 	}
 	s.reason = reason
+	for _, e := range s.queue {
+		e.release()
+	}
 	s.queue = nil
 	h.total--
 	near := neighbourhood(s.Addr)
@@ -1229,38 +1460,54 @@ func (h *Hub) end(s *Subscriber, reason error) {
 	}
 }
 
-// Deliver queues e for its channel's subscribers. For an event that asks for
-// a response it returns to whom it went. A subscriber whose queue would
-// overflow is evicted, unless the event is held and comes again: see Missed. An
-// empty queue takes any one event.
-func (h *Hub) Deliver(e *Event) (taken []Delivery, n int) {
+// Deliver queues e for its channel's subscribers, as far as it is for them, and
+// returns to whom it was given. One whose queue is full is not given it, and says
+// so when it has space again: see Missed. An empty queue takes any one event.
+func (h *Hub) Deliver(e *Event) (given []Given) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	c := h.channels[e.Channel]
 	if c == nil {
-		return nil, 0
+		return nil
+	}
+	if e.owner().claim == nil && !h.admit(e, c) {
+		return nil
 	}
 	size := e.size()
 	for s := range c.subscribers {
-		if e.Only != "" && e.Only != s.ID {
+		switch {
+		case e.Only != "" && !s.Responds, e.Only != "" && e.Only != onlyReporters && e.Only != s.Client:
 			continue
-		}
-		if s.bytes > 0 && s.bytes+size > h.Limits.Buffer {
-			if s.missed = s.missed || respond(e.Mode); respond(e.Mode) {
-				continue
-			}
-			h.Evicted.Add(1)
-			h.end(s, errSlow)
+		case s.bytes > 0 && s.bytes+size > h.Limits.Buffer:
+			s.missed = true
+			h.Full.Add(1)
 			continue
 		}
 		s.push(e)
-		n++
-		if respond(e.Mode) {
-			taken = append(taken, Delivery{s.ID, s.Client, !s.Responds})
+		g := Given{Subscriber: s.ID}
+		if s.Responds {
+			g.Client = s.Client
 		}
+		given = append(given, g)
 	}
-	h.Delivered.Add(int64(n))
-	return taken, n
+	h.Delivered.Add(int64(len(given)))
+	return given
+}
+
+// admit takes space for an event of another replica; without, all subscribers of
+// the channel miss it. It needs mu.
+func (h *Hub) admit(e *Event, c *hubChannel) bool {
+	if h.Budget == nil {
+		return true
+	}
+	var ok bool
+	if e.claim, ok = h.Budget.claim(e.Channel, e.size()); !ok {
+		for s := range c.subscribers {
+			s.missed = true
+		}
+		h.Full.Add(1)
+	}
+	return ok
 }
 
 // Push queues a frame of the relay's own, such as a heartbeat, for s alone. It
@@ -1276,7 +1523,7 @@ func (h *Hub) Push(s *Subscriber, e *Event) bool {
 
 // push queues e and sees that somebody writes it. It needs hub.mu.
 func (s *Subscriber) push(e *Event) {
-	e.uses.Add(1)
+	e.use()
 	s.queue = append(s.queue, e)
 	s.bytes += e.size()
 	if !s.writing {
@@ -1289,37 +1536,44 @@ func (s *Subscriber) push(e *Event) {
 const burst = 256 << 10
 
 // Take moves the next batch of queued events to Write, its only caller; the
-// batch before counts as written. An empty batch ends Write. dst is reused.
-func (s *Subscriber) Take(dst []*Event) []*Event {
+// batch before counts as written. An empty batch ends Write. dst is reused. What
+// nobody waits for any more is dropped. space reports, once, that there is
+// space again, half of the queue, for events that found none.
+func (s *Subscriber) Take(dst []*Event) (batch []*Event, space bool) {
+	now := time.Now()
 	s.hub.mu.Lock()
 	defer s.hub.mu.Unlock()
 	s.bytes -= s.batch
 	s.batch = 0
+	batch = dst[:0]
 	n := 0
-	for n < len(s.queue) && (n == 0 || s.batch+s.queue[n].size() <= burst) {
-		s.batch += s.queue[n].size()
-		n++
+	for ; n < len(s.queue); n++ {
+		e := s.queue[n]
+		size := e.size()
+		if e.over(now) {
+			s.bytes -= size
+			e.release()
+			continue
+		}
+		if len(batch) > 0 && s.batch+size > burst {
+			break
+		}
+		s.batch += size
+		batch = append(batch, e)
 	}
-	dst = append(dst[:0], s.queue[:n]...)
 	if s.queue = slices.Delete(s.queue, 0, n); len(s.queue) == 0 {
 		s.queue = nil // an idle stream costs little
 	}
-	if n == 0 {
+	if space = s.missed && s.bytes <= s.hub.Limits.Buffer/2; space {
+		s.missed = false
+	}
+	if len(batch) == 0 {
 		s.writing = false
 		if s.finish != nil {
 			s.hub.end(s, s.finish)
 		}
 	}
-	return dst
-}
-
-// Missed tells, once, whether held events found no space in the queue of s.
-func (s *Subscriber) Missed() bool {
-	s.hub.mu.Lock()
-	defer s.hub.mu.Unlock()
-	missed := s.missed
-	s.missed = false
-	return missed
+	return batch, space
 }
 
 // Confirm marks a channel's bus subscription as live.
@@ -1373,18 +1627,24 @@ func (h *Hub) Count() (subscribers, channels int) {
 
 // Publish implements Bus for a relay of one replica.
 func (h *Hub) Publish(_ context.Context, e *Event) (int, error) {
-	taken, n := h.Deliver(e)
-	if respond(e.Mode) && n > 0 {
-		h.OnSignal(takenSignal(e, taken))
+	if !h.Wants(e.Channel) {
+		return 0, nil
 	}
-	return min(n, 1), nil
+	h.OnSignal(receipt(e, e.Holder, h.Deliver(e)))
+	return 1, nil
 }
 
-// Signal implements Bus for a relay of one replica.
-func (h *Hub) Signal(_ context.Context, sig Signal) (int, error) {
+// Send implements Bus for a relay of one replica.
+func (h *Hub) Send(_ context.Context, sig Signal) (int, error) {
 	h.OnSignal(sig)
 	return 1, nil
 }
+
+// Tell implements Bus for a relay of one replica.
+func (h *Hub) Tell(sig Signal) { h.OnSignal(sig) }
+
+// Peers implements Bus: there are none.
+func (h *Hub) Peers(context.Context) ([]string, error) { return nil, nil }
 
 // Run implements Bus: the hub has nothing to do.
 func (h *Hub) Run(ctx context.Context) error {

@@ -29,11 +29,12 @@ import (
 const (
 	connectTimeout   = 10 * time.Second       // for a connection, and again for a TLS handshake
 	readyTimeout     = 20 * time.Second       // from the request to ready
-	reconnectMax     = 30 * time.Second       // longest pause between two tries to subscribe
+	reconnectMax     = 5 * time.Second        // longest pause between two tries to subscribe
+	refusedMax       = 30 * time.Second       // the same when the source says that the client is at fault
+	streamLasts      = time.Second            // for which a stream must have been ready, or the next one waits
+	lookAgain        = 250 * time.Millisecond // for one more look when a stream has been silent for too long
 	silenceDefault   = 30 * time.Second       // when the source announces no usable heartbeat interval
-	linger           = 2 * time.Second        // reading on from a stream after its successor is ready
-	lingerQuiet      = 500 * time.Millisecond // and then until a read has waited this long: nothing more is on its way
-	retiredLimit     = 8                      // streams that are still being left
+	leaveTime        = time.Minute            // for the source to end a stream that it asked to leave
 	keepBuffer       = 1 << 20                // bytes of parse buffer kept after a large event
 	retryInitial     = 250 * time.Millisecond // first pause before forwarding again
 	retryMax         = 10 * time.Second       // longest pause, unless the target asks for more
@@ -43,6 +44,12 @@ const (
 	discardTimeout   = 500 * time.Millisecond // for a body that nobody wants, so that its connection can be used again
 	reportTimeout    = 5 * time.Second        // for one try to report
 	reportsAtOnce    = 4                      // requests with reports under way
+	takenDelay       = 100 * time.Millisecond // for which a report that nobody waits for may wait for company
+	takenTime        = time.Minute            // after which it is given up
+	takenLimit       = 16384                  // such reports that wait
+	asideLimit       = 64 << 20               // bytes of webhooks that wait outside of a slot
+	asideCost        = 4 << 10                // bytes that one of them takes besides its own
+	partingTime      = time.Second            // at the end, to tell what is being forwarded
 	reportBatch      = 1 << 20                // bytes of reports in one of them, beyond the first
 	clocksLimit      = 64                     // replicas whose clocks are known
 	ageWindow        = 5 * time.Minute        // after which a clock is compared anew
@@ -86,6 +93,7 @@ type Client struct {
 	taking   context.Context // set by Run; ends when no more events are taken
 	memory   memory
 	reporter reporter
+	aside    atomic.Int64                 // bytes of webhooks that wait outside of a slot
 	current  atomic.Pointer[subscription] // the stream that counts; nil: none is ready
 	probes   chan struct{}                // taken by the follow loop: proof that it lives
 
@@ -134,9 +142,10 @@ func (c *Client) Run(ctx context.Context) {
 	c.work, c.taking = work, ctx
 	context.AfterFunc(ctx, func() {
 		c.log.Info("shutting down", "reason", context.Cause(ctx))
-		time.AfterFunc(c.opts.HandlerTimeout, abandon) // for what is read already
+		time.AfterFunc(c.opts.HandlerTimeout, abandon) // for what is taken already
 	})
 	c.follow(ctx)
+	c.reporter.flush()
 	c.forwards.Wait()
 	c.source.CloseIdleConnections()
 	c.target.CloseIdleConnections()
@@ -165,7 +174,8 @@ func (c *Client) Alive(ctx context.Context) error {
 }
 
 // Streams. One subscription is current; while it is asked to move, or is
-// gone, next is on its way to replace it: make before break.
+// gone, next is on its way to replace it: make before break. The one before is
+// read to its end, which the source makes.
 
 // subscription is one stream. Its goroutine closes the channels.
 type subscription struct {
@@ -177,8 +187,7 @@ type subscription struct {
 	before <-chan struct{} // done of the stream it is to replace; nil: there was none
 
 	heard    atomic.Int64 // Unix nanoseconds of the last read that began or ended
-	reading  atomic.Bool  // a read waits, since heard
-	retired  atomic.Bool  // its successor has been ready for a while
+	doubted  atomic.Bool  // the watchdog has fired, and looks once more
 	interval atomic.Int64 // nanoseconds between heartbeats, as announced; 0 before ready
 }
 
@@ -186,24 +195,6 @@ type subscription struct {
 // and a second for the network.
 func (s *subscription) silence() time.Duration {
 	return 2*time.Duration(s.interval.Load()) + time.Second
-}
-
-// retire ends s some time after its successor is ready, but not while there
-// is something unread: it may have come on no other stream.
-func (s *subscription) retire(after time.Duration) {
-	time.AfterFunc(after, func() {
-		s.retired.Store(true)
-		select {
-		case <-s.done:
-			return
-		default:
-		}
-		if s.reading.Load() && time.Since(time.Unix(0, s.heard.Load())) > lingerQuiet {
-			s.cancel()
-			return
-		}
-		s.retire(lingerQuiet)
-	})
 }
 
 // none is no subscription: its channels block for ever.
@@ -218,6 +209,7 @@ func (c *Client) follow(ctx context.Context) {
 	defer c.current.Store(nil)
 
 	backoff := Backoff{Initial: c.opts.ReconnectInterval, Max: max(reconnectMax, c.opts.ReconnectInterval), Factor: 2, Jitter: true}
+	refused := Backoff{Initial: c.opts.ReconnectInterval, Max: max(refusedMax, c.opts.ReconnectInterval), Factor: 2, Jitter: true}
 	retry := time.NewTimer(0)
 	defer retry.Stop()
 	waiting := true // retry is set
@@ -226,12 +218,12 @@ func (c *Client) follow(ctx context.Context) {
 		retry.Reset(d)
 	}
 	current, next := none, none
-	var left []*subscription    // retired, the oldest first
 	var drained <-chan struct{} // current.drain, until it was asked to move
 	var since time.Time         // when current became ready
 	for {
 		select {
 		case <-ctx.Done():
+			c.part()
 			return
 		case <-c.probes:
 		case <-retry.C:
@@ -239,36 +231,42 @@ func (c *Client) follow(ctx context.Context) {
 			next = c.subscribe(ctx, &streams, current.done)
 		case <-next.ready:
 			backoff.Reset()
+			refused.Reset()
 			if current != none {
-				current.retire(linger) // what was sent before the move still arrives
-				if left = append(left, current); len(left) > retiredLimit {
-					left[0].cancel() // the source wants nothing but moves
-					left = left[1:]
-				}
+				leave := time.AfterFunc(leaveTime, current.cancel)
+				streams.Go(func() {
+					<-current.done
+					leave.Stop()
+				})
 			}
 			current, next, drained, since = next, none, next.drain, time.Now()
 			c.current.Store(current)
 			c.log.Info("stream ready")
 		case <-next.done:
 			c.logEnd("subscribe", next.err)
-			if next.interval.Load() > 0 { // it was ready, if only for a moment
-				backoff.Reset()
+			pause := backoff.Next()
+			if e, ok := errors.AsType[*statusError](next.err); ok && e.status < 500 {
+				pause = refused.Next()
 			}
 			next = none
-			again(backoff.Next())
+			again(pause)
 		case <-drained:
 			c.log.Info("stream asked to move")
 			drained = nil
 			if next == none && !waiting { // at once, unless the source asks for nothing else
-				again(max(0, c.opts.ReconnectInterval-time.Since(since)))
+				again(max(0, max(c.opts.ReconnectInterval, streamLasts)-time.Since(since)))
 			}
 		case <-current.done:
 			c.logEnd("stream", current.err)
 			c.Reconnects.Add(1)
 			current, drained = none, nil
 			c.current.Store(nil)
-			backoff.Reset() // it grew while the source refused a second stream
-			if next == none {
+			if next != none {
+				break
+			}
+			if time.Since(since) >= streamLasts {
+				again(0)
+			} else if !waiting {
 				again(backoff.Next())
 			}
 		}
@@ -295,7 +293,6 @@ var (
 	errSilent   = errors.New("stream went silent")
 	errNoEvents = errors.New("source answered 200 but no text/event-stream")
 	errEnded    = errors.New("source ended the stream")
-	errMoved    = errors.New("stream moved")
 )
 
 // subscribe starts a stream in a goroutine of streams, which ends with ctx or
@@ -310,7 +307,14 @@ func (c *Client) subscribe(ctx context.Context, streams *sync.WaitGroup, before 
 	streams.Go(func() {
 		defer close(s.done)
 		defer s.cancel()
-		watchdog := time.AfterFunc(readyTimeout, func() { cancel(errSilent) })
+		var watchdog *time.Timer
+		watchdog = time.AfterFunc(readyTimeout, func() {
+			if s.doubted.Swap(true) {
+				cancel(errSilent)
+			} else { // while the process stood still, the time proves nothing
+				watchdog.Reset(lookAgain)
+			}
+		})
 		defer watchdog.Stop()
 		s.err = c.read(ctx, s, watchdog)
 		if cause := context.Cause(ctx); cause == errSilent {
@@ -350,6 +354,7 @@ func (c *Client) read(ctx context.Context, s *subscription, watchdog *time.Timer
 		case "ready":
 			if s.interval.Load() == 0 {
 				watchdog.Stop() // from now on it runs while a read waits
+				s.doubted.Store(false)
 				s.interval.Store(int64(announced(m.data)))
 				close(s.ready)
 			}
@@ -367,12 +372,8 @@ func (c *Client) read(ctx context.Context, s *subscription, watchdog *time.Timer
 					return ctx.Err()
 				}
 			}
-			duplicate, err := c.take(&m, clocks)
-			if err != nil {
+			if err := c.take(&m, clocks); err != nil {
 				return err
-			}
-			if duplicate && s.retired.Load() && c.current.Load() != nil {
-				return errMoved // all that follows comes on its successor too
 			}
 		}
 	}
@@ -399,14 +400,16 @@ type watchedReader struct {
 }
 
 func (w *watchedReader) Read(p []byte) (int, error) {
-	if w.s.interval.Load() > 0 { // before ready, its timeout runs through
+	ready := w.s.interval.Load() > 0 // before, its timeout runs through
+	if ready {
 		w.watchdog.Reset(w.s.silence())
-		defer w.watchdog.Stop()
 	}
 	w.s.heard.Store(time.Now().UnixNano())
-	w.s.reading.Store(true)
 	n, err := w.r.Read(p)
-	w.s.reading.Store(false)
+	if ready {
+		w.watchdog.Stop()
+		w.s.doubted.Store(false)
+	}
 	w.s.heard.Store(time.Now().UnixNano())
 	return n, err
 }
@@ -456,20 +459,16 @@ func bare(err error) error {
 // take accepts one event: it waits for a free slot, which keeps the order and
 // bounds memory, and forwards in a goroutine that Run waits for. It does not
 // give up when its stream ends: another stream may have dropped the event as a
-// duplicate meanwhile. Its only error is the end of the client.
-func (c *Client) take(m *message, clocks *clocks) (duplicate bool, err error) {
+// duplicate meanwhile. Its only error is the end of the client: what is not
+// taken by then was not reported, and its server gives it to the next client.
+func (c *Client) take(m *message, clocks *clocks) error {
 	c.Events.Add(1)
 	received := time.Now()
-	var w *Webhook
-	if m.name == "webhook" {
-		w, err = decodeWebhook(c.channel, m.id, m.data)
-	} else {
-		w, err = decodeLegacy(c.channel, m.data)
-	}
+	w, err := c.open(m)
 	if err != nil {
 		c.Invalid.Add(1)
 		c.log.Warn("event refused", "err", err)
-		return false, nil
+		return nil
 	}
 	waited := respond(w.Mode)
 	if waited { // its time began when the server took it
@@ -477,56 +476,109 @@ func (c *Client) take(m *message, clocks *clocks) (duplicate bool, err error) {
 		if received = received.Add(-age); age > w.Timeout {
 			c.Overdue.Add(1)
 			c.log.Warn("event is over, its sender has been answered", "event", w.ID)
-			return false, nil
+			return nil
 		}
 	}
 	known := w.ID != ""
 	if !known {
 		w.ID = rand.Text() // a legacy server's ids count per stream
-	}
-	var answer *Answer
-	if known {
-		var first bool
-		if first, answer = c.memory.begin(w.ID); !first {
-			duplicate = true
-			c.Duplicates.Add(1)
-			c.log.Debug("event is a duplicate", "event", w.ID)
-			if answer == nil || !waited {
-				return duplicate, nil // the first one forwards, and reports
-			}
+	} else if first, taken, answer := c.memory.begin(w.ID, w.Mode); !first {
+		c.Duplicates.Add(1)
+		c.log.Debug("event is a duplicate", "event", w.ID)
+		switch { // what was reported is reported again: it may have been lost
+		case w.Mode == modeAccept && taken:
+			c.reporter.taken(w.ID)
+		case waited && answer != nil:
+			c.forwards.Go(func() { c.reporter.report(w.ID, answer, received.Add(w.Timeout)) })
 		}
+		return nil
 	}
-	over := c.work.Done()
-	if waited { // its server holds it and gives it to the next
-		over = c.taking.Done()
+	over := c.taking.Done()
+	if w.Mode == "" { // nobody else gets it
+		over = c.work.Done()
+	}
+	select {
+	case <-over:
+		c.memory.forget(w.ID)
+		return c.taking.Err()
+	default:
 	}
 	select {
 	case c.slots <- struct{}{}:
 	case <-over:
-		if answer == nil {
-			c.memory.forget(w.ID)
-		}
-		return false, c.work.Err() // nil until the handler timeout: what else was read still counts
+		c.memory.forget(w.ID)
+		return c.taking.Err()
+	}
+	c.memory.take(w.ID)
+	if w.Mode == modeAccept {
+		c.reporter.taken(w.ID)
 	}
 	c.forwards.Go(func() {
-		defer func() { <-c.slots }()
-		if answer == nil {
-			a := c.forward(c.work, w, received)
-			answer = &a
-			if known {
-				c.memory.finish(w.ID, answer)
-			}
+		slot := &slot{c, true}
+		defer slot.leave()
+		a := c.forward(c.work, w, received, slot)
+		if known {
+			c.memory.finish(w.ID, &a)
 		}
 		if waited {
-			c.reporter.report(w.ID, answer, received.Add(w.Timeout))
+			slot.stepAside(len(a.Body))
+			c.reporter.report(w.ID, &a, received.Add(w.Timeout))
+			slot.back(len(a.Body))
 		}
 	})
-	return duplicate, nil
+	return nil
+}
+
+// open reads an event in either form.
+func (c *Client) open(m *message) (*Webhook, error) {
+	if m.name == "webhook" {
+		return decodeWebhook(c.channel, m.id, m.data)
+	}
+	return decodeLegacy(c.channel, m.data)
+}
+
+// slot is the place of one forward among those that run. What only waits gives
+// it up meanwhile, unless order is kept, or so much waits already that the client
+// must stop reading. It belongs to the forward's goroutine.
+type slot struct {
+	client *Client
+	taken  bool
+}
+
+// stepAside gives the slot up while something with size bytes waits; back ends
+// that, without the slot.
+func (s *slot) stepAside(size int) {
+	c := s.client
+	if c.aside.Add(asideCost+int64(size)) <= asideLimit && c.opts.Concurrency > 1 {
+		s.leave()
+	}
+}
+
+func (s *slot) back(size int) { s.client.aside.Add(-asideCost - int64(size)) }
+
+// again takes a slot again, as soon as there is one; false when ctx ends first.
+func (s *slot) again(ctx context.Context) bool {
+	if s.taken {
+		return true
+	}
+	select {
+	case s.client.slots <- struct{}{}:
+		s.taken = true
+	case <-ctx.Done():
+	}
+	return s.taken
+}
+
+func (s *slot) leave() {
+	if s.taken {
+		s.taken = false
+		<-s.client.slots
+	}
 }
 
 // forward sends w to the target until it answers with something final, or the
 // time is over: the retry window, or what the event has left for its sender.
-func (c *Client) forward(ctx context.Context, w *Webhook, received time.Time) Answer {
+func (c *Client) forward(ctx context.Context, w *Webhook, received time.Time, slot *slot) Answer {
 	end := time.Now().Add(c.opts.RetryWindow)
 	if respond(w.Mode) {
 		// The report must arrive before the sender's time is over.
@@ -568,7 +620,12 @@ func (c *Client) forward(ctx context.Context, w *Webhook, received time.Time) An
 		}
 		c.Retries.Add(1)
 		log.Warn("webhook will be forwarded again", "status", a.Status, "attempt", attempt, "wait", wait, "err", err)
+		slot.stepAside(len(w.Body))
 		sleep(ctx, wait)
+		slot.back(len(w.Body))
+		if !slot.again(ctx) {
+			return last
+		}
 	}
 }
 
@@ -760,12 +817,15 @@ func sleep(ctx context.Context, d time.Duration) bool {
 }
 
 // reporter brings reports to the source, as HTTP responses one after the other:
-// a few requests at a time, and whatever waits meanwhile goes into the next.
+// a few requests at a time, and whatever waits meanwhile goes into the next, so
+// that load makes requests fewer, not more.
 type reporter struct {
 	client *Client
 	mu     sync.Mutex
-	queue  []*report // guarded by mu, as is busy
-	busy   int       // goroutines in send
+	queue  []*report   // guarded by mu, like all below: somebody waits for them
+	lazy   []*report   // nobody does
+	delay  *time.Timer // set while lazy may wait for company
+	busy   int         // goroutines in send
 }
 
 // report is one answer on its way to the source.
@@ -773,63 +833,101 @@ type report struct {
 	id   string
 	data []byte
 	end  time.Time     // when nobody waits for it any more
-	done chan struct{} // closed when it has arrived, or is given up
+	done chan struct{} // closed when it has arrived, or is given up; nil: nobody asks
+}
+
+func newReport(id string, a *Answer, end time.Time) *report {
+	var data bytes.Buffer
+	a.appendReport(&data, id)
+	return &report{id: id, data: data.Bytes(), end: end}
 }
 
 // report reports a, and returns once that has arrived or end is over.
 func (r *reporter) report(id string, a *Answer, end time.Time) {
-	var data bytes.Buffer
-	a.appendReport(&data, id)
-	one := &report{id: id, data: data.Bytes(), end: end, done: make(chan struct{})}
+	one := newReport(id, a, end)
+	one.done = make(chan struct{})
 	r.mu.Lock()
 	r.queue = append(r.queue, one)
-	if r.busy < reportsAtOnce {
-		r.busy++
-		r.client.forwards.Go(r.send) // one of which is our caller
-	}
+	r.start()
 	r.mu.Unlock()
 	<-one.done
+}
+
+// taken reports that the client has an event of accept mode. Nobody waits for
+// that, so it may wait for others.
+func (r *reporter) taken(id string) {
+	one := newReport(id, &Answer{Status: http.StatusAccepted}, time.Now().Add(takenTime))
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.lazy = append(r.lazy, one); len(r.lazy) > takenLimit {
+		r.lazy = r.lazy[1:] // the server gives the event again
+	}
+	if r.delay == nil {
+		r.delay = time.AfterFunc(takenDelay, r.flush)
+	}
+}
+
+// flush sends what nobody waits for, too.
+func (r *reporter) flush() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.delay != nil {
+		r.delay.Stop()
+		r.delay = nil
+	}
+	if r.queue, r.lazy = append(r.queue, r.lazy...), nil; len(r.queue) > 0 {
+		r.start()
+	}
+}
+
+// start sees that somebody sends. It needs mu.
+func (r *reporter) start() {
+	if r.busy < reportsAtOnce {
+		r.busy++
+		r.client.forwards.Go(r.send)
+	}
 }
 
 // send sends what waits until nothing does.
 func (r *reporter) send() {
 	backoff := Backoff{Initial: retryInitial, Max: retryHeld, Factor: 2, Jitter: true}
-	for {
-		batch := r.take()
-		if len(batch) == 0 {
-			return
-		}
-		err := r.client.sendReports(batch)
+	for batch := r.take(); len(batch) > 0; batch = r.take() {
+		err := r.client.sendReports(r.client.work, batch)
 		if err == nil {
 			backoff.Reset()
 			r.client.Reports.Add(int64(len(batch)))
-			for _, one := range batch {
-				close(one.done)
-			}
-			continue
 		}
 		pause := backoff.Next()
 		refusal, ok := errors.AsType[*statusError](err)
 		final := ok && refusal.status == http.StatusBadRequest || r.client.work.Err() != nil
 		r.mu.Lock()
 		for _, one := range batch {
-			if !final && time.Until(one.end) > pause {
+			if err != nil && !final && time.Until(one.end) > pause {
 				r.queue = append(r.queue, one)
 				continue
 			}
-			r.client.log.Warn("report given up", "event", one.id, "err", err)
-			close(one.done)
+			if err != nil {
+				r.client.log.Warn("report given up", "event", one.id, "err", err)
+			}
+			if one.done != nil {
+				close(one.done)
+			}
 		}
 		r.mu.Unlock()
-		sleep(r.client.work, pause)
+		if err != nil {
+			sleep(r.client.work, pause)
+		}
 	}
 }
 
-// take removes from the queue what fits into one request. With nothing there
-// its caller is no sender any more.
+// take removes from the queue what fits into one request; those for which nobody
+// waits come along. With nothing there its caller sends no more.
 func (r *reporter) take() (batch []*report) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if len(r.queue) > 0 {
+		r.queue, r.lazy = append(r.queue, r.lazy...), nil
+	}
 	size, n := 0, 0
 	for n < len(r.queue) && (n == 0 || size+len(r.queue[n].data) <= reportBatch) {
 		size += len(r.queue[n].data)
@@ -842,9 +940,27 @@ func (r *reporter) take() (batch []*report) {
 	return batch
 }
 
+// part tells, before the streams end for good, what is being forwarded for a
+// sender that waits: it will still be reported, and nobody else must get it.
+func (c *Client) part() {
+	ids := c.memory.underWay()
+	if len(ids) == 0 {
+		return
+	}
+	var batch []*report
+	for _, id := range ids {
+		batch = append(batch, newReport(id, &Answer{Err: answerTaken}, time.Time{}))
+	}
+	ctx, cancel := context.WithTimeout(c.work, partingTime)
+	defer cancel()
+	if err := c.sendReports(ctx, batch); err != nil {
+		c.log.Warn("source does not know what is still being forwarded", "err", err)
+	}
+}
+
 // sendReports sends one request with reports.
-func (c *Client) sendReports(batch []*report) error {
-	ctx, cancel := context.WithTimeout(c.work, reportTimeout)
+func (c *Client) sendReports(ctx context.Context, batch []*report) error {
+	ctx, cancel := context.WithTimeout(ctx, reportTimeout)
 	defer cancel()
 	body := batch[0].data
 	if len(batch) > 1 {
@@ -919,23 +1035,46 @@ type memory struct {
 // memoryEntry is guarded by memory.mu.
 type memoryEntry struct {
 	id     string
+	mode   string
+	taken  bool    // it has a slot, or had one
 	answer *Answer // nil while the forward is under way, like all below
 	since  time.Time
 	size   int
 }
 
-// begin tells whether id is new, and if not what is known of its answer.
-func (m *memory) begin(id string) (first bool, answer *Answer) {
+// begin reports whether id is new, and if not what is known of it.
+func (m *memory) begin(id, mode string) (first, taken bool, answer *Answer) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if e := m.entries[id]; e != nil {
-		return false, e.answer
+		return false, e.taken, e.answer
 	}
 	if m.entries == nil {
 		m.entries = map[string]*memoryEntry{}
 	}
-	m.entries[id] = &memoryEntry{id: id}
-	return true, nil
+	m.entries[id] = &memoryEntry{id: id, mode: mode}
+	return true, false, nil
+}
+
+// take notes that id is being forwarded.
+func (m *memory) take(id string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if e := m.entries[id]; e != nil {
+		e.taken = true
+	}
+}
+
+// underWay lists what is being forwarded for a sender that waits.
+func (m *memory) underWay() (ids []string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for id, e := range m.entries {
+		if e.taken && e.answer == nil && respond(e.mode) {
+			ids = append(ids, id)
+		}
+	}
+	return ids
 }
 
 // finish keeps the answer to id, which is under way.

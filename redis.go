@@ -4,12 +4,16 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
-	"math"
+	"net"
+	"net/url"
+	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -19,26 +23,84 @@ import (
 )
 
 const (
-	publishTimeout = 800 * time.Millisecond  // to hear from Redis before a webhook gets 503
-	pingInterval   = time.Second             // on every connection
+	dialTimeout    = 800 * time.Millisecond  // for each step of a connection
+	pingInterval   = time.Second             // on both connections
 	silenceTimeout = 2500 * time.Millisecond // on a connection before it counts as broken
+	lookTime       = 100 * time.Millisecond  // for one more look when that is over
 	lasting        = time.Second             // for which a connection must last, or the next one waits
 	settleTimeout  = 1500 * time.Millisecond // for the other replicas to come back after an outage
 	unreadTimeout  = time.Second             // to read what Redis sent before a session ended
-	largeEvent     = 256 << 10               // bytes beyond which messages are published one by one
-	pipeCount      = 4                       // publishing connections
-	pipeQueue      = 512                     // requests that wait on one of them
-	signalQueue    = 16 << 10                // likewise on the first, which takes all signals: nobody repeats one
-	pipeBatch      = 64                      // requests between two flushes; below pipeQueue, or the reader would wait for what was never sent
+	largeMessage   = 256 << 10               // bytes beyond which messages are published one by one
+	flightLimit    = 512                     // commands that Redis has not answered
+	batchLimit     = 64                      // commands between two flushes; below flightLimit, or the reader would wait for what was never sent
+	toldLimit      = 16 << 10                // signals that wait
 )
 
 // RedisOptions configure a RedisBus.
 type RedisOptions struct {
-	URL         string
+	Server      RedisServer
 	Prefix      string // of all channel names
 	Backoff     Backoff
 	MaxAttempts int            // in a row; below 0: unlimited
 	Roots       *x509.CertPool // for rediss; nil: the system's
+}
+
+// RedisServer is what REDIS_URL says: an address, or sentinels that know it.
+type RedisServer struct {
+	Addr           string
+	Sentinels      []string // asked in turn for the primary of Master at every dial
+	Master         string
+	User, Password string
+	DB             int
+	TLS            bool
+}
+
+// parseRedisURL reads redis://user:password@host:port/db, rediss:// and
+// redis+sentinel://user:password@host:port,host:port/master/db.
+func parseRedisURL(raw string) (r RedisServer, err error) {
+	scheme, rest, _ := strings.Cut(raw, "://")
+	at := strings.LastIndexByte(rest, '@')
+	hosts, path, _ := strings.Cut(rest[at+1:], "/")
+	list := strings.Split(hosts, ",")
+	port := "6379"
+	switch scheme {
+	case "redis+sentinel":
+		port = "26379"
+		r.Master, path, _ = strings.Cut(path, "/")
+		if r.Master == "" {
+			return r, errors.New("must name the primary: redis+sentinel://host:port,host:port/{master}/{db}")
+		}
+	case "redis", "rediss":
+		r.TLS = scheme == "rediss"
+		if len(list) > 1 {
+			return r, errors.New("must have one host; sentinels are redis+sentinel://")
+		}
+	default:
+		return r, errors.New("must be a redis, rediss or redis+sentinel URL")
+	}
+	for i, host := range list {
+		u, err := url.Parse(scheme + "://" + rest[:at+1] + host)
+		if err != nil || u.Hostname() == "" {
+			return r, errors.New("must be a redis, rediss or redis+sentinel URL")
+		}
+		list[i] = net.JoinHostPort(u.Hostname(), port)
+		if u.Port() != "" {
+			list[i] = u.Host
+		}
+		r.User = u.User.Username()
+		r.Password, _ = u.User.Password()
+	}
+	if r.Addr = list[0]; r.Master != "" {
+		r.Addr, r.Sentinels = "", list
+	}
+	if db, _, _ := strings.Cut(path, "?"); strings.Trim(db, "/") != "" {
+		n, err := strconv.ParseUint(strings.Trim(db, "/"), 10, 31)
+		if err != nil {
+			return r, errors.New("must have a number as the last element of its path: the db")
+		}
+		r.DB = int(n)
+	}
+	return r, nil
 }
 
 // RedisBus makes replicas one relay. It uses pub/sub alone: one Redis channel
@@ -46,34 +108,47 @@ type RedisOptions struct {
 // and two for what replicas tell each other. "@" is in no channel's name, so
 // nothing from outside reaches those two.
 //
-// Everything lives in sessions: a receiving connection and a few publishing
-// ones that come up together. A session ends with its receiving connection, or
-// when a publishing one cannot be replaced: what Redis sends between two
-// sessions is lost. While there is no session nothing is queued.
+// Everything lives in sessions of two connections: one listens, one speaks. A
+// session ends with the one that listens: what Redis sends between two sessions
+// is lost. The one that speaks is dialled again by itself. While there is no
+// session nothing is queued.
 type RedisBus struct {
 	opts    RedisOptions
 	replica string
 	hub     *Hub
 	log     *slog.Logger
+	OnAlone func() // set before use: Redis cannot be reached from here; another replica may be well
 
 	Sessions, Received atomic.Int64
 
-	session atomic.Pointer[session] // nil while down
-	known   atomic.Int64            // replicas seen last, this one included; 0: never looked
-	noting  atomic.Bool             // a session is there that will look at dirty
-	recount chan struct{}           // holds one token when known is out of date
-	large   chan struct{}           // holds one token while a large event is being published
+	recount chan struct{} // holds one token when the peers are to be asked for
+	large   chan struct{} // holds one token while a large message is being published
+	poke    chan struct{} // holds one token while dirty has entries
+	speak   chan struct{} // holds one token while told has entries
+	ask     chan *request // unbuffered: what is given up before it is written is never queued
 
-	mu    sync.Mutex
-	dirty map[string]struct{} // guarded by mu: channels whose subscription may have to change; empty without a session
-	poke  chan struct{}       // holds one token while dirty has entries
+	mu      sync.Mutex
+	session *session            // guarded by mu, like all below; nil while Redis is away
+	back    chan struct{}       // closed while there is a session
+	refused error               // what Redis said to the last message, when it took none
+	noting  bool                // a session is there that will look at dirty
+	dirty   map[string]struct{} // channels whose subscription may have to change; empty without a session
+	told    []Signal            // not yet written; empty without a session
+	peers   map[string]bool     // the other replicas, as last seen
 }
 
-var errBusDown = errors.New("redis is not connected")
+var (
+	errBusDown = errors.New("redis is not connected")
+	errBroken  = errors.New("connection to redis broke")
+)
 
 // NewRedisBus wires a bus that hands what it receives to hub.
 func NewRedisBus(opts RedisOptions, replica string, hub *Hub, log *slog.Logger) *RedisBus {
-	b := &RedisBus{opts: opts, replica: replica, hub: hub, log: log, dirty: map[string]struct{}{}, poke: make(chan struct{}, 1), recount: make(chan struct{}, 1), large: make(chan struct{}, 1)}
+	b := &RedisBus{
+		opts: opts, replica: replica, hub: hub, log: log, OnAlone: func() {},
+		recount: make(chan struct{}, 1), large: make(chan struct{}, 1), poke: make(chan struct{}, 1), speak: make(chan struct{}, 1),
+		ask: make(chan *request), back: make(chan struct{}), dirty: map[string]struct{}{}, peers: map[string]bool{},
+	}
 	hub.Watch = b.watch
 	return b
 }
@@ -81,21 +156,12 @@ func NewRedisBus(opts RedisOptions, replica string, hub *Hub, log *slog.Logger) 
 // watch is the hub's: it runs under the hub's lock and only takes a note.
 // Without a session it takes none: the next one asks for all that the hub wants.
 func (b *RedisBus) watch(channel string) {
-	if !b.noting.Load() {
-		return
-	}
-	b.mu.Lock()
-	b.dirty[channel] = struct{}{}
-	b.mu.Unlock()
-	wake(b.poke)
-}
-
-func (b *RedisBus) takeDirty() map[string]struct{} {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	dirty := b.dirty
-	b.dirty = map[string]struct{}{}
-	return dirty
+	if b.noting {
+		b.dirty[channel] = struct{}{}
+		wake(b.poke)
+	}
 }
 
 // Names of Redis channels.
@@ -104,68 +170,150 @@ func (b *RedisBus) eventName(channel string) string   { return b.opts.Prefix + c
 func (b *RedisBus) replicaName(replica string) string { return b.opts.Prefix + "@" + replica }
 func (b *RedisBus) allName() string                   { return b.opts.Prefix + "@all" }
 
-// working is the session, unless there is none or Redis is silent.
-func (b *RedisBus) working() (*session, error) {
-	s := b.session.Load()
-	if s == nil || s.silent.Load() {
-		return nil, errBusDown
+// signalName is the Redis channel for sig. Only names that a replica can have
+// are ever sent to, so that nobody reaches "@all" by an id.
+func (b *RedisBus) signalName(sig *Signal) string {
+	if sig.To == "" {
+		return b.allName()
 	}
-	return s, nil
+	return b.replicaName(sig.To)
 }
 
 // Check implements Bus.
 func (b *RedisBus) Check(context.Context) error {
-	_, err := b.working()
-	return err
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	switch {
+	case b.session == nil:
+		return errBusDown
+	case b.refused != nil:
+		return b.refused
+	case time.Since(time.Unix(0, b.session.heard.Load())) > silenceTimeout:
+		return errors.New("redis is silent")
+	}
+	return nil
 }
 
-// Publish implements Bus. It fails at once while Redis is down or silent, and
-// after publishTimeout when Redis does not answer or cannot keep up.
+// Publish implements Bus.
 func (b *RedisBus) Publish(ctx context.Context, e *Event) (int, error) {
-	s, err := b.working()
-	if err != nil {
-		return 0, err
-	}
-	return s.publish(ctx, s.next(), b.eventName(e.Channel), e.wire)
+	return b.publish(ctx, b.eventName(e.Channel), e.message())
 }
 
-// publish hands message to Redis and returns how many take it. A burst of large
-// ones is more than Redis keeps for a replica: those go one by one.
-func (s *session) publish(ctx context.Context, p pipe, name string, message []byte) (int, error) {
-	if len(message) > largeEvent {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, publishTimeout)
-		defer cancel()
-		select {
-		case s.bus.large <- struct{}{}:
-			defer func() { <-s.bus.large }()
-		case <-ctx.Done():
-			return 0, errors.New("too many large messages wait for redis")
-		}
-	}
-	return redis.Int(s.do(ctx, p, "PUBLISH", name, message))
-}
-
-// Signal implements Bus. All signals take one connection, so that they keep
-// their order, and wait there while Redis is silent; only one with From waits
-// for Redis to answer.
-func (b *RedisBus) Signal(ctx context.Context, sig Signal) (int, error) {
+// Send implements Bus.
+func (b *RedisBus) Send(ctx context.Context, sig Signal) (int, error) {
 	if sig.To == b.replica {
 		b.hub.OnSignal(sig)
 		return 1, nil
 	}
-	s := b.session.Load()
-	if s == nil {
-		return 0, errBusDown
+	if sig.To == "" {
+		b.hub.OnSignal(sig)
 	}
-	name := b.allName()
-	if sig.To != "" {
-		name = b.replicaName(sig.To)
+	return b.publish(ctx, b.signalName(&sig), appendSignal(nil, &sig))
+}
+
+// Tell implements Bus. What cannot be queued is lost, and all replicas are told
+// so once something can be.
+func (b *RedisBus) Tell(sig Signal) {
+	if sig.To == b.replica {
+		b.hub.OnSignal(sig)
+		return
 	}
-	if sig.From == "" {
-		return 0, s.pipes[0].put(&request{cmd: "PUBLISH", args: []any{name, sig.encode()}})
+	if sig.To == "" {
+		b.hub.OnSignal(sig) // Redis gives it back, too, but perhaps not in time
 	}
-	return s.publish(ctx, s.pipes[0], name, sig.encode())
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	switch {
+	case b.session == nil: // the next one begins with signalAgain
+	case len(b.told) < toldLimit:
+		b.told = append(b.told, sig)
+		wake(b.speak)
+	default:
+		b.told[toldLimit-1] = Signal{Kind: signalAgain, From: b.replica}
+	}
+}
+
+// Peers implements Bus.
+func (b *RedisBus) Peers(ctx context.Context) ([]string, error) {
+	if err := b.Check(ctx); err != nil {
+		return nil, err
+	}
+	return b.askPeers(ctx)
+}
+
+// publish hands message to Redis and returns how many take it. It waits for a
+// session, and tries again when the connection breaks, until ctx ends; but once
+// written it waits until Redis answers or the connection breaks, because nobody
+// could say which. A burst of large messages is more than Redis keeps for a
+// replica: those go one by one.
+func (b *RedisBus) publish(ctx context.Context, name string, message []byte) (int, error) {
+	if len(message) > largeMessage {
+		select {
+		case b.large <- struct{}{}:
+			defer func() { <-b.large }()
+		case <-ctx.Done():
+			return 0, errors.New("too many large messages wait for redis")
+		}
+	}
+	for {
+		n, err := redis.Int(b.do(ctx, "PUBLISH", name, message))
+		if errors.Is(err, errBroken) && ctx.Err() == nil {
+			continue
+		}
+		_, refused := errors.AsType[redis.Error](err)
+		b.mu.Lock()
+		if was := b.refused; refused || err == nil {
+			b.refused = err
+			if refused && was == nil {
+				b.log.Error("redis refuses messages", "err", err)
+			}
+		}
+		b.mu.Unlock()
+		return n, err
+	}
+}
+
+// do has one command written, and waits for its reply.
+func (b *RedisBus) do(ctx context.Context, cmd string, args ...any) (any, error) {
+	r := &request{cmd: cmd, args: args, reply: make(chan reply, 1)}
+	b.mu.Lock()
+	back := b.back
+	b.mu.Unlock()
+	select {
+	case <-back:
+	case <-ctx.Done():
+		return nil, errBusDown
+	}
+	return r.wait(ctx, b.ask)
+}
+
+// request is one command on the connection that speaks.
+type request struct {
+	cmd   string
+	args  []any
+	reply chan reply // with space for one; nil: nobody waits
+}
+
+type reply struct {
+	value any
+	err   error
+}
+
+// wait hands r to whoever writes, and waits for the reply.
+func (r *request) wait(ctx context.Context, ask chan<- *request) (any, error) {
+	select {
+	case ask <- r:
+		got := <-r.reply
+		return got.value, got.err
+	case <-ctx.Done():
+		return nil, fmt.Errorf("redis cannot keep up: %w", ctx.Err())
+	}
+}
+
+func (r *request) answer(value any, err error) {
+	if r.reply != nil {
+		r.reply <- reply{value, err}
+	}
 }
 
 // Run implements Bus: one session after the other. The first try after a
@@ -187,9 +335,11 @@ func (b *RedisBus) Run(ctx context.Context) error {
 		if worked {
 			tries = 0
 		} else {
-			b.known.CompareAndSwap(0, math.MaxInt64) // others may come back after us: see join
 			if tries++; b.opts.MaxAttempts >= 0 && tries > b.opts.MaxAttempts {
 				return fmt.Errorf("connect to redis %d times: %w", tries, err)
+			}
+			if tries == 1 {
+				b.OnAlone()
 			}
 		}
 		pause := time.Duration(0)
@@ -206,19 +356,16 @@ func (b *RedisBus) Run(ctx context.Context) error {
 	}
 }
 
-// session is one life of the connections. Its goroutines end with ctx, and
+// session is one life of the two connections. Its goroutines end with ctx, and
 // serve waits for them.
 type session struct {
 	bus      *RedisBus
 	ctx      context.Context
 	fail     context.CancelCauseFunc
-	sub      redis.PubSubConn // written under mu, read by receive
-	pipes    []pipe
-	turn     atomic.Uint32
-	wanted   chan struct{} // closed when every first subscription is confirmed
-	complete sync.Once     // closes wanted
-	heard    atomic.Int64  // Unix nanoseconds of the last word of Redis, on any connection
-	silent   atomic.Bool   // a request was not answered, and none has been since
+	sub      redis.PubSubConn // listens; written under mu, read by receive
+	wanted   chan struct{}    // closed when every first subscription is confirmed
+	complete sync.Once        // closes wanted
+	heard    atomic.Int64     // Unix nanoseconds of the last word of Redis, on any connection
 
 	mu    sync.Mutex           // taken before the hub's
 	names map[string]*interest // guarded by mu: by Redis channel
@@ -231,7 +378,7 @@ type interest struct {
 	acks       int // confirmations on their way
 }
 
-// serve runs one session to its end and tells whether it came up.
+// serve runs one session to its end and reports whether it came up.
 func (b *RedisBus) serve(ctx context.Context) (worked bool, err error) {
 	stopped := ctx
 	ctx, fail := context.WithCancelCause(ctx)
@@ -240,32 +387,17 @@ func (b *RedisBus) serve(ctx context.Context) (worked bool, err error) {
 		bus: b, ctx: ctx, fail: fail, wanted: make(chan struct{}),
 		names: map[string]*interest{}, own: []string{b.replicaName(b.replica), b.allName()},
 	}
-	conn, err := b.dial(ctx)
+	listens, err := b.dial(ctx)
 	if err != nil {
 		return false, err
 	}
-	defer conn.Close()
-	s.sub = redis.PubSubConn{Conn: conn}
-	var conns []redis.Conn // one for each of pipes
-	for i := range pipeCount {
-		queue := pipeQueue
-		if i == 0 {
-			queue = signalQueue
-		}
-		conn, err := b.dial(ctx)
-		if err != nil {
-			return false, err
-		}
-		defer conn.Close()
-		conns = append(conns, conn)
-		s.pipes = append(s.pipes, make(pipe, queue))
+	defer listens.Close()
+	s.sub = redis.PubSubConn{Conn: listens}
+	speaks, err := b.dial(ctx)
+	if err != nil {
+		return false, err
 	}
-
-	defer func() { // after receive has ended, which confirms
-		b.hub.Suspend()
-		b.noting.Store(false)
-		b.takeDirty()
-	}()
+	defer b.end() // after receive has ended, which confirms
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	received := make(chan struct{}) // closed when receive has ended
@@ -276,28 +408,15 @@ func (b *RedisBus) serve(ctx context.Context) (worked bool, err error) {
 			case <-time.After(unreadTimeout):
 			}
 		}
-		s.sub.Close()
+		listens.Close()
 	})
 	defer fail(nil)
-	run := func(f func() error) {
-		wg.Go(func() {
-			defer func() { // redigo panics on lengths that cannot be
-				if p := recover(); p != nil {
-					fail(fmt.Errorf("redis speaks nonsense: %v", p))
-				}
-			}()
-			if err := f(); err != nil {
-				fail(err)
-			}
-		})
-	}
+	run := func(f func() error) { wg.Go(func() { s.guard(f) }) }
 	run(func() error {
 		defer close(received)
 		return s.receive()
 	})
-	for i, p := range s.pipes {
-		run(func() error { return s.keep(p, conns[i]) })
-	}
+	run(func() error { return s.keep(speaks) })
 	if err := s.start(); err != nil {
 		fail(err)
 	}
@@ -310,42 +429,141 @@ func (b *RedisBus) serve(ctx context.Context) (worked bool, err error) {
 	if err := s.join(); err != nil {
 		return false, err
 	}
-	b.session.Store(s)
-	b.Sessions.Add(1)
-	b.log.Info("redis is connected", "replicas", b.known.Load())
-	again := Signal{Kind: signalAgain}
-	if len(b.hub.Channels()) == 0 {
-		again.To = b.replica // no subscriber here has missed anything that others hold
-	}
-	b.Signal(ctx, again)
+	b.begin(s)
 	run(s.count)
-
 	<-ctx.Done()
-	b.session.Store(nil)
 	return true, context.Cause(ctx)
 }
 
-// dial connects, within twice publishTimeout.
-func (b *RedisBus) dial(ctx context.Context) (redis.Conn, error) {
-	ctx, cancel := context.WithTimeout(ctx, 2*publishTimeout)
+// guard ends the session with the error of f, or with its panic: redigo panics on
+// lengths that cannot be, and whoever plays Redis must not end the relay.
+func (s *session) guard(f func() error) {
+	defer func() {
+		if p := recover(); p != nil {
+			s.fail(fmt.Errorf("redis speaks nonsense: %v", p))
+		}
+	}()
+	if err := f(); err != nil {
+		s.fail(err)
+	}
+}
+
+// begin makes s the session, and says that what was told before may be lost.
+func (b *RedisBus) begin(s *session) {
+	b.mu.Lock()
+	b.session = s
+	close(b.back)
+	peers := len(b.peers)
+	b.mu.Unlock()
+	b.Sessions.Add(1)
+	b.log.Info("redis is connected", "replicas", peers+1)
+	b.Tell(Signal{Kind: signalAgain, From: b.replica})
+}
+
+// end is the end of the session, and of one that has not begun.
+func (b *RedisBus) end() {
+	b.hub.Suspend()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.session != nil {
+		b.session = nil
+		b.back = make(chan struct{})
+	}
+	b.noting, b.dirty, b.told = false, map[string]struct{}{}, nil
+}
+
+// link is one connection.
+type link struct {
+	redis.Conn
+	raw *patient
+}
+
+// broken closes a connection that does not work any more. What is not sent yet is
+// never sent: nobody waits for it.
+func (l *link) broken() {
+	if tcp, ok := l.raw.Conn.(*net.TCPConn); ok {
+		tcp.SetLinger(0)
+	}
+	l.Close()
+}
+
+// patient is a connection whose reads look once more when their deadline has
+// passed: while the process stood still, that proves nothing.
+type patient struct{ net.Conn }
+
+func (p *patient) Read(b []byte) (int, error) {
+	n, err := p.Conn.Read(b)
+	if n == 0 && errors.Is(err, os.ErrDeadlineExceeded) {
+		p.SetReadDeadline(time.Now().Add(lookTime))
+		n, err = p.Conn.Read(b)
+	}
+	return n, err
+}
+
+// dial connects to the server, or to the primary that the sentinels name now.
+func (b *RedisBus) dial(ctx context.Context) (*link, error) {
+	ctx, cancel := context.WithTimeout(ctx, 2*dialTimeout)
 	defer cancel()
-	conn, err := redis.DialURLContext(ctx, b.opts.URL,
-		redis.DialConnectTimeout(publishTimeout),
-		redis.DialTLSHandshakeTimeout(publishTimeout),
-		redis.DialReadTimeout(publishTimeout),
+	o := &b.opts.Server
+	addr := o.Addr
+	if o.Sentinels != nil {
+		var err error
+		if addr, err = b.primaryOf(ctx); err != nil {
+			return nil, err
+		}
+	}
+	return b.dialTo(ctx, addr, redis.DialUsername(o.User), redis.DialPassword(o.Password), redis.DialDatabase(o.DB), redis.DialUseTLS(o.TLS))
+}
+
+// dialTo connects to addr.
+func (b *RedisBus) dialTo(ctx context.Context, addr string, options ...redis.DialOption) (*link, error) {
+	l := &link{}
+	host, _, _ := net.SplitHostPort(addr)
+	conn, err := redis.DialContext(ctx, "tcp", addr, append(options,
+		redis.DialContextFunc(func(ctx context.Context, network, addr string) (net.Conn, error) {
+			conn, err := (&net.Dialer{Timeout: dialTimeout}).DialContext(ctx, network, addr)
+			if err != nil {
+				return nil, err
+			}
+			l.raw = &patient{conn}
+			return l.raw, nil
+		}),
+		redis.DialTLSHandshakeTimeout(dialTimeout),
+		redis.DialReadTimeout(dialTimeout),
 		redis.DialWriteTimeout(silenceTimeout),
-		redis.DialTLSConfig(&tls.Config{RootCAs: b.opts.Roots, MinVersion: tls.VersionTLS12}),
-	)
+		redis.DialTLSConfig(&tls.Config{RootCAs: b.opts.Roots, MinVersion: tls.VersionTLS12, ServerName: host}),
+	)...)
 	if err != nil {
 		return nil, fmt.Errorf("connect to redis: %w", err)
 	}
-	return conn, nil
+	l.Conn = conn
+	return l, nil
+}
+
+// primaryOf asks the sentinels in turn where the primary is
+// (https://redis.io/docs/latest/develop/reference/sentinel-clients/).
+func (b *RedisBus) primaryOf(ctx context.Context) (addr string, err error) {
+	for _, sentinel := range b.opts.Server.Sentinels {
+		var l *link
+		if l, err = b.dialTo(ctx, sentinel); err != nil {
+			continue
+		}
+		var at []string
+		at, err = redis.Strings(l.Do("SENTINEL", "get-master-addr-by-name", b.opts.Server.Master))
+		l.Close()
+		if err == nil && len(at) == 2 {
+			return net.JoinHostPort(at[0], at[1]), nil
+		}
+	}
+	return "", fmt.Errorf("ask sentinels for the primary of %q: %w", b.opts.Server.Master, err)
 }
 
 // start subscribes to all that the hub wants, and last to the replicas' own
 // channels: a replica that is counted there has everything else.
 func (s *session) start() error {
-	s.bus.noting.Store(true)
+	s.bus.mu.Lock()
+	s.bus.noting = true
+	s.bus.mu.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err := s.reconcile(s.bus.hub.Channels()); err != nil {
@@ -361,27 +579,29 @@ func (s *session) start() error {
 
 // steer keeps the subscriptions what the hub wants them to be, and pings.
 func (s *session) steer() error {
+	b := s.bus
 	ping := time.NewTicker(pingInterval)
 	defer ping.Stop()
 	for {
+		var err error
 		select {
 		case <-s.ctx.Done():
 			return nil
 		case <-ping.C:
 			s.mu.Lock()
-			err := s.sub.Ping("")
+			err = s.sub.Ping("")
 			s.mu.Unlock()
-			if err != nil {
-				return err
-			}
-		case <-s.bus.poke:
-			dirty := slices.Collect(maps.Keys(s.bus.takeDirty()))
+		case <-b.poke:
+			b.mu.Lock()
+			dirty := b.dirty
+			b.dirty = map[string]struct{}{}
+			b.mu.Unlock()
 			s.mu.Lock()
-			err := s.reconcile(dirty)
+			err = s.reconcile(slices.Collect(maps.Keys(dirty)))
 			s.mu.Unlock()
-			if err != nil {
-				return err
-			}
+		}
+		if err != nil {
+			return err
 		}
 	}
 }
@@ -441,7 +661,7 @@ func (s *session) confirmed(name string) {
 		}
 	}
 	if name == s.bus.allName() { // asked for last: everything is subscribed
-		s.complete.Do(func() { close(s.wanted) }) // Redis may say it twice
+		s.complete.Do(func() { close(s.wanted) }) // whoever plays Redis may say it twice
 	}
 }
 
@@ -459,7 +679,7 @@ func (s *session) receive() error {
 	for {
 		m := s.sub.ReceiveWithTimeout(silenceTimeout)
 		if _, broken := m.(error); !broken {
-			s.hear()
+			s.heard.Store(time.Now().UnixNano())
 		}
 		switch m := m.(type) {
 		case redis.Message:
@@ -472,17 +692,18 @@ func (s *session) receive() error {
 	}
 }
 
-// deliver hands one message to the hub, and for an event that asks for a
-// response tells its holder to whom it went.
+// deliver hands one message to the hub, and for an event tells its holder to
+// whom it was given.
 func (s *session) deliver(name string, data []byte) {
 	b := s.bus
 	if slices.Contains(s.own, name) {
-		switch sig, err := openSignal(data); {
-		case err != nil:
-		case sig.Kind == signalJoined:
-			wake(b.recount)
-		default:
-			b.hub.OnSignal(sig)
+		for len(data) > 0 {
+			var wire string
+			var err error
+			if data, err = cutFields(data, &wire); err != nil {
+				return
+			}
+			s.heed([]byte(wire))
 		}
 		return
 	}
@@ -492,46 +713,76 @@ func (s *session) deliver(name string, data []byte) {
 		return
 	}
 	b.Received.Add(1)
-	taken, _ := b.hub.Deliver(e)
-	if respond(e.Mode) {
-		b.Signal(s.ctx, takenSignal(e, taken))
+	sig := receipt(e, b.replica, b.hub.Deliver(e))
+	e.release()
+	b.Tell(sig)
+}
+
+// heed takes one signal of another replica.
+func (s *session) heed(wire []byte) {
+	sig, err := openSignal(wire)
+	switch {
+	case err != nil || sig.Kind == signalGone: // that is ours to say
+	case sig.Kind == signalJoined:
+		wake(s.bus.recount)
+	case sig.From == s.bus.replica && sig.To == "": // Tell has handed it on already
+	default:
+		s.bus.hub.OnSignal(sig)
 	}
+}
+
+// appendSignal appends sig to a message: signals of one destination travel
+// together, each behind its length.
+func appendSignal(b []byte, sig *Signal) []byte {
+	wire := sig.encode()
+	return append(binary.AppendUvarint(b, uint64(len(wire))), wire...)
 }
 
 // join tells the other replicas of this one. After an outage it waits for those
 // that were there before it: an event published earlier would miss the
 // subscribers of a late one.
 func (s *session) join() error {
-	joined := Signal{Kind: signalJoined}
-	if _, err := s.publish(s.ctx, s.pipes[0], s.bus.allName(), joined.encode()); err != nil {
+	b := s.bus
+	ctx, cancel := context.WithTimeout(s.ctx, settleTimeout)
+	defer cancel()
+	joined := Signal{Kind: signalJoined, From: b.replica}
+	if _, err := s.do("PUBLISH", b.allName(), appendSignal(nil, &joined)); err != nil {
 		return fmt.Errorf("publish to redis: %w", err)
 	}
 	if err := s.primary(); err != nil {
 		return err
 	}
-	late := time.NewTimer(settleTimeout)
-	defer late.Stop()
-	for waiting := true; ; {
-		n, err := s.replicas()
+	b.mu.Lock()
+	before := b.peers
+	b.mu.Unlock()
+	for {
+		now, err := s.peers()
 		if err != nil {
 			return err
 		}
-		if n >= s.bus.known.Load() || !waiting {
-			s.bus.known.Store(max(n, 1))
-			return nil
+		missing := 0
+		for name := range before {
+			if !now[name] {
+				missing++
+			}
 		}
-		select {
-		case <-s.bus.recount: // one more has joined
-		case <-late.C:
-			waiting = false
-		case <-s.ctx.Done():
+		if missing > 0 && ctx.Err() == nil {
+			select {
+			case <-b.recount: // one more has joined
+			case <-ctx.Done():
+			}
+			continue
+		}
+		if s.ctx.Err() != nil {
 			return context.Cause(s.ctx)
 		}
+		b.notePeers(now)
+		return nil
 	}
 }
 
-// count keeps the number of replicas known, and looks after the publishing
-// connections and after Redis itself.
+// count keeps the other replicas known, and looks after the connection that
+// speaks and after Redis itself.
 func (s *session) count() error {
 	tick := time.NewTicker(pingInterval)
 	defer tick.Stop()
@@ -541,15 +792,31 @@ func (s *session) count() error {
 			return nil
 		case <-s.bus.recount:
 		case <-tick.C:
-			for _, p := range s.pipes { // some servers close idle connections
-				p.put(&request{cmd: "PING"})
-			}
 			if err := s.primary(); err == errDemoted {
 				return err
 			}
+			s.bus.mu.Lock()
+			refused := s.bus.refused
+			s.bus.mu.Unlock()
+			if refused != nil { // perhaps it takes messages again
+				s.bus.Send(s.ctx, Signal{Kind: signalJoined, From: s.bus.replica})
+			}
 		}
-		if n, err := s.replicas(); err == nil {
-			s.bus.known.Store(max(n, 1))
+		if now, err := s.peers(); err == nil {
+			s.bus.notePeers(now)
+		}
+	}
+}
+
+// notePeers tells of the replicas that are no more.
+func (b *RedisBus) notePeers(now map[string]bool) {
+	b.mu.Lock()
+	before := b.peers
+	b.peers = now
+	b.mu.Unlock()
+	for name := range before {
+		if !now[name] {
+			b.hub.OnSignal(Signal{Kind: signalGone, From: name})
 		}
 	}
 }
@@ -559,7 +826,7 @@ var errDemoted = errors.New("redis is a replica of another one now, which replic
 // primary is errDemoted when what is published here does not reach those who
 // followed a failover (https://redis.io/docs/latest/commands/role/).
 func (s *session) primary() error {
-	v, err := redis.Values(s.do(s.ctx, s.pipes[0], "ROLE"))
+	v, err := redis.Values(s.do("ROLE"))
 	if _, refused := errors.AsType[redis.Error](err); refused {
 		return nil // not every user may ask, and not every server knows
 	}
@@ -571,60 +838,52 @@ func (s *session) primary() error {
 	return err
 }
 
-// replicas asks Redis how many replicas listen.
-func (s *session) replicas() (int64, error) {
-	counts, err := redis.Values(s.do(s.ctx, s.pipes[0], "PUBSUB", "NUMSUB", s.bus.allName()))
-	if err != nil || len(counts) != 2 {
-		return 0, fmt.Errorf("count replicas: %w", err)
-	}
-	return redis.Int64(counts[1], nil)
-}
-
-// next is the publishing connection whose turn it is.
-func (s *session) next() pipe {
-	return s.pipes[s.turn.Add(1)%pipeCount]
-}
-
-// do puts a command on p and waits for its reply, at most publishTimeout.
-func (s *session) do(ctx context.Context, p pipe, cmd string, args ...any) (any, error) {
+// do is RedisBus.do for a session that has not begun.
+func (s *session) do(cmd string, args ...any) (any, error) {
 	r := &request{cmd: cmd, args: args, reply: make(chan reply, 1)}
-	if err := p.put(r); err != nil {
-		return nil, err
+	return r.wait(s.ctx, s.bus.ask)
+}
+
+// peers asks Redis which other replicas listen.
+func (s *session) peers() (map[string]bool, error) {
+	list, err := redis.Strings(s.do("PUBSUB", "CHANNELS", s.bus.peerPattern()))
+	if err != nil {
+		return nil, fmt.Errorf("ask redis for replicas: %w", err)
 	}
-	began := time.Now()
-	timer := time.NewTimer(publishTimeout)
-	defer timer.Stop()
-	select {
-	case got := <-r.reply:
-		return got.value, got.err
-	case <-ctx.Done():
-		r.drop()
-		return nil, ctx.Err()
-	case <-s.ctx.Done():
-		return nil, errBusDown
-	case <-timer.C:
-		r.drop()
-		if s.heard.Load() < began.UnixNano() && s.silent.CompareAndSwap(false, true) {
-			s.bus.log.Error("redis is silent")
+	return s.bus.peersIn(list), nil
+}
+
+func (b *RedisBus) askPeers(ctx context.Context) ([]string, error) {
+	list, err := redis.Strings(b.do(ctx, "PUBSUB", "CHANNELS", b.peerPattern()))
+	if err != nil {
+		return nil, fmt.Errorf("ask redis for replicas: %w", err)
+	}
+	return slices.Sorted(maps.Keys(b.peersIn(list))), nil
+}
+
+// peerPattern matches the channels of replicas
+// (https://redis.io/docs/latest/commands/psubscribe/).
+func (b *RedisBus) peerPattern() string {
+	return strings.NewReplacer(`\`, `\\`, "*", `\*`, "?", `\?`, "[", `\[`, "]", `\]`).Replace(b.opts.Prefix) + "@*"
+}
+
+// peersIn are the names of the other replicas in a list of channels.
+func (b *RedisBus) peersIn(list []string) map[string]bool {
+	peers := map[string]bool{}
+	for _, name := range list {
+		if replica := strings.TrimPrefix(name, b.replicaName("")); replica != b.replica && len(replica) == replicaLength {
+			peers[replica] = true
 		}
-		return nil, fmt.Errorf("redis did not answer within %s", publishTimeout)
 	}
+	return peers
 }
 
-// hear notes that Redis has said something.
-func (s *session) hear() {
-	s.heard.Store(time.Now().UnixNano())
-	if s.silent.CompareAndSwap(true, false) {
-		s.bus.log.Info("redis answers again")
-	}
-}
-
-// keep works on p over conn, and over a new connection when that breaks. It
-// ends with s, or when none can be made or lasts.
-func (s *session) keep(p pipe, conn redis.Conn) error {
+// keep works over conn, and over a new connection when that breaks. It ends with
+// s, or when none can be made or lasts.
+func (s *session) keep(conn *link) error {
 	for {
 		began := time.Now()
-		err := s.work(p, conn)
+		err := s.work(conn)
 		if s.ctx.Err() != nil || time.Since(began) < lasting {
 			return err
 		}
@@ -632,102 +891,98 @@ func (s *session) keep(p pipe, conn redis.Conn) error {
 		if conn, err = s.bus.dial(s.ctx); err != nil {
 			return err
 		}
-		if p == s.pipes[0] { // signals may be lost
-			s.bus.Signal(s.ctx, Signal{Kind: signalAgain})
-		}
+		s.bus.Tell(Signal{Kind: signalAgain, From: s.bus.replica}) // what was told may be lost
 	}
 }
 
-// work sends the requests of p over conn and hands back the replies until conn
-// breaks or s ends; whoever waits then is told.
-func (s *session) work(p pipe, conn redis.Conn) error {
+// work sends what is asked and told over conn and hands back the replies until
+// conn breaks or s ends; whoever waits then is told.
+func (s *session) work(conn *link) error {
 	ctx, fail := context.WithCancelCause(s.ctx)
-	context.AfterFunc(ctx, func() { conn.Close() }) // ends blocked reads and writes
-	flight := make(chan *request, pipeQueue)        // sent, not yet answered
+	context.AfterFunc(ctx, func() { // ends blocked reads and writes
+		if s.ctx.Err() == nil {
+			conn.broken()
+		}
+		conn.Close()
+	})
+	flight := make(chan *request, flightLimit) // sent, not yet answered
 	var wg sync.WaitGroup
-	wg.Go(func() { fail(p.write(ctx, conn, flight)) })
-	wg.Go(func() { fail(s.read(ctx, conn, flight)) })
+	for _, f := range []func() error{
+		func() error { return s.write(ctx, conn, flight) },
+		func() error { return s.read(ctx, conn, flight) },
+	} {
+		wg.Go(func() { fail(f()) })
+	}
 	wg.Wait()
-	conn.Close()
-	err := fmt.Errorf("publish to redis: %w", context.Cause(ctx))
 	for len(flight) > 0 {
-		(<-flight).answer(nil, err)
+		(<-flight).answer(nil, errBroken)
 	}
-	return err
+	return fmt.Errorf("publish to redis: %w", context.Cause(ctx))
 }
 
-// request is one command on a publishing connection.
-type request struct {
-	cmd     string
-	args    []any
-	reply   chan reply  // with space for one; nil: nobody waits
-	settled atomic.Bool // it is being sent, or nobody waits any more; who sets it owns args
-}
-
-type reply struct {
-	value any
-	err   error
-}
-
-// drop gives up a request, and its memory if it waits in the queue.
-func (r *request) drop() {
-	if !r.settled.Swap(true) {
-		r.args = nil
-	}
-}
-
-func (r *request) answer(value any, err error) {
-	if r.reply != nil {
-		r.reply <- reply{value, err}
-	}
-}
-
-// pipe is the queue that one publishing connection after the other works off.
-type pipe chan *request
-
-// put queues r, or fails at once when the connection cannot keep up.
-func (p pipe) put(r *request) error {
-	select {
-	case p <- r:
-		return nil
-	default:
-		return errors.New("redis cannot keep up: publish queue is full")
-	}
-}
-
-// write sends requests as they come, and flushes once for all that wait.
-func (p pipe) write(ctx context.Context, conn redis.Conn, flight chan<- *request) error {
+// write sends requests as they come, then what was told, and flushes once for
+// all that wait.
+func (s *session) write(ctx context.Context, conn redis.Conn, flight chan<- *request) error {
+	var batch []*request
 	for {
-		var r *request
+		batch = batch[:0]
 		select {
 		case <-ctx.Done():
 			return nil
-		case r = <-p:
+		case r := <-s.bus.ask:
+			batch = append(batch, r)
+		case <-s.bus.speak:
 		}
-		for n := 1; r != nil; n++ {
-			if !r.settled.Swap(true) {
-				select {
-				case flight <- r:
-				case <-ctx.Done():
-					r.answer(nil, errBusDown)
-					return nil
-				}
-				if err := conn.Send(r.cmd, r.args...); err != nil {
-					return err
-				}
+		for more := true; more && len(batch) < batchLimit; {
+			select {
+			case r := <-s.bus.ask:
+				batch = append(batch, r)
+			default:
+				more = false
 			}
-			r = nil
-			if n < pipeBatch {
-				select {
-				case r = <-p:
-				default:
+		}
+		batch = s.bus.takeTold(batch)
+		for i, r := range batch {
+			select {
+			case flight <- r:
+			case <-ctx.Done():
+				for _, r := range batch[i:] {
+					r.answer(nil, errBroken)
 				}
+				return nil
+			}
+			if err := conn.Send(r.cmd, r.args...); err != nil {
+				for _, r := range batch[i+1:] {
+					r.answer(nil, errBroken)
+				}
+				return err
 			}
 		}
 		if err := conn.Flush(); err != nil {
 			return err
 		}
 	}
+}
+
+// takeTold appends to batch what was told, in one message for each destination
+// unless that would be large.
+func (b *RedisBus) takeTold(batch []*request) []*request {
+	b.mu.Lock()
+	told := b.told
+	b.told = nil
+	b.mu.Unlock()
+	messages := map[string]*request{}
+	for i := range told {
+		name := b.signalName(&told[i])
+		r := messages[name]
+		if r == nil || len(r.args[1].([]byte)) > largeMessage {
+			r = &request{cmd: "PUBLISH", args: []any{name, []byte(nil)}}
+			messages[name] = r
+			batch = append(batch, r)
+		}
+		r.args[1] = appendSignal(r.args[1].([]byte), &told[i])
+	}
+	return batch
 }
 
 // read hands the replies back in the order of the requests.
@@ -739,12 +994,22 @@ func (s *session) read(ctx context.Context, conn redis.Conn, flight <-chan *requ
 			return nil
 		case r = <-flight:
 		}
-		value, err := redis.ReceiveWithTimeout(conn, silenceTimeout)
+		value, err := receiveReply(conn)
 		if _, refused := errors.AsType[redis.Error](err); err != nil && !refused {
-			r.answer(nil, err)
+			r.answer(nil, errBroken)
 			return err
 		}
-		s.hear()
+		s.heard.Store(time.Now().UnixNano())
 		r.answer(value, err)
 	}
+}
+
+// receiveReply waits for one reply; see guard.
+func receiveReply(conn redis.Conn) (value any, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("redis speaks nonsense: %v", p)
+		}
+	}()
+	return redis.ReceiveWithTimeout(conn, silenceTimeout)
 }

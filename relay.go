@@ -212,12 +212,12 @@ func run(ctx context.Context, environ []string, stderr io.Writer) error {
 
 // runServer serves until ctx ends, then drains.
 func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
-	hub := &Hub{Limits: c.Limits}
+	hub := &Hub{Limits: c.Limits, Budget: &Budget{Limit: c.HeldBuffer}}
 	c.Server.Replica = newReplica()
 	c.Server.HandlerTimeout = c.HandlerTimeout
 	var bus Bus = hub
 	var redisBus *RedisBus
-	if c.Redis.URL != "" {
+	if c.Redis.Server.Addr != "" || c.Redis.Server.Master != "" {
 		c.Redis.Roots = c.Client.Roots
 		redisBus = NewRedisBus(c.Redis, c.Server.Replica, hub, log)
 		bus = redisBus
@@ -225,6 +225,9 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 	server, err := NewServer(c.Server, hub, bus, log)
 	if err != nil {
 		return fmt.Errorf("read tokens: %w", err)
+	}
+	if redisBus != nil {
+		redisBus.OnAlone = server.AskToMove
 	}
 	health := &Health{
 		Info:  map[string]string{"role": c.Role, "version": version},
@@ -289,8 +292,8 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 	if web.Shutdown(finish) != nil {
 		web.Close()
 	}
-	// Signals keep their order: once this one is answered, all before it are out.
-	bus.Signal(finish, Signal{Kind: signalJoined, From: c.Server.Replica})
+	// What is told keeps its order, and goes out before what is sent after it.
+	bus.Send(finish, Signal{Kind: signalJoined, From: c.Server.Replica})
 	stopProbes()
 	fail(nil)
 	parts.Wait()
@@ -603,13 +606,15 @@ func serverMetrics(s *Server, hub *Hub, bus *RedisBus, d *door) []Metric {
 		counter("relay_webhooks_unheard_total", "Webhooks accepted in accept mode that reached no subscriber.", &s.Unheard),
 		counter("relay_webhooks_answered_total", "Held webhooks answered by the target.", &s.Answered),
 		counter("relay_webhooks_unanswered_total", "Held webhooks that ended without an answer.", &s.Unanswered),
+		counter("relay_webhooks_lost_total", "Webhooks accepted in accept mode that no client took in time.", &s.Lost),
 		counter("relay_events_delivered_total", "Events queued for subscribers.", &hub.Delivered),
-		counter("relay_subscribers_evicted_total", "Subscribers evicted because they were too slow.", &hub.Evicted),
+		counter("relay_events_full_total", "Times an event found a subscriber's queue full, and waited.", &hub.Full),
+		counter("relay_subscribers_evicted_total", "Subscribers evicted because they were stuck.", &hub.Evicted),
 		counter("relay_heartbeats_total", "Heartbeats queued.", &s.Heartbeats),
 		gauge("relay_subscribers", "Live streams.", func() int64 { n, _ := hub.Count(); return int64(n) }),
 		gauge("relay_channels", "Channels with subscribers.", func() int64 { _, n := hub.Count(); return int64(n) }),
-		gauge("relay_held_requests", "Requests held for an answer.", func() int64 { n, _ := s.Held(); return int64(n) }),
-		gauge("relay_held_bytes", "Bytes of requests under way, above all of those held for an answer.", func() int64 { _, n := s.Held(); return n }),
+		gauge("relay_held_webhooks", "Webhooks held until a client has reported.", func() int64 { n, _ := s.Held(); return int64(n) }),
+		gauge("relay_held_bytes", "Bytes of webhooks that are held, read or queued.", func() int64 { _, n := s.Held(); return n }),
 	}
 	for _, reason := range webhookReasons {
 		metrics = append(metrics, counter(fmt.Sprintf("relay_webhooks_refused_total{reason=%q}", reason),
@@ -663,6 +668,7 @@ type Config struct {
 	Port              int
 	CertFile, KeyFile string
 	Limits            Limits
+	HeldBuffer        int64 // bytes of everything that is held, read or queued
 	Server            ServerOptions
 	Redis             RedisOptions
 	Client            ClientOptions
@@ -705,8 +711,9 @@ func settings(c *Config) []setting {
 		{"SERVER_HEARTBEAT_INTERVAL", "5000", "server", "time between heartbeats on a stream", duration(&s.Heartbeat, heartbeatMinimum, heartbeatMaximum), nil},
 		{"SERVER_MAX_SUBSCRIBERS", "10000", "server", "most streams at once", integer(&l.Subscribers, 1, 10_000_000), nil},
 		{"SERVER_MAX_SUBSCRIBERS_PER_ADDRESS", "5000", "server", "most streams at once from one remote address", integer(&l.PerAddress, 1, 10_000_000), nil},
-		{"SERVER_SUBSCRIBER_BUFFER", "16mb", "server", "undelivered bytes of one subscriber before it is evicted", size(&l.Buffer), nil},
-		{"SERVER_HELD_BUFFER", "256mb", "server", "bytes of all requests held in status and response mode, and of bodies being read and published", size(&s.HeldBuffer), nil},
+		{"SERVER_SUBSCRIBER_BUFFER", "16mb", "server", "undelivered bytes of one subscriber; what does not fit waits", size(&l.Buffer), nil},
+		{"SERVER_HELD_BUFFER", "256mb", "server", "bytes of all webhooks that are held, read or queued; one channel may take half", size(&c.HeldBuffer), nil},
+		{"SERVER_HOLD_TIME", "60s", "server", "how long a webhook of accept mode waits for a client when none is there", duration(&s.HoldTime, 0, maxDuration), nil},
 		{"SERVER_STREAM_MAX_AGE", "", "server", "age at which streams are asked to move; none by default", duration(&s.StreamMaxAge, time.Second, maxDuration), nil},
 		{"SERVER_TLS_CERT_FILE", "", "server", "PEM certificate chain; re-read when it changes", text(&c.CertFile), nil},
 		{"SERVER_TLS_KEY_FILE", "", "server", "PEM private key", text(&c.KeyFile), nil},
@@ -715,7 +722,7 @@ func settings(c *Config) []setting {
 		{"SUBSCRIBE_ALLOWED_IPS", "", "server", "addresses and CIDR ranges that may subscribe; all by default", prefixes(&s.SubscribeAllowed), nil},
 		{"WEBHOOKS_ALLOWED_IPS", "", "server", "addresses and CIDR ranges that may send webhooks; all by default", prefixes(&s.WebhooksAllowed), nil},
 		{"TRUSTED_PROXIES", "", "server", "addresses and CIDR ranges whose X-Forwarded-For is believed; none by default", prefixes(&s.TrustedProxies), nil},
-		{"REDIS_URL", "", "server", "redis:// or rediss:// with user, password and db: makes replicas one relay", redisURL(&r.URL), redacted},
+		{"REDIS_URL", "", "server", "redis:// or rediss:// with user, password and db, or redis+sentinel://host:port,host:port/{master}/{db}: makes replicas one relay", redisURL(r), redacted},
 		{"REDIS_CHANNEL_PREFIX", "webhook-relay:", "server", "begins the names of all Redis channels", text(&r.Prefix), nil},
 		{"REDIS_RECONNECT_BACKOFF_FACTOR", "2", "server", "growth of the pause between tries to connect", number(&r.Backoff.Factor, 1, 100), nil},
 		{"REDIS_RECONNECT_BACKOFF_INITIAL_TIMEOUT", "100", "server", "first pause", duration(&r.Backoff.Initial, time.Millisecond, maxDuration), nil},
@@ -727,7 +734,7 @@ func settings(c *Config) []setting {
 		{"REDIS_ENABLE_READY_CHECK", "", "server", "accepted for compatibility, has no effect", ignored, nil},
 		{"SOURCE_URL", "", "client", "the stream: https://relay.example.com/subscribe/{channel}/; required", sourceURL(&c.Client.Source), redacted},
 		{"TARGET_BASE_URL", "", "client", "where webhooks go: path and query are appended; required", webURL(&c.Client.Target, false), redacted},
-		{"RECONNECT_INTERVAL", "1000", "client", "first pause before the stream is opened again; grows to 30s", duration(&c.Client.ReconnectInterval, time.Millisecond, maxDuration), nil},
+		{"RECONNECT_INTERVAL", "1000", "client", "first pause before the stream is opened again; grows to 5s, or 30s when the source refuses", duration(&c.Client.ReconnectInterval, time.Millisecond, maxDuration), nil},
 		{"TARGET_TIMEOUT", "30s", "client", "time for one attempt at the target", duration(&c.Client.Timeout, time.Millisecond, maxDuration), nil},
 		{"TARGET_RETRY_WINDOW", "60s", "client", "time in which attempts are repeated; 0: one attempt", duration(&c.Client.RetryWindow, 0, maxDuration), nil},
 		{"TARGET_CONCURRENCY", "32", "client", "forwards at once; 1 keeps the order", integer(&c.Client.Concurrency, 1, 100_000), nil},
@@ -926,6 +933,11 @@ func hidden(string) string { return "[redacted]" }
 
 // redacted is a URL without credentials and query.
 func redacted(value string) string {
+	if scheme, rest, _ := strings.Cut(value, "://"); scheme == "redis+sentinel" { // several hosts, which url.Parse refuses
+		rest = rest[strings.LastIndexByte(rest, '@')+1:]
+		rest, _, _ = strings.Cut(rest, "?")
+		return scheme + "://" + rest
+	}
 	u, err := url.Parse(value)
 	if err != nil || u.Host == "" {
 		return "[redacted]"
@@ -1191,19 +1203,10 @@ func proxyURL(v string) error {
 	return nil
 }
 
-func redisURL(dst *string) func(string) error {
-	return func(v string) error {
-		u, err := url.Parse(v)
-		if err != nil || (u.Scheme != "redis" && u.Scheme != "rediss") || u.Hostname() == "" {
-			return errors.New("must be a redis or rediss URL")
-		}
-		if db := strings.Trim(u.Path, "/"); db != "" {
-			if _, err := strconv.ParseUint(db, 10, 31); err != nil {
-				return errors.New("must have a number as its path: the db")
-			}
-		}
-		*dst = v
-		return nil
+func redisURL(dst *RedisOptions) func(string) error {
+	return func(v string) (err error) {
+		dst.Server, err = parseRedisURL(v)
+		return err
 	}
 }
 

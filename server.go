@@ -2,14 +2,17 @@ package main
 
 import (
 	"bytes"
+	"cmp"
+	"container/heap"
 	"context"
 	"crypto/sha256"
 	"crypto/subtle"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
+	"math"
 	mathrand "math/rand/v2"
 	"net"
 	"net/http"
@@ -28,28 +31,34 @@ const (
 	headerTimeout  = 10 * time.Second       // to send a request's header
 	headerLimit    = 16 << 10               // bytes of a request's header
 	requestCost    = 16 << 10               // bytes that a request takes besides those it brings
+	holdCost       = 1 << 10                // bytes that a hold takes besides its event
 	streamsAtOnce  = 50                     // requests under way on an HTTP/2 connection
 	bodyTimeout    = 60 * time.Second       // to send a request's body
 	replyTimeout   = 10 * time.Second       // to take an answer
-	againAtOnce    = 128                    // held events that are published again; the others wait, or a bus could not keep up
-	busPause       = time.Second            // before a held event is published again that the bus did not take
-	takenTimeout   = 250 * time.Millisecond // for replicas to say to whom an event went
+	busTimeout     = 2 * time.Second        // for the bus to take a webhook, its return included
+	receiptTimeout = time.Second            // for replicas to say to whom an event was given
+	returnTime     = 10 * time.Second       // for a client whose stream broke to come back under its name
+	lookInterval   = 250 * time.Millisecond // between looks at what has a time
+	retryInterval  = time.Second            // before what nobody took is published again unasked
+	strangeShare   = 32                     // part of the budget for channels that may yet prove to be known
 	idleTimeout    = 2 * time.Minute        // between two requests on a connection
 	writeTimeout   = 60 * time.Second       // for one write to a stream: a full client may pause this long
 	lastChunkTime  = time.Second            // to write the end of a stream
 	liveTimeout    = 5 * time.Second        // until a new stream is subscribed on every replica
 	probeTimeout   = 2 * time.Second        // for a balancer's probe
-	movePatience   = 5 * time.Second        // for clients to follow a drain at shutdown
+	moveTime       = 2 * time.Second        // for a client to follow a drain before its stream ends
 	moveJitter     = time.Second            // over which drain is spread at shutdown
-	reserve        = time.Second            // of the handler timeout, kept for closing streams
+	reserve        = time.Second            // of the handler timeout, kept for closing streams and handing over
 	reloadInterval = 3 * time.Second        // between looks at the tokens file
 	settleInterval = time.Second            // between looks at the start, while its last line is not complete
 	tokensLimit    = 1 << 20                // bytes of the tokens file
-	reportTime     = 10 * time.Second       // to send a report, twice what a client takes for one try
+	reportTime     = 10 * time.Second       // to send reports, twice what a client takes for one try
 	reportLimit    = 4 << 20                // bytes of the reports of one request
 	reportsLimit   = 64 << 20               // bytes of all reports that are being read
-	givenLimit     = 1024                   // outcomes of one held event that are noted before its receipts
+	departedLimit  = 16384                  // subscribers that are remembered as gone
 	chatterLimit   = 4 << 10                // bytes a subscriber may send after its request
+	lingerLimit    = 16 << 20               // bytes of a refused body that are read so that the answer arrives
+	lingerTime     = 5 * time.Second        // for them
 	retryAfter     = "5"                    // seconds, on every 503
 )
 
@@ -71,7 +80,7 @@ type ServerOptions struct {
 	Replica        string // this replica's name, the beginning of its event ids
 	MaxPayload     int64  // bytes of a webhook's body
 	Heartbeat      time.Duration
-	HeldBuffer     int64         // bytes of all held events together
+	HoldTime       time.Duration // for which accept holds what no client is there for
 	StreamMaxAge   time.Duration // 0: none
 	HandlerTimeout time.Duration // for everything that Shutdown does
 	Modes          byChannel[string]
@@ -84,39 +93,52 @@ type ServerOptions struct {
 	TrustedProxies   []netip.Prefix
 }
 
-// Server takes webhooks, holds streams and routes answers. It is an
-// http.Handler; Run keeps its tokens fresh and Shutdown ends it.
+// Server takes webhooks, holds them until clients have reported, and writes the
+// streams. It is an http.Handler; Run looks after what has a time, and Shutdown
+// ends it.
 type Server struct {
-	opts ServerOptions
-	log  *slog.Logger
-	hub  *Hub
-	bus  Bus
-	keys atomic.Pointer[keyring]
+	opts   ServerOptions
+	log    *slog.Logger
+	hub    *Hub
+	bus    Bus
+	budget *Budget
+	keys   atomic.Pointer[keyring]
+	began  time.Time // times that clients compare are counted from here
 
-	held    atomic.Int64 // bytes of all holds, and of bodies that are being read
 	reports atomic.Int64 // bytes of reports that are being read
 
-	Webhooks, Unheard, Answered, Unanswered, Heartbeats atomic.Int64
-	Refused, Rejected                                   refusals // webhooks; subscribers and their reports
+	Webhooks, Unheard, Lost, Answered, Unanswered, Heartbeats atomic.Int64
+	Refused, Rejected                                         refusals // webhooks; subscribers and their reports
 
 	draining atomic.Bool   // not ready any more, but still at work
 	giveUp   chan struct{} // closed: held requests, and streams that have not begun, end with 503
-	turns    chan struct{} // one token for each held event that is being published again
+
+	requests sync.WaitGroup // webhooks being published or held; Add only under mu while !closed
+	streams  sync.WaitGroup // goroutines of streams; Add only under mu while !leaving
+	couriers sync.WaitGroup // goroutines that publish again; Add only under mu while !over
 
 	mu       sync.Mutex
-	left     bool             // guarded by mu: nothing new is taken
-	holds    map[string]*hold // guarded by mu, by event id
-	requests sync.WaitGroup   // webhooks being published or held; Add only under mu while !left
-	streams  sync.WaitGroup   // goroutines of streams; likewise
-	movers   sync.WaitGroup   // streams that can follow a drain; likewise
+	leaving  bool                // guarded by mu, like all below: no new streams
+	closed   bool                // no new webhooks
+	over     bool                // nothing is published again
+	holds    map[string]*hold    // by event id
+	lines    map[string]*line    // by channel
+	having   map[string]*having  // by subscriber: who has events that are not settled
+	departed map[string]struct{} // subscribers that are gone, and of whom a receipt may come late
+	late     []string            // departed, the oldest first
+	awaited  []deadline          // receipts that are due, the earliest first
+	returns  []deadline          // clients whose time to come back ends, the earliest first
+	strange  int64               // bytes of holds of channels that are not known
+	order    uint64              // of the newest hold
+	moving   []*Subscriber       // that were asked to move while the bus was away
 }
 
 // NewServer wires a server to its hub and bus, and reads the tokens file.
 func NewServer(opts ServerOptions, hub *Hub, bus Bus, log *slog.Logger) (*Server, error) {
 	s := &Server{
-		opts: opts, log: log, hub: hub, bus: bus,
-		giveUp: make(chan struct{}), turns: make(chan struct{}, againAtOnce),
-		holds:   map[string]*hold{},
+		opts: opts, log: log, hub: hub, bus: bus, budget: hub.Budget, began: time.Now(),
+		giveUp: make(chan struct{}),
+		holds:  map[string]*hold{}, lines: map[string]*line{}, having: map[string]*having{}, departed: map[string]struct{}{},
 		Refused: newRefusals(webhookReasons), Rejected: newRefusals(subscriberReasons),
 	}
 	keys, err := loadKeys(opts)
@@ -135,35 +157,39 @@ func NewServer(opts ServerOptions, hub *Hub, bus Bus, log *slog.Logger) (*Server
 	return s, nil
 }
 
-// Run looks after the tokens file until ctx ends.
+// Run looks after holds and the tokens file until ctx ends.
 func (s *Server) Run(ctx context.Context) error {
-	if s.opts.TokensFile == "" {
-		<-ctx.Done()
-		return nil
-	}
-	tick := time.NewTicker(reloadInterval)
-	defer tick.Stop()
-	last, seen := "", s.keys.Load().sum
+	defer s.couriers.Wait()
+	look, reload := time.NewTicker(lookInterval), time.NewTicker(reloadInterval)
+	defer look.Stop()
+	defer reload.Stop()
+	seen, last := s.keys.Load().sum, ""
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-tick.C:
-		}
-		keys, err := loadKeys(s.opts)
-		if err != nil {
-			if last != err.Error() {
-				s.log.Error("tokens file kept as it was", "err", err)
+		case <-look.C:
+			s.look(time.Now())
+		case <-reload.C:
+			if s.opts.TokensFile != "" {
+				seen, last = s.reload(seen, last)
 			}
-			last = err.Error()
-			continue
 		}
-		last = ""
-		settled := keys.whole || keys.sum == seen
-		seen = keys.sum
-		if !settled || keys.sum == s.keys.Load().sum {
-			continue
+	}
+}
+
+// reload takes up the tokens file when it has changed. seen is its sum at the
+// last look, and last the error: each is told once.
+func (s *Server) reload(seen [32]byte, last string) ([32]byte, string) {
+	keys, err := loadKeys(s.opts)
+	if err != nil {
+		if last != err.Error() {
+			s.log.Error("tokens file kept as it was", "err", err)
 		}
+		return seen, err.Error()
+	}
+	settled := keys.whole || keys.sum == seen
+	if settled && keys.sum != s.keys.Load().sum {
 		s.keys.Store(keys)
 		s.log.Info("tokens file read again")
 		for _, sub := range s.hub.Subscribers() {
@@ -172,6 +198,7 @@ func (s *Server) Run(ctx context.Context) error {
 			}
 		}
 	}
+	return keys.sum, ""
 }
 
 // Check is nil while the bus works and the server is not draining.
@@ -185,44 +212,50 @@ func (s *Server) Check(ctx context.Context) error {
 // Drain turns the server unready; it goes on working.
 func (s *Server) Drain() { s.draining.Store(true) }
 
-// Shutdown refuses what is new, asks clients to move, finishes what is held,
-// and closes the streams, all within the handler timeout.
+// Shutdown takes no new streams, asks clients to move and ends each stream once
+// its queue is written, goes on taking webhooks as long as there are streams,
+// finishes what is held or hands it over, all within the handler timeout.
 func (s *Server) Shutdown() {
 	end := time.Now().Add(s.opts.HandlerTimeout)
 	last := min(reserve, s.opts.HandlerTimeout/4)
-	late := time.AfterFunc(time.Until(end)-last, func() { close(s.giveUp) })
+	near := end.Add(-last)
 	s.draining.Store(true)
 	s.mu.Lock()
-	s.left = true
+	s.leaving = true
 	s.mu.Unlock()
-	for _, sub := range s.hub.Subscribers() { // a stream that begins later asks itself, in begin
-		time.AfterFunc(mathrand.N(min(moveJitter, s.opts.HandlerTimeout/4)+1), func() { s.askToMove(sub) })
-	}
-	select {
-	case <-done(&s.requests):
-	case <-time.After(time.Until(end)): // an answer is stuck in its connection, which our caller closes
-	}
-	select {
-	case <-done(&s.movers):
-	case <-time.After(movePatience):
-	case <-s.giveUp:
-	}
-	if late.Stop() { // no request is held any more, but a stream may wait for its begin
-		close(s.giveUp)
-	}
-	for _, sub := range s.hub.Subscribers() {
-		s.hub.Finish(sub, errShutdown)
-	}
-	cut := time.AfterFunc(time.Until(end)-last/2, func() {
+	s.move(near)
+	cut := time.AfterFunc(time.Until(end.Add(-last/2)), func() {
 		for _, sub := range s.hub.Subscribers() {
 			s.hub.Leave(sub, errOverdue)
 		}
 	})
-	select {
-	case <-done(&s.streams):
-	case <-time.After(time.Until(end)): // an HTTP/2 connection takes nothing, likewise
+	defer cut.Stop()
+	s.await(near, func() bool { n, _ := s.hub.Count(); return n == 0 })
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	ctx, cancel := context.WithDeadline(context.Background(), near)
+	peers, err := s.bus.Peers(ctx)
+	cancel()
+	if err != nil {
+		s.log.Warn("other replicas are not known", "err", err)
 	}
-	cut.Stop()
+	s.await(near, func() bool { return s.settled(len(peers) > 0) })
+	close(s.giveUp)
+	s.handOver(peers, end)
+	for _, wait := range []*sync.WaitGroup{&s.requests, &s.streams} { // an answer or a stream may be stuck in its connection, which our caller closes
+		select {
+		case <-done(wait):
+		case <-time.After(time.Until(end)):
+		}
+	}
+}
+
+// await looks whether ok holds until it does, or until end.
+func (s *Server) await(end time.Time, ok func() bool) {
+	for !ok() && time.Until(end) > 0 {
+		time.Sleep(min(20*time.Millisecond, time.Until(end)))
+	}
 }
 
 // done is closed once wg is; its goroutine ends then.
@@ -233,6 +266,26 @@ func done(wg *sync.WaitGroup) <-chan struct{} {
 		close(c)
 	}()
 	return c
+}
+
+// move asks all streams to move, spread over moveJitter, and ends each when its
+// client has had the time to: once its queue is written, and, until near, once
+// nothing waits for space in it.
+func (s *Server) move(near time.Time) {
+	jitter, patience := min(moveJitter, s.opts.HandlerTimeout/8), min(moveTime, s.opts.HandlerTimeout/4)
+	for _, sub := range s.hub.Subscribers() {
+		asked := mathrand.N(jitter + 1)
+		time.AfterFunc(asked, func() { s.askToMove(sub) })
+		var finish func()
+		finish = func() {
+			if time.Until(near) > 0 && s.waitsFor(sub.Channel) {
+				time.AfterFunc(min(lookInterval, max(time.Until(near), 1)), finish)
+				return
+			}
+			s.hub.Finish(sub, errShutdown)
+		}
+		time.AfterFunc(asked+patience, finish)
+	}
 }
 
 // ServeHTTP is the whole route table. It never redirects: a provider that does
@@ -247,9 +300,9 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	t, err := parseTarget(r.RequestURI)
 	switch {
 	case r.RequestURI == "*":
-		refuse(w, errNotFound)
+		refuse(w, r, errNotFound)
 	case err != nil:
-		refuse(w, errInvalidPath)
+		refuse(w, r, errInvalidPath)
 	case t.Kind == "webhooks" && t.Path != "/webhooks":
 		s.serveWebhook(w, r, &t)
 	case t.Kind == "subscribe" && t.Channel != "" && (t.Tail == "" || t.Tail == "/"):
@@ -259,7 +312,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case t.Path == "/":
 		s.serveReady(w, r)
 	default:
-		refuse(w, errNotFound)
+		refuse(w, r, errNotFound)
 	}
 }
 
@@ -304,7 +357,7 @@ type refusals map[string]*atomic.Int64
 // webhookReasons and subscriberReasons are all that may stand in the label.
 var (
 	webhookReasons    = []string{"address", "body", "budget", "bus", "channel", "method", "path", "shutdown", "size"}
-	subscriberReasons = []string{"address", "body", "bus", "channel", "connection", "limit", "method", "shutdown", "token"}
+	subscriberReasons = []string{"address", "body", "budget", "bus", "channel", "connection", "limit", "method", "shutdown", "token"}
 )
 
 func newRefusals(reasons []string) refusals {
@@ -316,20 +369,31 @@ func newRefusals(reasons []string) refusals {
 }
 
 // refuse counts err and answers with it.
-func (r refusals) refuse(w http.ResponseWriter, err *refusal) {
-	r[err.reason].Add(1)
-	refuse(w, err)
+func (rs refusals) refuse(w http.ResponseWriter, r *http.Request, err *refusal) {
+	rs[err.reason].Add(1)
+	refuse(w, r, err)
 }
 
-// refuse answers with err.
-func refuse(w http.ResponseWriter, err *refusal) {
+// refuse answers with err. A body that is still on its way is read for a while,
+// so that the answer also arrives through a proxy that sends it first: closing a
+// connection with unread bytes resets it, and what was sent on it is lost
+// (https://nginx.org/en/docs/http/ngx_http_core_module.html#lingering_close).
+func refuse(w http.ResponseWriter, r *http.Request, err *refusal) {
 	h := w.Header()
 	h.Set("Content-Type", "application/json")
 	if err.status == http.StatusServiceUnavailable {
 		h.Set("Retry-After", retryAfter)
 	}
+	text := fmt.Sprintf(`{"statusCode":%d,"message":"%s"}`, err.status, err.message)
+	h.Set("Content-Length", strconv.Itoa(len(text)))
 	w.WriteHeader(err.status)
-	fmt.Fprintf(w, `{"statusCode":%d,"message":"%s"}`, err.status, err.message)
+	io.WriteString(w, text)
+	if r.ProtoMajor == 1 && r.ContentLength != 0 && r.Header.Get("Expect") == "" {
+		control := http.NewResponseController(w)
+		control.Flush()
+		control.SetReadDeadline(time.Now().Add(lingerTime))
+		io.CopyN(io.Discard, r.Body, lingerLimit)
+	}
 }
 
 // serveReady is /ready of the health service, for balancers that can only
@@ -340,11 +404,11 @@ func (s *Server) serveReady(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case r.Method != http.MethodGet && r.Method != http.MethodHead:
 		w.Header().Set("Allow", "GET, HEAD")
-		refuse(w, errMethod)
+		refuse(w, r, errMethod)
 	case s.draining.Load():
-		refuse(w, errLeaving)
+		refuse(w, r, errLeaving)
 	case s.Check(ctx) != nil:
-		refuse(w, errBus)
+		refuse(w, r, errBus)
 	default:
 		io.WriteString(w, "ok\n")
 	}
@@ -354,41 +418,40 @@ func (s *Server) serveReady(w http.ResponseWriter, r *http.Request) {
 func (s *Server) serveWebhook(w http.ResponseWriter, r *http.Request, t *requestTarget) {
 	s.Webhooks.Add(1)
 	if err := s.admitWebhook(r, t); err != nil {
-		s.Refused.refuse(w, err)
+		s.Refused.refuse(w, r, err)
 		return
 	}
-	mode := s.opts.Modes.of(t.Channel)
-	b := &budget{Reader: http.MaxBytesReader(w, r.Body, s.opts.MaxPayload), all: &s.held, limit: s.opts.HeldBuffer}
-	defer b.end()
-	event, err := s.capture(r, t, b, mode)
+	claim, ok := s.budget.claim(t.Channel, requestCost)
+	if !ok {
+		s.Refused.refuse(w, r, errBudget)
+		return
+	}
+	defer claim.end()
+	event, err := s.capture(w, r, t, claim)
 	if err != nil {
-		s.Refused.refuse(w, err)
+		claim.end() // before the rest of the body is read
+		s.Refused.refuse(w, r, err)
 		return
 	}
-	if !s.begin() {
-		s.Refused.refuse(w, errLeaving)
+	h := &hold{event: event, mode: event.Mode}
+	if respond(h.mode) {
+		h.done, h.claim = make(chan struct{}), claim
+	}
+	w.Header()["X-Relay-Event-Id"] = []string{event.ID}
+	if err := s.begin(h); err != nil {
+		event.release()
+		s.Refused.refuse(w, r, err)
 		return
 	}
 	defer s.requests.Done()
-	if mode != modeAccept {
-		s.serveHeld(w, r, &hold{event: event, budget: b, poke: make(chan struct{}, 1)}, mode)
-		return
-	}
-	log := s.log.With("channel", event.Channel, "event", event.ID)
 	// A sender that closes its side after the request looks as if it had gone.
-	receivers, busErr := s.bus.Publish(context.WithoutCancel(r.Context()), event)
-	if busErr != nil {
-		log.Debug("webhook refused", "err", busErr)
-		s.Refused.refuse(w, errBus)
+	if err := s.first(context.WithoutCancel(r.Context()), h); err != nil {
+		s.Refused.refuse(w, r, err)
 		return
 	}
-	if receivers == 0 {
-		s.Unheard.Add(1)
-		log.Info("webhook reached no subscriber")
-	} else {
-		log.Debug("webhook published")
+	if respond(h.mode) {
+		s.answer(w, r, h)
 	}
-	event.release()
 }
 
 // admitWebhook is everything that can be refused before the body is read; nil
@@ -426,18 +489,6 @@ func tooManyFields(h map[string][]string) bool {
 	return n > fieldLimit
 }
 
-// begin counts a webhook in that is about to be published, unless the server
-// is leaving: Shutdown closes no stream before the last of them is queued.
-func (s *Server) begin() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.left {
-		return false
-	}
-	s.requests.Add(1)
-	return true
-}
-
 // buffers are for request bodies until they are encoded, and for frames that
 // become one write.
 var buffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}
@@ -450,52 +501,39 @@ func recycle(buf *bytes.Buffer) {
 	}
 }
 
-// budget is what one request counts for in a common limit, and the reader of
-// its body, which counts while it is being read. It belongs to the request's
-// goroutine; while the request is held, Server.mu guards it.
-type budget struct {
+// body reads a request's body, which counts in claim while it comes.
+type body struct {
 	io.Reader
-	all   *atomic.Int64
-	limit int64 // of all
-	part  int64 // of this one
+	claim *claim
+	cut   func() // makes Reader fail
 }
 
-// add counts n bytes more, or less, and tells whether all are within the limit.
-func (b *budget) add(n int64) bool {
-	b.part += n
-	return b.all.Add(n) <= b.limit || n <= 0
-}
-
-// set makes n, and what any request takes, what this one counts for.
-func (b *budget) set(n int) bool { return b.add(requestCost + int64(n) - b.part) }
-
-// end counts the request out.
-func (b *budget) end() { b.add(-b.part) }
-
-func (b *budget) Read(p []byte) (int, error) {
+func (b *body) Read(p []byte) (int, error) {
 	n, err := b.Reader.Read(p)
-	if !b.add(int64(n)) {
+	if n > 0 && !b.claim.read(n, b.cut) {
 		return n, errBudget
 	}
 	return n, err
 }
 
 // capture reads the request to its end and encodes it: the only copy that is
-// kept, and what counts in b from then on.
-func (s *Server) capture(r *http.Request, t *requestTarget, b *budget, mode string) (*Event, *refusal) {
-	if !b.set(0) {
-		return nil, errBudget
-	}
+// kept, and what counts from then on.
+func (s *Server) capture(w http.ResponseWriter, r *http.Request, t *requestTarget, c *claim) (*Event, *refusal) {
 	buf := buffers.Get().(*bytes.Buffer)
 	defer recycle(buf)
 	if r.ContentLength != 0 {
 		buf.Grow(int(min(max(r.ContentLength, 0), 16<<10)) + bytes.MinRead)
-		_, err := buf.ReadFrom(b)
-		if _, large := errors.AsType[*http.MaxBytesError](err); large {
+		control := http.NewResponseController(w)
+		_, err := buf.ReadFrom(&body{
+			http.MaxBytesReader(w, r.Body, s.opts.MaxPayload), c, func() { control.SetReadDeadline(past) },
+		})
+		_, large := errors.AsType[*http.MaxBytesError](err)
+		switch had := c.set(requestCost); {
+		case large:
 			return nil, errTooLarge
-		} else if err == errBudget {
+		case err == errBudget || !had:
 			return nil, errBudget
-		} else if err != nil {
+		case err != nil:
 			return nil, errIncomplete
 		}
 	}
@@ -506,63 +544,807 @@ func (s *Server) capture(r *http.Request, t *requestTarget, b *budget, mode stri
 		Query:   t.Query,
 		Headers: endToEnd(r.Header),
 		Body:    buf.Bytes(),
-		Time:    time.Now(),
-		Mode:    mode,
-		Timeout: s.opts.Timeouts.of(t.Channel),
+		Time:    s.began.Add(time.Since(s.began)),
+		Mode:    s.opts.Modes.of(t.Channel),
+	}
+	if respond(webhook.Mode) {
+		webhook.Timeout = s.opts.Timeouts.of(t.Channel)
 	}
 	if r.Host != "" {
 		webhook.Headers = slices.Insert(webhook.Headers, 0, Header{"Host", []string{r.Host}})
 	}
-	if !b.set(webhook.wireSize()) {
+	size := int64(webhook.wireSize())
+	kept, ok := s.budget.claim(t.Channel, holdCost+size)
+	if !ok {
 		return nil, errBudget
 	}
-	event := newEvent(t.Channel, webhook)
+	event := newEvent(t.Channel, s.opts.Replica, webhook, kept)
 	if len(event.chunk) >= lineLimit {
+		event.release()
 		return nil, errTooLarge
 	}
-	b.set(len(event.wire))
+	kept.add(int64(len(event.wire)) - size)
 	return event, nil
 }
 
-// Held requests. The provider's open request is the only queue: a hold is one
-// map entry, one timer in the request's own goroutine, and the event.
+// Holds. The package doc tells the life of a webhook: a hold is its entry in the
+// memory of the replica that took it. What it is told only ever adds to two
+// sets, who was given the event and who has settled, so that receipts, reports
+// and the ends of streams may come in any order.
 
-// hold is one request that waits for its target's answer. Server.mu guards it.
+// hold is one webhook that is not done. Server.mu guards it.
 type hold struct {
 	event   *Event
-	budget  *budget
-	poke    chan struct{} // holds one token when the goroutine has something to look at
-	again   []string      // subscribers to deliver to once more; "": all
-	sending bool          // a publish is under way, so given is not complete
-	pending int           // replicas that took the event and have not said to whom it went
-	sent    time.Time     // of the last publish
-	given   []given
-	best    *Answer
+	mode    string
+	line    *line
+	order   uint64        // among all holds: the oldest first
+	since   time.Time     // when it began
+	claim   *claim        // of the sender's request, which the answer counts in; nil in accept
+	done    chan struct{} // closed when it is; nil in accept, where nobody waits
+	refused *refusal      // what the sender is told when there is no answer
+	best    *Answer       // of those reported; none in accept
+
+	round    int               // publications so far; only receipts of the last one count
+	publish  bool              // one is under way
+	receipts int               // that are to come
+	parties  map[string]*party // clients that were given it and have not settled
+	open     int               // parties with a stream
+	settled  map[string]bool   // clients that have reported
+	busy     map[string]bool   // clients that ended their streams and will still report
+	readers  bool              // one that cannot report was given it
+	died     bool              // a client that was given it did not come back
+	given    bool              // a client that can report was given it
+	strange  int64             // bytes that count in Server.strange
+	place    int               // in line.waiting, from 1; 0: not there
+	poke     chan struct{}     // holds a token when the courier has something to look at
 }
 
-// given is one delivery and what became of it.
-type given struct {
-	Delivery
-	state byte
+// party is one client that was given an event and has not settled.
+type party struct {
+	streams []string  // subscribers that have it; none: all broke, and it may come back
+	broke   time.Time // when the last of them did
 }
 
-const (
-	stateOpen     = iota // on its way
-	stateAnswered        // its client reported
-	stateWritten         // a legacy client has it, and can tell no more
-	stateLost            // its stream ended first
-)
+// line is what this replica holds for one channel. Server.mu guards it.
+type line struct {
+	channel string
+	holds   int                           // in Server.holds
+	seen    time.Time                     // when somebody was last known to subscribe
+	waiting waiting                       // holds that nobody has, the oldest first
+	missed  map[string]map[*hold]struct{} // by client whose streams broke: what it has not reported
+	back    []string                      // clients that are back, and are given what they missed
+	due     int                           // grows whenever somebody may take what waits
+	tried   time.Time                     // when the courier last began
+	courier bool                          // one is under way
+}
 
-// serveHeld publishes the event of h and answers with what its target says.
-func (s *Server) serveHeld(w http.ResponseWriter, r *http.Request, h *hold, mode string) {
+// having is one subscriber with events that are not settled.
+type having struct {
+	replica string
+	client  string
+	holds   map[*hold]struct{}
+}
+
+// deadline is a time at which something is looked at again.
+type deadline struct {
+	at     time.Time
+	events []string // ids
+	round  int      // of the receipts that are due
+	client string   // whose time to come back ends
+}
+
+// waiting is a heap of holds by age (container/heap).
+type waiting []*hold
+
+func (q waiting) Len() int           { return len(q) }
+func (q waiting) Less(i, j int) bool { return q[i].order < q[j].order }
+func (q waiting) Swap(i, j int) {
+	q[i], q[j] = q[j], q[i]
+	q[i].place, q[j].place = i+1, j+1
+}
+func (q *waiting) Push(h any) {
+	*q = append(*q, h.(*hold))
+	h.(*hold).place = len(*q)
+}
+func (q *waiting) Pop() any {
+	last := len(*q) - 1
+	h := (*q)[last]
+	(*q)[last] = nil
+	*q, h.place = (*q)[:last], 0
+	return h
+}
+
+// begin enters h, unless the server takes nothing new.
+func (s *Server) begin(h *hold) *refusal {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return errLeaving
+	}
+	s.requests.Add(1)
+	s.keep(h)
+	return nil
+}
+
+// keep gives h its place among all holds. It needs mu.
+func (s *Server) keep(h *hold) {
+	s.order++
+	h.order, h.since = s.order, time.Now()
+	h.line = s.line(h.event.Channel)
+	h.line.holds++
+	s.holds[h.event.ID] = h
+}
+
+// line is the line of channel. It needs mu.
+func (s *Server) line(channel string) *line {
+	l := s.lines[channel]
+	if l == nil {
+		l = &line{channel: channel}
+		s.lines[channel] = l
+	}
+	return l
+}
+
+// first publishes h for the first time, or lets it wait behind older ones that
+// nobody could take.
+func (s *Server) first(ctx context.Context, h *hold) *refusal {
 	e := h.event
-	timeout := s.opts.Timeouts.of(e.Channel)
-	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(timeout + replyTimeout))
-	s.hold(h)
-	defer s.release(h)
-	answer, refused := s.await(r.Context(), h, time.Now().Add(timeout))
+	s.mu.Lock()
+	if len(h.line.waiting) > 0 && s.bus.Check(ctx) == nil {
+		s.wait(h)
+		s.mu.Unlock()
+		return nil
+	}
+	h.round, h.publish = 1, true
+	s.mu.Unlock()
+	e.Round = h.round
+	e.use() // a fast client may settle it before the bus has answered
+	defer e.release()
+	ctx, cancel := context.WithTimeout(ctx, busTimeout)
+	defer cancel()
+	receivers, err := s.bus.Publish(ctx, e)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err != nil {
+		e.owner().kept.Store(true) // the bus may still write it
+		s.log.Debug("webhook not published", "channel", e.Channel, "event", e.ID, "err", err)
+		if h.open == 0 && !h.readers { // as far as anybody can tell nobody has it
+			s.end(h, errBus)
+			return errBus
+		}
+	}
+	s.published(h, receivers)
+	if receivers == 0 && h.mode == modeAccept && !s.known(h) {
+		s.unheard(h)
+		s.end(h, nil)
+	}
+	return nil
+}
+
+// published notes that h was published to so many replicas. It needs mu.
+func (s *Server) published(h *hold, receivers int) {
+	h.publish = false
+	h.receipts += receivers
+	if receivers > 0 {
+		h.line.seen = time.Now()
+	}
+	if s.holds[h.event.ID] != h {
+		return
+	}
+	if h.receipts > 0 {
+		s.awaited = append(s.awaited, deadline{at: time.Now().Add(receiptTimeout), events: []string{h.event.ID}, round: h.round})
+	}
+	for client, p := range h.parties {
+		if len(p.streams) == 0 { // it broke meanwhile, and may be back already
+			s.deliverAgain(h.line, client)
+		}
+	}
+	s.weigh(h)
+}
+
+// known reports whether somebody may still come for h in accept mode: its
+// channel has or had subscribers, or, while a fresh replica cannot know, there
+// is space for strangers. It needs mu.
+func (s *Server) known(h *hold) bool {
+	now := time.Now()
+	if !h.line.seen.IsZero() && now.Sub(h.line.seen) < s.opts.HoldTime {
+		return true
+	}
+	size := holdCost + int64(len(h.event.wire))
+	if now.Sub(s.began) > s.opts.HoldTime || s.strange+size > s.budget.Limit/strangeShare {
+		return false
+	}
+	s.strange += size
+	h.strange = size
+	return true
+}
+
+// weigh ends h if it is done, and lets it wait for a subscriber if nobody has
+// it. It needs mu.
+func (s *Server) weigh(h *hold) {
+	reported := len(h.settled) > 0
 	switch {
-	case refused != nil:
+	case s.holds[h.event.ID] != h:
+	case h.best != nil && h.best.Status/100 == 2: // the first success
+		s.end(h, nil)
+	case h.publish || h.receipts > 0: // there may be more who were given it
+	case h.open > 0, (reported || len(h.busy) > 0) && len(h.parties) > 0: // who has it, or broke and may come back, may say better
+		s.unwait(h)
+	case reported, h.readers && !h.died && len(h.parties) == 0:
+		s.end(h, nil)
+	default:
+		s.wait(h)
+	}
+}
+
+// wait lets h wait for somebody who can take it, and unwait ends that. They
+// need mu.
+func (s *Server) wait(h *hold) {
+	if h.place == 0 {
+		heap.Push(&h.line.waiting, h)
+	}
+}
+
+func (s *Server) unwait(h *hold) {
+	if h.place > 0 {
+		heap.Remove(&h.line.waiting, h.place-1)
+	}
+}
+
+// end forgets h. refused is what its sender is told, unless there is an answer.
+// It needs mu.
+func (s *Server) end(h *hold, refused *refusal) {
+	if s.holds[h.event.ID] != h {
+		return
+	}
+	delete(s.holds, h.event.ID)
+	for client := range h.parties {
+		s.settle(h, client)
+	}
+	s.unwait(h)
+	if h.line.holds--; h.line.holds == 0 && h.line.seen.IsZero() {
+		delete(s.lines, h.line.channel)
+	}
+	s.strange -= h.strange
+	h.refused = refused
+	h.event.release()
+	if h.done != nil {
+		close(h.done)
+	}
+	wake(h.poke)
+}
+
+// settle takes client out of those who have yet to settle h. It needs mu.
+func (s *Server) settle(h *hold, client string) {
+	p := h.parties[client]
+	if p == nil {
+		return
+	}
+	if len(p.streams) > 0 {
+		h.open--
+	} else {
+		h.line.found(client, h)
+	}
+	for _, id := range p.streams {
+		if has := s.having[id]; has != nil {
+			if delete(has.holds, h); len(has.holds) == 0 {
+				delete(s.having, id)
+			}
+		}
+	}
+	delete(h.parties, client)
+}
+
+// miss and found keep what a client whose streams broke has not reported. They
+// need Server.mu.
+func (l *line) miss(client string, h *hold) {
+	if l.missed == nil {
+		l.missed = map[string]map[*hold]struct{}{}
+	}
+	if l.missed[client] == nil {
+		l.missed[client] = map[*hold]struct{}{}
+	}
+	l.missed[client][h] = struct{}{}
+}
+
+func (l *line) found(client string, h *hold) {
+	if delete(l.missed[client], h); len(l.missed[client]) == 0 {
+		delete(l.missed, client)
+	}
+}
+
+// signal takes what replicas tell each other about holds. It never blocks: the
+// bus calls it from its receiving loop.
+func (s *Server) signal(sig Signal) {
+	switch sig.Kind {
+	case signalReceipt:
+		s.receipt(&sig)
+	case signalReport:
+		if _, a, err := newReports(bytes.NewReader(sig.Data)).next(s.waits); err == nil {
+			s.reported(sig.Event, sig.Channel, sig.Client, &a)
+		}
+	case signalReady:
+		s.ready(&sig)
+	case signalLeft:
+		s.mu.Lock()
+		s.left(sig.Subscriber)
+		s.mu.Unlock()
+	case signalGone:
+		s.gone(sig.From)
+	case signalAgain:
+		s.again(sig.From)
+	case signalHand:
+		s.take(&sig)
+	}
+}
+
+// receipt notes to whom an event was given.
+func (s *Server) receipt(sig *Signal) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	h := s.holds[sig.Event]
+	if h == nil {
+		return
+	}
+	if sig.Round == h.round {
+		h.receipts--
+	}
+	for _, g := range sig.Given {
+		switch {
+		case g.Client == "":
+			h.readers = true
+		case h.settled[g.Client]: // its report was faster
+			h.given = true
+		default:
+			h.given = true
+			s.give(h, g, sig.From)
+		}
+	}
+	s.weigh(h)
+	wake(h.poke)
+}
+
+// give notes that a subscriber of replica has the event of h. It needs mu.
+func (s *Server) give(h *hold, g Given, replica string) {
+	p := h.parties[g.Client]
+	_, departed := s.departed[g.Subscriber]
+	switch {
+	case p == nil:
+		if h.parties == nil {
+			h.parties = map[string]*party{}
+		}
+		p = &party{}
+		h.parties[g.Client] = p
+		if departed { // its end was faster
+			s.broken(h, g.Client, p)
+			s.comeBack(g.Client, []string{h.event.ID})
+			return
+		}
+	case departed || slices.Contains(p.streams, g.Subscriber):
+		return
+	case len(p.streams) == 0:
+		h.line.found(g.Client, h)
+	}
+	if len(p.streams) == 0 {
+		h.open++
+	}
+	p.streams = append(p.streams, g.Subscriber)
+	has := s.having[g.Subscriber]
+	if has == nil {
+		has = &having{replica: replica, client: g.Client, holds: map[*hold]struct{}{}}
+		s.having[g.Subscriber] = has
+	}
+	has.holds[h] = struct{}{}
+}
+
+// broken notes that client has lost all its streams with the event of h. It
+// needs mu.
+func (s *Server) broken(h *hold, client string, p *party) {
+	p.broke = time.Now()
+	h.line.miss(client, h)
+}
+
+// waits reports whether the event id is held here.
+func (s *Server) waits(id string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.holds[id] != nil
+}
+
+// reported gives a client's report to the hold that waits for it, if any.
+func (s *Server) reported(id, channel, client string, a *Answer) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	h := s.holds[id]
+	if h == nil || h.event.Channel != channel {
+		return
+	}
+	if a.Err == answerTaken {
+		if h.busy == nil {
+			h.busy = map[string]bool{}
+		}
+		h.busy[client] = true
+		return
+	}
+	if h.done != nil && (h.best == nil || a.rank() < h.best.rank()) {
+		h.claim.add(a.size() - h.best.size()) // whatever the limit: it is what makes space
+		h.best = a
+	}
+	if h.settled == nil {
+		h.settled = map[string]bool{}
+	}
+	h.settled[client] = true
+	s.settle(h, client)
+	s.weigh(h)
+}
+
+// left settles a subscriber whose stream has ended. It needs mu.
+func (s *Server) left(id string) {
+	if _, known := s.departed[id]; !known {
+		s.departed[id] = struct{}{}
+		s.late = append(s.late, id)
+		if len(s.late) > departedLimit {
+			delete(s.departed, s.late[0])
+			s.late = s.late[1:]
+		}
+	}
+	s.lose(id)
+}
+
+// lose takes from a subscriber all that it has. Whoever is there may take it,
+// above all another stream of the same client. It needs mu.
+func (s *Server) lose(id string) {
+	has := s.having[id]
+	if has == nil {
+		return
+	}
+	delete(s.having, id)
+	var broke []string
+	var l *line
+	for h := range has.holds {
+		p := h.parties[has.client]
+		p.streams = slices.DeleteFunc(p.streams, func(other string) bool { return other == id })
+		if len(p.streams) == 0 {
+			h.open--
+			s.broken(h, has.client, p)
+			broke, l = append(broke, h.event.ID), h.line
+			s.weigh(h)
+		}
+	}
+	if l != nil {
+		s.comeBack(has.client, broke)
+		s.deliverAgain(l, has.client)
+	}
+}
+
+// comeBack gives client its time to come back for events. It needs mu.
+func (s *Server) comeBack(client string, events []string) {
+	s.returns = append(s.returns, deadline{at: time.Now().Add(returnTime), events: events, client: client})
+}
+
+// gone ends all subscribers of a replica that is no more.
+func (s *Server) gone(replica string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for id, has := range s.having {
+		if has.replica == replica {
+			s.left(id)
+		}
+	}
+}
+
+// ready notes that a client may take what waits, and what it has missed.
+func (s *Server) ready(sig *Signal) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	l := s.line(sig.Channel)
+	l.seen = time.Now()
+	s.deliverAgain(l, sig.Client)
+}
+
+// again lets be published again what may not have got through while the bus was
+// away for replica: nobody counts as having an event until he says so anew. That
+// is what its subscribers have, and everything when the replica is this one.
+func (s *Server) again(replica string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	own := replica == s.opts.Replica
+	for id, has := range s.having {
+		if own || has.replica == replica {
+			s.lose(id) // it may well be there, and not have departed
+		}
+	}
+	for _, h := range s.holds {
+		if own && !h.publish {
+			h.receipts = 0
+			s.wait(h)
+		}
+	}
+	for _, l := range s.lines {
+		s.deliverAgain(l, "")
+	}
+	if own && len(s.moving) > 0 {
+		for _, sub := range s.moving {
+			time.AfterFunc(returnTime+mathrand.N(moveJitter), func() { s.hub.Finish(sub, errMovedAway) })
+		}
+		s.moving = nil
+	}
+}
+
+// take holds from now on what a replica that leaves has handed over.
+func (s *Server) take(sig *Signal) {
+	e, err := openEvent(sig.Channel, sig.Data)
+	if err != nil {
+		s.log.Warn("webhook that was handed over refused", "channel", sig.Channel, "err", err)
+		return
+	}
+	kept, ok := s.budget.claim(e.Channel, holdCost+int64(len(e.wire)))
+	if !ok {
+		s.Lost.Add(1)
+		s.log.Warn("webhook lost: no space for what was handed over", "channel", e.Channel, "event", e.ID)
+		return
+	}
+	e.claim = kept
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.over || s.holds[e.ID] != nil {
+		e.release()
+		return
+	}
+	h := &hold{event: e, mode: modeAccept}
+	s.keep(h)
+	h.line.seen = time.Now()
+	s.wait(h)
+	s.deliverAgain(h.line, "")
+}
+
+// deliverAgain sees that what waits in l is published again, and to client what
+// it has missed. It needs mu.
+func (s *Server) deliverAgain(l *line, client string) {
+	l.due++
+	if len(l.missed[client]) > 0 && !slices.Contains(l.back, client) {
+		l.back = append(l.back, client)
+	}
+	if !l.courier && !s.over && (len(l.waiting) > 0 || len(l.back) > 0) {
+		l.courier = true
+		l.tried = time.Now()
+		s.couriers.Go(func() { s.courier(l) })
+	}
+}
+
+// courier publishes again what waits in l, the oldest first and no further than
+// the first that nobody could take, so that a thousand holds are not published a
+// thousand times. It ends when nothing waits, or nobody has become ready since.
+func (s *Server) courier(l *line) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for tried := -1; !s.over; {
+		if len(l.back) > 0 {
+			client := l.back[0]
+			l.back = l.back[1:]
+			s.restore(l, client)
+			continue
+		}
+		if len(l.waiting) == 0 || tried == l.due {
+			break
+		}
+		due, h := l.due, l.waiting[0]
+		only := ""
+		if h.readers {
+			only = onlyReporters
+		}
+		if s.republish(h, only); h.place > 0 { // nobody could take it
+			tried = due
+		}
+	}
+	l.courier = false
+}
+
+// restore gives client, which is back, what it has missed, until it can take no
+// more. It needs mu, which it gives up meanwhile.
+func (s *Server) restore(l *line, client string) {
+	missed := slices.SortedFunc(maps.Keys(l.missed[client]), func(a, b *hold) int { return cmp.Compare(a.order, b.order) })
+	for _, h := range missed {
+		p := h.parties[client]
+		if p == nil || len(p.streams) > 0 || h.publish || s.over {
+			continue
+		}
+		s.republish(h, client)
+		if h.parties[client] == p && len(p.streams) == 0 {
+			return
+		}
+	}
+}
+
+// republish publishes h once more and waits for the receipts. It needs mu, which
+// it gives up meanwhile.
+func (s *Server) republish(h *hold, only string) {
+	h.round++
+	h.publish, h.receipts = true, 0
+	h.poke = make(chan struct{}, 1)
+	e := h.event.again(s.opts.Replica, h.round, only)
+	e.use() // it may be settled meanwhile
+	s.mu.Unlock()
+	ctx, cancel := context.WithTimeout(context.Background(), busTimeout)
+	receivers, err := s.bus.Publish(ctx, e)
+	cancel()
+	if err != nil {
+		e.owner().kept.Store(true) // the bus may still write it
+		s.log.Debug("held webhook not published again", "channel", e.Channel, "event", e.ID, "err", err)
+	}
+	e.release()
+	s.mu.Lock()
+	s.published(h, receivers)
+	for h.receipts > 0 && s.holds[e.ID] == h {
+		s.mu.Unlock()
+		<-h.poke // a receipt, that none will come, or the end
+		s.mu.Lock()
+	}
+}
+
+// look does what is due by now: receipts that will not come, clients that do not
+// come back, what nobody took and nobody asked for, and what no client was there
+// for in time.
+func (s *Server) look(now time.Time) {
+	down := s.bus.Check(context.Background()) != nil
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for len(s.awaited) > 0 && !s.awaited[0].at.After(now) {
+		d := s.awaited[0]
+		s.awaited = s.awaited[1:]
+		if h := s.holds[d.events[0]]; h != nil && h.round == d.round && h.receipts > 0 {
+			h.receipts = 0 // who took it was no replica, or is none any more
+			s.weigh(h)
+			wake(h.poke)
+		}
+	}
+	for len(s.returns) > 0 && !s.returns[0].at.After(now) {
+		d := s.returns[0]
+		s.returns = s.returns[1:]
+		for _, id := range d.events {
+			h := s.holds[id]
+			if h == nil {
+				continue
+			}
+			if p := h.parties[d.client]; p != nil && len(p.streams) == 0 && now.Sub(p.broke) >= returnTime {
+				h.died = true
+				delete(h.busy, d.client)
+				s.settle(h, d.client)
+				s.weigh(h)
+			}
+		}
+	}
+	for channel, l := range s.lines {
+		if !down {
+			s.drop(l, now)
+		}
+		switch {
+		case len(l.waiting) > 0 && now.Sub(l.tried) >= retryInterval:
+			s.deliverAgain(l, "")
+		case l.holds == 0 && !l.courier && now.Sub(l.seen) > s.opts.HoldTime:
+			delete(s.lines, channel)
+		}
+	}
+}
+
+// drop ends what has waited in l for SERVER_HOLD_TIME without a client. It needs
+// mu.
+func (s *Server) drop(l *line, now time.Time) {
+	for len(l.waiting) > 0 {
+		h := l.waiting[0]
+		since := h.since
+		if l.seen.After(since) {
+			since = l.seen
+		}
+		if h.mode != modeAccept || now.Sub(since) < s.opts.HoldTime {
+			return
+		}
+		s.lost(h, "no client came in time")
+		s.end(h, nil)
+	}
+}
+
+// lost tells of a webhook that was accepted and will not arrive. It needs mu.
+func (s *Server) lost(h *hold, reason string) {
+	if h.strange > 0 {
+		s.unheard(h)
+		return
+	}
+	s.Lost.Add(1)
+	s.log.Warn("webhook lost", "channel", h.event.Channel, "event", h.event.ID, "reason", reason)
+}
+
+// unheard tells of one whose channel nobody has subscribed to.
+func (s *Server) unheard(h *hold) {
+	s.Unheard.Add(1)
+	s.log.Info("webhook reached no subscriber", "channel", h.event.Channel, "event", h.event.ID)
+}
+
+// waitsFor reports whether something held waits for a subscriber of channel.
+func (s *Server) waitsFor(channel string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	l := s.lines[channel]
+	return l != nil && (len(l.waiting) > 0 || l.courier)
+}
+
+// settled reports whether nothing is held that can still be settled here: that a
+// client has, or had, and may report; or, with peers, what a sender waits for and
+// a client of theirs may take.
+func (s *Server) settled(peers bool) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, h := range s.holds {
+		if h.publish || h.receipts > 0 || len(h.parties) > 0 || peers && h.done != nil {
+			return false
+		}
+	}
+	return true
+}
+
+// handOver gives what is still held for accept to another replica; without one
+// it is lost.
+func (s *Server) handOver(peers []string, end time.Time) {
+	ctx, cancel := context.WithDeadline(context.Background(), end)
+	defer cancel()
+	s.mu.Lock()
+	s.over = true
+	var left []*hold
+	for _, h := range s.holds {
+		if h.done == nil {
+			h.event.use()
+			left = append(left, h)
+		}
+	}
+	slices.SortFunc(left, func(a, b *hold) int { return cmp.Compare(a.order, b.order) })
+	s.mu.Unlock()
+	for _, h := range left {
+		e, taken := h.event, 0
+		for _, peer := range peers {
+			taken, _ = s.bus.Send(ctx, Signal{Kind: signalHand, To: peer, From: s.opts.Replica, Channel: e.Channel, Event: e.ID, Data: e.message()})
+			if taken > 0 {
+				break
+			}
+		}
+		s.mu.Lock()
+		if taken == 0 && s.holds[e.ID] == h {
+			s.lost(h, "shutting down, and no other replica took it")
+		}
+		s.end(h, nil)
+		s.mu.Unlock()
+		e.release()
+	}
+	if len(left) > 0 {
+		s.log.Info("holds handed over", "count", len(left), "peers", len(peers))
+	}
+}
+
+// Held is how many webhooks are held, and how many bytes they, what is being
+// read and what is queued take.
+func (s *Server) Held() (webhooks int, size int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.holds), s.budget.Used()
+}
+
+// answer waits until h is done, or its sender's time is over, and answers.
+func (s *Server) answer(w http.ResponseWriter, r *http.Request, h *hold) {
+	e := h.event
+	http.NewResponseController(w).SetWriteDeadline(e.Until.Add(replyTimeout))
+	timer := time.NewTimer(time.Until(e.Until))
+	defer timer.Stop()
+	select {
+	case <-h.done:
+	case <-timer.C:
+		s.expire(h, errNobody)
+	case <-r.Context().Done():
+		s.expire(h, errGone)
+	case <-s.giveUp:
+		s.expire(h, errLeaving)
+	}
+	answer, refused := h.best, h.refused // nobody changes them once h is done
+	switch {
+	case answer == nil: // with no refusal either only those have it who cannot report
 	case answer.Err == answerUnreachable:
 		refused = errUnreachable
 	case answer.Err != "":
@@ -572,23 +1354,40 @@ func (s *Server) serveHeld(w http.ResponseWriter, r *http.Request, h *hold, mode
 	if refused != nil {
 		s.Unanswered.Add(1)
 		log.Info("webhook not answered", "status", refused.status, "err", refused)
-		refuse(w, refused)
+		refuse(w, r, refused)
 		return
+	}
+	if answer == nil {
+		answer = &Answer{Status: http.StatusOK}
 	}
 	s.Answered.Add(1)
 	log.Debug("webhook answered", "status", answer.Status)
 	header := w.Header()
 	header["Content-Type"] = nil // net/http must not guess one
-	if mode == modeResponse {
+	var said []byte
+	if h.mode == modeResponse {
 		public(header, answer.Headers, r.Header["Origin"] != nil)
-	} else {
-		answer.Body = nil
+		said = answer.Body
 	}
 	if r.Method != http.MethodHead && answer.Status != http.StatusNoContent && answer.Status != http.StatusNotModified {
-		header.Set("Content-Length", strconv.Itoa(len(answer.Body)))
+		header.Set("Content-Length", strconv.Itoa(len(said)))
 	}
 	w.WriteHeader(answer.Status)
-	w.Write(answer.Body)
+	w.Write(said)
+}
+
+// expire ends h because its sender waits no longer: with the best that was
+// reported, or for the reason why; a client that has it had no answer in time.
+func (s *Server) expire(h *hold, why *refusal) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case h.best != nil:
+		why = nil
+	case why == errNobody && h.given:
+		why = errNoAnswer
+	}
+	s.end(h, why)
 }
 
 // private lists what a target may say to its own proxy or its own browsers, but
@@ -615,280 +1414,6 @@ func public(header http.Header, fields []Header, origin bool) {
 	header["X-Content-Type-Options"] = []string{"nosniff"}
 }
 
-// hold makes h known to those who report; release forgets it.
-func (s *Server) hold(h *hold) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.holds[h.event.ID] = h
-}
-
-func (s *Server) release(h *hold) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	delete(s.holds, h.event.ID)
-}
-
-// await publishes h's event, again whenever somebody new can take it, until
-// there is an answer or a reason to give up: a refusal, or, when the provider
-// has gone, anything.
-func (s *Server) await(ctx context.Context, h *hold, deadline time.Time) (a Answer, refused *refusal) {
-	ctx, cancel := context.WithDeadline(ctx, deadline)
-	defer cancel()
-	if err := s.publish(ctx, h, h.event); err != nil {
-		return a, errBus
-	}
-	for {
-		s.mu.Lock()
-		if time.Since(h.sent) >= takenTimeout {
-			h.pending = 0 // what took it was no replica, or is one no more
-		}
-		a, done := h.verdict()
-		again := h.takeAgain()
-		var look <-chan time.Time
-		if h.pending > 0 {
-			look = time.After(takenTimeout)
-		}
-		s.mu.Unlock()
-		if done {
-			return a, nil
-		}
-		for _, only := range again {
-			if err := s.publishAgain(ctx, h, only); err != nil {
-				s.log.Debug("held webhook not published again", "event", h.event.ID, "err", err)
-				s.mu.Lock()
-				h.again = append(h.again, only)
-				s.mu.Unlock()
-				look = time.After(busPause)
-			}
-		}
-		if again != nil && look == nil {
-			continue
-		}
-		select {
-		case <-h.poke:
-		case <-look:
-		case <-s.giveUp:
-			return a, errLeaving
-		case <-ctx.Done():
-			if ctx.Err() == context.Canceled {
-				return a, errGone
-			}
-			s.mu.Lock()
-			defer s.mu.Unlock()
-			if h.best != nil {
-				return *h.best, nil
-			}
-			if slices.ContainsFunc(h.given, func(g given) bool { return !g.Legacy && g.state == stateOpen }) {
-				return a, errNoAnswer
-			}
-			return a, errNobody
-		}
-	}
-}
-
-// publish sends e for h and counts the replicas that will say to whom it went.
-func (s *Server) publish(ctx context.Context, h *hold, e *Event) error {
-	s.mu.Lock()
-	h.sending = true
-	s.mu.Unlock()
-	n, err := s.bus.Publish(ctx, e)
-	s.mu.Lock()
-	h.sending = false
-	h.pending += n
-	h.sent = time.Now()
-	s.mu.Unlock()
-	return err
-}
-
-// publishAgain sends the event of h once more, to one subscriber or (empty) to
-// all, when its turn comes.
-func (s *Server) publishAgain(ctx context.Context, h *hold, only string) error {
-	select {
-	case s.turns <- struct{}{}:
-		defer func() { <-s.turns }()
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-s.giveUp:
-		return errShutdown
-	}
-	return s.publish(ctx, h, h.event.again(only))
-}
-
-// takeAgain is to whom the event must go once more: not to subscribers that
-// have it already. One that became ready just now may be among those that a
-// replica has yet to tell of; it stays in again until then, or takenTimeout.
-// It needs Server.mu.
-func (h *hold) takeAgain() (again []string) {
-	if slices.Contains(h.again, "") {
-		// What was said while the bus was down may never come: start over.
-		h.again, h.pending = nil, 0
-		h.given = slices.DeleteFunc(h.given, func(g given) bool { return g.state == stateOpen })
-		return []string{""}
-	}
-	h.again = slices.DeleteFunc(h.again, func(id string) bool {
-		return slices.ContainsFunc(h.given, func(g given) bool { return g.Subscriber == id })
-	})
-	if len(h.again) == 0 || h.pending > 0 {
-		return nil
-	}
-	again, h.again = h.again, nil
-	return again
-}
-
-// verdict is the answer once there is one: the first success; when everybody
-// has answered the best of the failures; when only legacy clients have it,
-// that it was written. It needs Server.mu.
-func (h *hold) verdict() (a Answer, done bool) {
-	if h.best != nil && h.best.Status/100 == 2 {
-		return *h.best, true
-	}
-	if h.sending || h.pending > 0 {
-		return a, false
-	}
-	written := false
-	for _, g := range h.given {
-		if g.state == stateOpen {
-			return a, false
-		}
-		written = written || g.state == stateWritten
-	}
-	if h.best != nil {
-		return *h.best, true
-	}
-	return Answer{Status: http.StatusOK}, written
-}
-
-// mark notes what became of a delivery; signals of one replica may overtake
-// each other, so what is not known yet is noted too. It needs Server.mu.
-func (h *hold) mark(d Delivery, state byte) {
-	for i := range h.given {
-		if g := &h.given[i]; g.Subscriber == d.Subscriber {
-			if g.state == stateOpen {
-				g.state = state
-			}
-			return
-		}
-	}
-	if state != stateOpen {
-		h.early(given{d, state})
-		return
-	}
-	for i, g := range h.given { // the answer came first
-		if g.Subscriber == "" && g.Client == d.Client {
-			state = stateAnswered
-			if d.Client == "" { // one anonymous answer is one delivery's
-				h.given = slices.Delete(h.given, i, i+1)
-			}
-			break
-		}
-	}
-	h.given = append(h.given, given{d, state})
-}
-
-// early notes what became of a delivery whose receipt is still to come. What
-// subscribers can send without end has a bound. It needs Server.mu.
-func (h *hold) early(g given) {
-	if (h.sending || h.pending > 0) && len(h.given) < givenLimit {
-		h.given = append(h.given, g)
-	}
-}
-
-// answer notes a client's report. A client has one answer for all its
-// streams; one without a name answers for one of the nameless, best for one
-// that has not answered yet and whose stream still is there.
-func (h *hold) answer(client string, a Answer) {
-	if h.best == nil || a.rank() < h.best.rank() {
-		h.best = &a
-	}
-	for _, state := range []byte{stateOpen, stateLost} {
-		for i := range h.given {
-			if g := &h.given[i]; g.Client == client && g.Subscriber != "" && g.state == state && !g.Legacy {
-				g.state = stateAnswered
-				if client == "" {
-					return
-				}
-			}
-		}
-	}
-	h.early(given{Delivery{Client: client}, stateAnswered})
-}
-
-// signal takes what replicas say about held requests. It never blocks: the
-// bus calls it from its receiving loop.
-func (s *Server) signal(sig Signal) {
-	switch sig.Kind {
-	case signalReady, signalLeft, signalAgain:
-		s.presence(sig)
-	case signalTaken, signalWritten:
-		s.receipt(sig)
-	case signalAnswer:
-		if _, a, err := newReports(strings.NewReader(sig.Data)).next(s.waits); err == nil {
-			s.answer(sig.Event, sig.Channel, sig.Client, a)
-		}
-	}
-}
-
-// waits reports whether the event id is held here.
-func (s *Server) waits(id string) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.holds[id] != nil
-}
-
-// presence tells the holds of a channel who came and who went.
-func (s *Server) presence(sig Signal) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, h := range s.holds {
-		switch {
-		case sig.Kind != signalAgain && h.event.Channel != sig.Channel:
-			continue
-		case sig.Kind == signalLeft:
-			h.mark(Delivery{Subscriber: sig.Subscriber}, stateLost)
-		case !slices.Contains(h.again, sig.Subscriber):
-			h.again = append(h.again, sig.Subscriber)
-		}
-		wake(h.poke)
-	}
-}
-
-// receipt tells a hold to whom its event went.
-func (s *Server) receipt(sig Signal) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	h := s.holds[sig.Event]
-	if h == nil {
-		return
-	}
-	if sig.Kind == signalWritten {
-		h.mark(Delivery{Subscriber: sig.Subscriber, Legacy: true}, stateWritten)
-	} else {
-		if h.sending || h.pending > 0 { // otherwise it comes late
-			h.pending--
-		}
-		var taken []Delivery
-		json.Unmarshal([]byte(sig.Data), &taken) // a replica's own words
-		for _, d := range taken {
-			h.mark(d, stateOpen)
-		}
-	}
-	wake(h.poke)
-}
-
-// answer gives a client's report to the request that waits for it, if any.
-func (s *Server) answer(id, channel, client string, a Answer) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	h := s.holds[id]
-	if h == nil || h.event.Channel != channel {
-		return
-	}
-	had := h.best.size()
-	h.answer(client, a)
-	h.budget.add(h.best.size() - had) // whatever the limit: it is what makes space
-	wake(h.poke)
-}
-
 // serveReport takes what a client reports on one or more events, as HTTP
 // responses one after the other. What nobody waits for any more is no mistake.
 func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel string) {
@@ -896,7 +1421,7 @@ func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel str
 		return
 	}
 	http.NewResponseController(w).SetReadDeadline(time.Now().Add(reportTime)) // one that stalls keeps out others
-	b := &budget{Reader: http.MaxBytesReader(w, r.Body, reportLimit), all: &s.reports, limit: reportsLimit}
+	b := &reportBody{Reader: http.MaxBytesReader(w, r.Body, reportLimit), all: &s.reports}
 	defer b.end()
 	client, list := clientName(r), newReports(b)
 	wanted := func(id string) bool { return replicaOf(id) != s.opts.Replica || s.waits(id) }
@@ -907,33 +1432,54 @@ func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel str
 			w.WriteHeader(http.StatusNoContent)
 			return
 		case errors.Is(err, errBudget):
-			s.Rejected.refuse(w, errBudget)
+			s.Rejected.refuse(w, r, errBudget)
 			return
 		case err != nil:
 			s.log.Warn("report refused", "channel", channel, "err", err)
-			s.Rejected.refuse(w, errReport)
+			s.Rejected.refuse(w, r, errReport)
 			return
 		}
 		if err := s.route(r.Context(), id, channel, client, answer); err != nil {
 			s.log.Debug("report not taken", "channel", channel, "event", id, "err", err)
-			s.Rejected.refuse(w, errBus)
+			s.Rejected.refuse(w, r, errBus)
 			return
 		}
 	}
 }
 
-// route brings an answer to the replica that holds its request, here or
-// elsewhere.
+// reportBody reads reports, whose bytes count in all while they are being read.
+type reportBody struct {
+	io.Reader
+	all  *atomic.Int64
+	part int64
+}
+
+func (b *reportBody) Read(p []byte) (int, error) {
+	n, err := b.Reader.Read(p)
+	b.part += int64(n)
+	if b.all.Add(int64(n)) > reportsLimit {
+		return n, errBudget
+	}
+	return n, err
+}
+
+func (b *reportBody) end() { b.all.Add(-b.part) }
+
+// route brings an answer to the replica that holds its event, here or elsewhere;
+// when that is gone, to whoever has taken it over.
 func (s *Server) route(ctx context.Context, id, channel, client string, a Answer) error {
 	if replicaOf(id) == s.opts.Replica {
-		s.answer(id, channel, client, a)
+		s.reported(id, channel, client, &a)
 		return nil
 	}
 	var data bytes.Buffer
 	a.appendReport(&data, id)
-	_, err := s.bus.Signal(ctx, Signal{
-		Kind: signalAnswer, To: replicaOf(id), From: s.opts.Replica, Channel: channel, Event: id, Client: client, Data: data.String(),
-	})
+	sig := Signal{Kind: signalReport, To: replicaOf(id), From: s.opts.Replica, Channel: channel, Event: id, Client: client, Data: data.Bytes()}
+	receivers, err := s.bus.Send(ctx, sig)
+	if err == nil && receivers == 0 {
+		sig.To = ""
+		_, err = s.bus.Send(ctx, sig)
+	}
 	return err
 }
 
@@ -1038,7 +1584,7 @@ func (s *Server) authorise(w http.ResponseWriter, r *http.Request, method, chann
 	default:
 		return addr, credential, true
 	}
-	s.Rejected.refuse(w, refused)
+	s.Rejected.refuse(w, r, refused)
 	return addr, credential, false
 }
 
@@ -1116,6 +1662,7 @@ type stream struct {
 	sub       *Subscriber
 	out       sink
 	chunked   bool // HTTP/1.1 on a hijacked connection
+	most      int  // bytes of one write
 	heartbeat *time.Timer
 	ages      []*time.Timer // what happens at StreamMaxAge; empty without
 }
@@ -1154,42 +1701,43 @@ func (s *Server) serveSubscribe(w http.ResponseWriter, r *http.Request, channel 
 		case "http":
 			sub.HTTP = true
 		case "respond":
-			sub.Responds = true
+			sub.Responds = sub.Client != ""
 		case "drain":
 			sub.Drains = true
 		}
 	}
 	if r.ContentLength != 0 { // it would fill HTTP/2's buffers while the stream lasts
-		s.Rejected.refuse(w, errUnwanted)
+		s.Rejected.refuse(w, r, errUnwanted)
 		return
 	}
-	if !s.enter(sub) {
-		s.Rejected.refuse(w, errLeaving)
+	if !s.enter() {
+		s.Rejected.refuse(w, r, errLeaving)
 		return
 	}
-	st := &stream{server: s, sub: sub}
+	st := &stream{server: s, sub: sub, most: math.MaxInt}
 	sub.Write = st.write
 	if err := s.hub.Subscribe(sub); err != nil {
-		s.exit(sub)
+		s.streams.Done()
 		s.log.Warn("subscriber refused", "channel", channel, "addr", addr, "err", err)
-		s.Rejected.refuse(w, errLimit)
+		s.Rejected.refuse(w, r, errLimit)
 		return
 	}
 	if !s.keys.Load().allows(channel, credential) { // revoked before the hub could evict it
 		s.abandon(sub, errRevoked)
-		s.Rejected.refuse(w, errToken)
+		s.Rejected.refuse(w, r, errToken)
 		return
 	}
 	if !s.awaitLive(r.Context(), sub) {
 		s.abandon(sub, errPeerGone)
-		s.Rejected.refuse(w, errBus)
+		s.Rejected.refuse(w, r, errBus)
 		return
 	}
 	if r.ProtoMajor > 1 {
+		st.most = pieceOverHTTP2
 		s.serveResponse(w, r, st)
 	} else {
 		st.chunked = r.ProtoAtLeast(1, 1)
-		s.serveConn(w, st)
+		s.serveConn(w, r, st)
 	}
 }
 
@@ -1216,16 +1764,16 @@ func (s *Server) serveResponse(w http.ResponseWriter, r *http.Request, st *strea
 
 // serveConn takes the connection and streams over it. A fresh, small goroutine
 // waits for its end, so that the handler's, whose stack has grown, can finish.
-func (s *Server) serveConn(w http.ResponseWriter, st *stream) {
+func (s *Server) serveConn(w http.ResponseWriter, r *http.Request, st *stream) {
 	conn, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		s.abandon(st.sub, err)
-		s.Rejected.refuse(w, errConnection)
+		s.Rejected.refuse(w, r, errConnection)
 		return
 	}
 	sent := buffered.Reader.Buffered()
 	st.begin(connSink{conn}, func() { conn.SetDeadline(past) }, openConn(st.chunked))
-	go func() { // ends with the connection; exit counts it out
+	go func() { // ends with the connection; end counts it out
 		b := make([]byte, 16)
 		for sent <= chatterLimit {
 			n, err := conn.Read(b)
@@ -1241,37 +1789,32 @@ func (s *Server) serveConn(w http.ResponseWriter, st *stream) {
 // past makes a deadline fail at once.
 var past = time.Unix(1, 0)
 
-// enter counts a stream in unless the server is leaving; exit counts it out.
-func (s *Server) enter(sub *Subscriber) bool {
+// enter counts a stream in unless the server is leaving; streams.Done counts it
+// out.
+func (s *Server) enter() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.left {
-		return false
+	if !s.leaving {
+		s.streams.Add(1)
 	}
-	s.streams.Add(1)
-	if sub.Drains {
-		s.movers.Add(1)
-	}
-	return true
-}
-
-func (s *Server) exit(sub *Subscriber) {
-	if sub.Drains {
-		s.movers.Done()
-	}
-	s.streams.Done()
+	return !s.leaving
 }
 
 // abandon ends a stream that never began. It may have been given events.
 func (s *Server) abandon(sub *Subscriber, reason error) {
 	s.hub.Leave(sub, reason)
 	s.tellLeft(sub)
-	s.exit(sub)
+	s.streams.Done()
 }
 
-// tellLeft tells all replicas that sub answers no more.
+// tellReady tells all replicas that sub can take events, and tellLeft that it is
+// gone.
+func (s *Server) tellReady(sub *Subscriber) {
+	s.bus.Tell(Signal{Kind: signalReady, From: s.opts.Replica, Channel: sub.Channel, Subscriber: sub.ID, Client: sub.Client})
+}
+
 func (s *Server) tellLeft(sub *Subscriber) {
-	s.bus.Signal(context.Background(), Signal{Kind: signalLeft, Channel: sub.Channel, Subscriber: sub.ID})
+	s.bus.Tell(Signal{Kind: signalLeft, From: s.opts.Replica, Channel: sub.Channel, Subscriber: sub.ID, Client: sub.Client})
 }
 
 // awaitLive waits until the bus has confirmed the subscription.
@@ -1322,13 +1865,7 @@ func (st *stream) begin(out sink, abort func(), head []byte) {
 			time.AfterFunc(age+2*s.opts.HandlerTimeout, func() { s.hub.Leave(sub, errOverdue) }),
 		}
 	}
-	s.mu.Lock()
-	left := s.left
-	s.mu.Unlock()
-	if left {
-		s.askToMove(sub)
-	}
-	s.bus.Signal(context.Background(), Signal{Kind: signalReady, Channel: sub.Channel, Subscriber: sub.ID})
+	s.tellReady(sub)
 	st.write()
 }
 
@@ -1351,11 +1888,11 @@ func (st *stream) end() {
 		conn.Close()
 	}
 	s.tellLeft(sub)
-	if reason == errSlow || reason == errRevoked {
+	if reason == errStuck || reason == errRevoked {
 		level = slog.LevelWarn
 	}
 	s.log.Log(context.Background(), level, "subscriber gone", "channel", sub.Channel, "subscriber", sub.ID, "reason", reason)
-	s.exit(sub)
+	s.streams.Done()
 }
 
 // beat is the heartbeat, whatever else is sent.
@@ -1366,6 +1903,23 @@ func (st *stream) beat() {
 	}
 }
 
+// AskToMove asks all streams to move, because this replica is cut off from the
+// bus and another one may not be. They stay open: when nobody answers, they are
+// all that the clients have. Those that did move are of no use any more once the
+// bus is back, and end then.
+func (s *Server) AskToMove() {
+	subs := s.hub.Subscribers()
+	if len(subs) > 0 {
+		s.log.Warn("cut off from redis: streams are asked to move", "count", len(subs))
+	}
+	s.mu.Lock()
+	s.moving = append(s.moving, subs...)
+	s.mu.Unlock()
+	for _, sub := range subs {
+		time.AfterFunc(mathrand.N(moveJitter), func() { s.askToMove(sub) })
+	}
+}
+
 // askToMove sends drain to a client that knows it.
 func (s *Server) askToMove(sub *Subscriber) {
 	if sub.Drains {
@@ -1373,49 +1927,67 @@ func (s *Server) askToMove(sub *Subscriber) {
 	}
 }
 
-// send writes p at once, or fails when the subscriber is gone: a deadline, a
-// write, a flush, and every error ends the stream.
+// send writes p, or fails when the subscriber is gone, or stuck: when nothing of
+// p was taken for writeTimeout. Every error ends the stream.
 func (st *stream) send(p []byte) error {
-	// The deadline first: whoever ends the subscriber sets Gone and then a
-	// deadline in the past, which must stay.
-	if err := st.out.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
-		return err
+	for {
+		// The deadline first: whoever ends the subscriber sets Gone and then a
+		// deadline in the past, which must stay.
+		if err := st.out.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
+			return err
+		}
+		if st.sub.Gone.Load() {
+			return errPeerGone
+		}
+		n, err := st.out.Write(p[:min(len(p), st.most)])
+		if err == nil {
+			err = st.out.Flush()
+		}
+		late := errors.Is(err, os.ErrDeadlineExceeded) && !st.sub.Gone.Load()
+		switch p = p[n:]; {
+		case late && n > 0 && st.most > pieceOverHTTP2: // a slow one that reads goes on
+		case late:
+			st.server.hub.Evicted.Add(1)
+			return errStuck
+		case err != nil:
+			return fmt.Errorf("write to stream: %w", err)
+		case len(p) == 0:
+			if st.most == pieceOverHTTP2 { // which resets a stream whose deadline passes, even an idle one
+				return st.out.SetWriteDeadline(time.Time{})
+			}
+			return nil
+		}
 	}
-	if st.sub.Gone.Load() {
-		return errPeerGone
-	}
-	if _, err := st.out.Write(p); err != nil {
-		return fmt.Errorf("write to stream: %w", err)
-	}
-	if err := st.out.Flush(); err != nil {
-		return fmt.Errorf("write to stream: %w", err)
-	}
-	if _, ok := st.out.(responseSink); ok { // HTTP/2 resets a stream whose deadline passes, even an idle one
-		return st.out.SetWriteDeadline(time.Time{})
-	}
-	return nil
 }
+
+// pieceOverHTTP2 is how much is written at once where a write that timed out
+// does not tell how much of it was taken.
+const pieceOverHTTP2 = 64 << 10
 
 // write is Subscriber.Write: every batch is one write.
 func (st *stream) write() {
 	s, sub := st.server, st.sub
 	var few [8]*Event
-	for batch := sub.Take(few[:0]); len(batch) > 0; batch = sub.Take(batch) {
-		if err := st.sendBatch(batch); err != nil {
-			s.hub.Leave(sub, err)
+	for dst := few[:0]; ; {
+		batch, space := sub.Take(dst)
+		if space {
+			s.tellReady(sub)
+		}
+		if len(batch) == 0 {
 			return
 		}
+		err := st.sendBatch(batch)
 		for _, e := range batch {
-			if respond(e.Mode) && !sub.Responds { // all that a legacy client can tell
-				s.bus.Signal(context.Background(), Signal{
-					Kind: signalWritten, To: replicaOf(e.ID), Channel: sub.Channel, Event: e.ID, Subscriber: sub.ID,
-				})
+			if err != nil { // net/http may still read what it failed to write
+				e.owner().kept.Store(true)
 			}
 			e.release()
 		}
-		if sub.Missed() { // there is space again
-			s.bus.Signal(context.Background(), Signal{Kind: signalReady, Channel: sub.Channel, Subscriber: sub.ID})
+		if err != nil {
+			s.hub.Leave(sub, err)
+			return
 		}
+		dst = batch
 	}
 }
 
@@ -1454,12 +2026,4 @@ func (st *stream) sendBatch(batch []*Event) error {
 		recycle(buf)
 	}
 	return err
-}
-
-// Held is how many requests are held, and how many bytes they and the bodies
-// that are being read take.
-func (s *Server) Held() (requests int, size int64) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return len(s.holds), s.held.Load()
 }
