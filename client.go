@@ -233,9 +233,10 @@ func (c *Client) follow(ctx context.Context) {
 			backoff.Reset()
 			refused.Reset()
 			if current != none {
-				leave := time.AfterFunc(leaveTime, current.cancel)
-				streams.Go(func() {
-					<-current.done
+				old := current
+				leave := time.AfterFunc(leaveTime, old.cancel)
+				streams.Go(func() { // ends with the stream
+					<-old.done
 					leave.Stop()
 				})
 			}

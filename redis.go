@@ -435,16 +435,22 @@ func (b *RedisBus) serve(ctx context.Context) (worked bool, err error) {
 	return true, context.Cause(ctx)
 }
 
-// guard ends the session with the error of f, or with its panic: redigo panics on
-// lengths that cannot be, and whoever plays Redis must not end the relay.
+// guard ends the session with the error of f.
 func (s *session) guard(f func() error) {
-	defer func() {
-		if p := recover(); p != nil {
-			s.fail(fmt.Errorf("redis speaks nonsense: %v", p))
-		}
+	err := func() (err error) {
+		defer nonsense(&err)
+		return f()
 	}()
-	if err := f(); err != nil {
+	if err != nil {
 		s.fail(err)
+	}
+}
+
+// nonsense makes a panic an error, deferred: redigo panics on lengths that
+// cannot be, and whoever plays Redis must not end the relay.
+func nonsense(err *error) {
+	if p := recover(); p != nil {
+		*err = fmt.Errorf("redis speaks nonsense: %v", p)
 	}
 }
 
@@ -474,7 +480,7 @@ func (b *RedisBus) end() {
 
 // link is one connection.
 type link struct {
-	redis.Conn
+	redis.ConnWithTimeout
 	raw *patient
 }
 
@@ -516,8 +522,9 @@ func (b *RedisBus) dial(ctx context.Context) (*link, error) {
 }
 
 // dialTo connects to addr.
-func (b *RedisBus) dialTo(ctx context.Context, addr string, options ...redis.DialOption) (*link, error) {
-	l := &link{}
+func (b *RedisBus) dialTo(ctx context.Context, addr string, options ...redis.DialOption) (l *link, err error) {
+	defer nonsense(&err)
+	l = &link{}
 	host, _, _ := net.SplitHostPort(addr)
 	conn, err := redis.DialContext(ctx, "tcp", addr, append(options,
 		redis.DialContextFunc(func(ctx context.Context, network, addr string) (net.Conn, error) {
@@ -536,7 +543,7 @@ func (b *RedisBus) dialTo(ctx context.Context, addr string, options ...redis.Dia
 	if err != nil {
 		return nil, fmt.Errorf("connect to redis: %w", err)
 	}
-	l.Conn = conn
+	l.ConnWithTimeout = conn.(redis.ConnWithTimeout)
 	return l, nil
 }
 
@@ -1004,12 +1011,8 @@ func (s *session) read(ctx context.Context, conn redis.Conn, flight <-chan *requ
 	}
 }
 
-// receiveReply waits for one reply; see guard.
+// receiveReply waits for one reply.
 func receiveReply(conn redis.Conn) (value any, err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("redis speaks nonsense: %v", p)
-		}
-	}()
+	defer nonsense(&err)
 	return redis.ReceiveWithTimeout(conn, silenceTimeout)
 }

@@ -186,7 +186,7 @@ func (s *Server) reload(seen [32]byte, last string) ([32]byte, string) {
 		if last != err.Error() {
 			s.log.Error("tokens file kept as it was", "err", err)
 		}
-		return seen, err.Error()
+		return [32]byte{}, err.Error() // two looks must follow each other
 	}
 	settled := keys.whole || keys.sum == seen
 	if settled && keys.sum != s.keys.Load().sum {
@@ -714,6 +714,11 @@ func (s *Server) first(ctx context.Context, h *hold) *refusal {
 		}
 	}
 	s.published(h, receivers)
+	for client, p := range h.parties {
+		if len(p.streams) == 0 { // it broke meanwhile, and may be back already
+			s.deliverAgain(h.line, client)
+		}
+	}
 	if receivers == 0 && h.mode == modeAccept && !s.known(h) {
 		s.unheard(h)
 		s.end(h, nil)
@@ -733,11 +738,6 @@ func (s *Server) published(h *hold, receivers int) {
 	}
 	if h.receipts > 0 {
 		s.awaited = append(s.awaited, deadline{at: time.Now().Add(receiptTimeout), events: []string{h.event.ID}, round: h.round})
-	}
-	for client, p := range h.parties {
-		if len(p.streams) == 0 { // it broke meanwhile, and may be back already
-			s.deliverAgain(h.line, client)
-		}
 	}
 	s.weigh(h)
 }
@@ -1391,9 +1391,9 @@ func (s *Server) expire(h *hold, why *refusal) {
 }
 
 // private lists what a target may say to its own proxy or its own browsers, but
-// not on the relay's host; a name that ends in "-" stands for all that begin so.
+// not on the relay's host; a name that ends in "*" stands for all that begin so.
 var private = []string{
-	"X-Accel-", "X-Sendfile", "X-Sendfile-", // nginx, Apache and lighttpd would serve files of the relay's host
+	"X-Accel-*", "X-Sendfile*", // nginx, Apache and lighttpd would serve files of the relay's host
 	"Strict-Transport-Security", "Clear-Site-Data", "Alt-Svc", "Service-Worker-Allowed", "Refresh",
 }
 
@@ -1403,7 +1403,8 @@ var private = []string{
 func public(header http.Header, fields []Header, origin bool) {
 	for _, f := range fields {
 		if !slices.ContainsFunc(private, func(name string) bool {
-			return f.Name == name || strings.HasSuffix(name, "-") && strings.HasPrefix(f.Name, name)
+			begin, all := strings.CutSuffix(name, "*")
+			return f.Name == name || all && strings.HasPrefix(strings.ToLower(f.Name), strings.ToLower(begin))
 		}) && (origin || !strings.HasPrefix(f.Name, "Access-Control-")) {
 			header[f.Name] = f.Values
 		}
