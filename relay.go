@@ -713,7 +713,7 @@ func settings(c *Config) []setting {
 		{"SERVER_MAX_SUBSCRIBERS_PER_ADDRESS", "5000", "server", "most streams at once from one remote address", integer(&l.PerAddress, 1, 10_000_000), nil},
 		{"SERVER_SUBSCRIBER_BUFFER", "16mb", "server", "undelivered bytes of one subscriber; what does not fit waits", size(&l.Buffer), nil},
 		{"SERVER_HELD_BUFFER", "256mb", "server", "bytes of all webhooks that are held, read or queued; one channel may take half", size(&c.HeldBuffer), nil},
-		{"SERVER_HOLD_TIME", "60s", "server", "how long a webhook of accept mode waits for a client when none is there", duration(&s.HoldTime, 0, maxDuration), nil},
+		{"SERVER_HOLD_TIME", "60s", "server", "how long a webhook of accept mode waits for a client when none is there", duration(&s.HoldTime, 5*time.Second, maxDuration), nil},
 		{"SERVER_STREAM_MAX_AGE", "", "server", "age at which streams are asked to move; none by default", duration(&s.StreamMaxAge, time.Second, maxDuration), nil},
 		{"SERVER_TLS_CERT_FILE", "", "server", "PEM certificate chain; re-read when it changes", text(&c.CertFile), nil},
 		{"SERVER_TLS_KEY_FILE", "", "server", "PEM private key", text(&c.KeyFile), nil},
