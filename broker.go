@@ -46,6 +46,7 @@ type Webhook struct {
 	Query   string // as received with its leading "?"; empty when there was none
 	Headers []Header
 	Body    []byte
+	Scheme  string        // http or https, as the sender used it; empty from a legacy server
 	Time    time.Time     // when it came, by the clock of the replica that took it
 	Mode    string        // what its sender waits for; empty from a legacy server
 	Timeout time.Duration // for which it waits; 0 in accept
@@ -510,6 +511,7 @@ func (w *Webhook) appendMessage(b []byte) []byte {
 	}
 	b = strconv.AppendInt(append(b, "data: Content-Length: "...), int64(length), 10)
 	b = strconv.AppendInt(append(b, "\ndata: X-Relay-Time: "...), w.Time.UnixMilli(), 10)
+	b = append(append(b, "\ndata: X-Relay-Scheme: "...), w.Scheme...)
 	b = append(append(b, "\ndata: X-Relay-Respond: "...), w.Mode...)
 	if respond(w.Mode) {
 		b = strconv.AppendInt(append(b, "; timeout="...), w.Timeout.Milliseconds(), 10)
@@ -615,6 +617,9 @@ func decodeWebhook(channel, id string, data []byte) (*Webhook, error) {
 	if timeout, ok := strings.CutPrefix(strings.TrimSpace(after), "timeout="); ok {
 		ms, _ := strconv.ParseUint(timeout, 10, 31)
 		w.Timeout = min(time.Duration(ms)*time.Millisecond, maxResponseTimeout)
+	}
+	if scheme := own("X-Relay-Scheme"); scheme == "http" || scheme == "https" {
+		w.Scheme = scheme
 	}
 	ms, _ := strconv.ParseInt(own("X-Relay-Time"), 10, 64)
 	w.Time = time.UnixMilli(ms)

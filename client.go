@@ -69,15 +69,18 @@ type ClientOptions struct {
 	ReconnectInterval time.Duration
 	HandlerTimeout    time.Duration // to finish forwards at the end
 
-	Target      *url.URL
+	Target      *url.URL       // its query, if any, goes before the webhook's
+	StripPrefix bool           // the target sees the path behind /webhooks/{channel}
 	Timeout     time.Duration  // of one attempt
 	RetryWindow time.Duration  // from the first attempt; 0: no retries
+	RetryOn     []int          // statuses that are worth another try
 	Concurrency int            // forwards at once; 1 keeps the order
 	Insecure    bool           // do not verify the target's certificate
 	Roots       *x509.CertPool // nil: the system's
 }
 
-// Client holds one stream to the source and forwards what arrives on it.
+// Client holds one stream to the source, of one channel, and forwards what
+// arrives on it.
 type Client struct {
 	opts    ClientOptions
 	log     *slog.Logger
@@ -118,11 +121,12 @@ func NewClient(opts ClientOptions, log *slog.Logger) *Client {
 			MaxIdleConnsPerHost:    opts.Concurrency,
 		}
 	}
+	channel := sourceChannel(opts.Source)
 	c := &Client{
-		opts: opts, log: log,
+		opts: opts, log: log.With("channel", channel),
 		name:    rand.Text(),
 		base:    strings.TrimRight(opts.Target.EscapedPath(), "/"),
-		channel: sourceChannel(opts.Source),
+		channel: channel,
 		source:  transport(false),
 		target:  transport(opts.Insecure),
 		slots:   make(chan struct{}, opts.Concurrency),
@@ -141,7 +145,6 @@ func (c *Client) Run(ctx context.Context) {
 	defer abandon()
 	c.work, c.taking = work, ctx
 	context.AfterFunc(ctx, func() {
-		c.log.Info("shutting down", "reason", context.Cause(ctx))
 		time.AfterFunc(c.opts.HandlerTimeout, abandon) // for what is taken already
 	})
 	c.follow(ctx)
@@ -596,7 +599,7 @@ func (c *Client) forward(ctx context.Context, w *Webhook, received time.Time, sl
 	var last Answer
 	for attempt := 1; ; attempt++ {
 		a, pause, err := c.attempt(ctx, w)
-		if err == nil && a.Err == "" && !passing(a.Status) {
+		if err == nil && a.Err == "" && !c.passing(a.Status) {
 			c.Forwarded.Add(1)
 			level := slog.LevelDebug
 			if a.Status >= 400 {
@@ -630,13 +633,25 @@ func (c *Client) forward(ctx context.Context, w *Webhook, received time.Time, sl
 	}
 }
 
-// passing tells whether a status is worth another try.
-func passing(status int) bool {
-	switch status {
-	case http.StatusTooManyRequests, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
-		return true
+// passing reports whether a status is worth another try.
+func (c *Client) passing(status int) bool { return slices.Contains(c.opts.RetryOn, status) }
+
+// requestTarget is where w goes at the target: the base, one slash, and the path
+// as received, or what of it is behind the prefix.
+func (c *Client) requestTarget(w *Webhook) string {
+	path, query := w.Path, w.Query
+	if c.opts.StripPrefix {
+		path = strings.TrimPrefix(path, "/webhooks/"+c.channel)
 	}
-	return false
+	target := c.base + path
+	if path == "" {
+		target = cmp.Or(c.opts.Target.EscapedPath(), "/")
+	}
+	if first := c.opts.Target.RawQuery; first != "" {
+		query = strings.Replace(query, "?", "&", 1)
+		target += "?" + first
+	}
+	return target + query
 }
 
 // attempt sends w once, over 307 and 308 within the base if need be. The
@@ -644,7 +659,7 @@ func passing(status int) bool {
 func (c *Client) attempt(ctx context.Context, w *Webhook) (a Answer, pause time.Duration, err error) {
 	ctx, cancel := context.WithTimeout(ctx, c.opts.Timeout)
 	defer cancel()
-	target := c.base + w.Path + w.Query
+	target := c.requestTarget(w)
 	for range redirectLimit + 1 {
 		resp, err := c.target.RoundTrip(c.targetRequest(ctx, w, target))
 		if err != nil {
@@ -689,7 +704,7 @@ func (c *Client) answer(ctx context.Context, w *Webhook, resp *http.Response) (A
 	a.Headers = slices.DeleteFunc(endToEnd(resp.Header), func(h Header) bool { return checkHeaders([]Header{h}) != nil })
 	body, err := io.ReadAll(io.LimitReader(resp.Body, answerLimit+1))
 	switch {
-	case err != nil && !passing(a.Status):
+	case err != nil && !c.passing(a.Status):
 		a, pause, err := c.silence(ctx, err)
 		return a, pause, fmt.Errorf("%w: %w", errHeard, err)
 	case err != nil || len(body) > answerLimit: // half a body would be worse than none
@@ -760,6 +775,9 @@ func (c *Client) targetRequest(ctx context.Context, w *Webhook, target string) *
 		if req.Header["X-Forwarded-Host"] == nil {
 			req.Header["X-Forwarded-Host"] = host
 		}
+	}
+	if w.Scheme != "" && req.Header["X-Forwarded-Proto"] == nil {
+		req.Header["X-Forwarded-Proto"] = []string{w.Scheme}
 	}
 	req.Header["X-Relay-Event-Id"] = []string{w.ID}
 	setUserinfo(req)

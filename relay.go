@@ -397,29 +397,48 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 	return nil
 }
 
-// runClient forwards until ctx ends.
+// runClient forwards until ctx ends: one Client for each channel, so that a dead
+// target does not stop the others.
 func runClient(ctx context.Context, c *Config, log *slog.Logger) error {
-	c.Client.HandlerTimeout = c.HandlerTimeout
-	c.Client.Token = c.Server.Token
-	c.Client.UserAgent = "webhook-relay/" + version
-	client := NewClient(c.Client, log)
-	alive := func(probe context.Context) error {
-		if ctx.Err() != nil {
-			return nil // forwards are finishing
-		}
-		return client.Alive(probe)
+	var clients []*Client
+	for _, source := range c.Sources {
+		opts, channel := c.Client, sourceChannel(source)
+		opts.Source, opts.Target, opts.StripPrefix = source, c.Targets.of(channel), c.Strip.of(channel)
+		opts.Token, opts.UserAgent, opts.HandlerTimeout = c.Server.Token, "webhook-relay/"+version, c.HandlerTimeout
+		clients = append(clients, NewClient(opts, log))
 	}
+	all := func(check func(*Client, context.Context) error) Check {
+		return func(probe context.Context) error {
+			for _, client := range clients {
+				if err := check(client, probe); err != nil {
+					return fmt.Errorf("%s: %w", client.channel, err)
+				}
+			}
+			return nil
+		}
+	}
+	alive := all((*Client).Alive)
 	health := &Health{
-		Info:    map[string]string{"role": c.Role, "version": version},
-		Live:    alive,
-		Ready:   client.Check,
-		Metrics: clientMetrics(client),
+		Info: map[string]string{"role": c.Role, "version": version},
+		Live: func(probe context.Context) error {
+			if ctx.Err() != nil {
+				return nil // forwards are finishing
+			}
+			return alive(probe)
+		},
+		Ready:   all((*Client).Check),
+		Metrics: clientMetrics(clients),
 	}
 	stopProbes, err := serveHealth(c, health, log)
 	if err != nil {
 		return err
 	}
-	client.Run(ctx)
+	context.AfterFunc(ctx, func() { log.Info("shutting down", "reason", context.Cause(ctx)) })
+	var running sync.WaitGroup
+	for _, client := range clients {
+		running.Go(func() { client.Run(ctx) })
+	}
+	running.Wait()
 	stopProbes()
 	log.Info("stopped")
 	return nil
@@ -730,19 +749,23 @@ func serverMetrics(s *Server, hub *Hub, bus *RedisBus, d *door) []Metric {
 	return metrics
 }
 
-func clientMetrics(c *Client) []Metric {
-	return []Metric{
-		counter("relay_events_total", "Events received.", &c.Events),
-		counter("relay_events_duplicate_total", "Events dropped because they had come before.", &c.Duplicates),
-		counter("relay_events_invalid_total", "Events refused.", &c.Invalid),
-		counter("relay_events_overdue_total", "Events skipped because their sender had been answered already.", &c.Overdue),
-		counter("relay_forwarded_total", "Webhooks the target gave a final answer to.", &c.Forwarded),
-		counter("relay_forward_failures_total", "Webhooks given up.", &c.Failed),
-		counter("relay_forward_retries_total", "Attempts repeated.", &c.Retries),
-		counter("relay_reports_total", "Answers reported.", &c.Reports),
-		counter("relay_stream_ends_total", "Streams that ended after they were ready.", &c.Reconnects),
-		gauge("relay_forwards", "Forwards under way.", func() int64 { return int64(len(c.slots)) }),
+func clientMetrics(clients []*Client) (metrics []Metric) {
+	add := func(name, kind, help string, value func(*Client) int64) {
+		for _, c := range clients { // the operator's own names
+			metrics = append(metrics, Metric{fmt.Sprintf("%s{channel=%q}", name, c.channel), kind, help, func() int64 { return value(c) }})
+		}
 	}
+	add("relay_events_total", "counter", "Events received.", func(c *Client) int64 { return c.Events.Load() })
+	add("relay_events_duplicate_total", "counter", "Events dropped because they had come before.", func(c *Client) int64 { return c.Duplicates.Load() })
+	add("relay_events_invalid_total", "counter", "Events refused.", func(c *Client) int64 { return c.Invalid.Load() })
+	add("relay_events_overdue_total", "counter", "Events skipped because their sender had been answered already.", func(c *Client) int64 { return c.Overdue.Load() })
+	add("relay_forwarded_total", "counter", "Webhooks the target gave a final answer to.", func(c *Client) int64 { return c.Forwarded.Load() })
+	add("relay_forward_failures_total", "counter", "Webhooks given up.", func(c *Client) int64 { return c.Failed.Load() })
+	add("relay_forward_retries_total", "counter", "Attempts repeated.", func(c *Client) int64 { return c.Retries.Load() })
+	add("relay_reports_total", "counter", "Reports that arrived.", func(c *Client) int64 { return c.Reports.Load() })
+	add("relay_stream_ends_total", "counter", "Streams that ended after they were ready.", func(c *Client) int64 { return c.Reconnects.Load() })
+	add("relay_forwards", "gauge", "Forwards under way.", func(c *Client) int64 { return int64(len(c.slots)) })
+	return metrics
 }
 
 // Configuration.
@@ -765,6 +788,9 @@ type Config struct {
 	Server            ServerOptions
 	Redis             RedisOptions
 	Client            ClientOptions
+	Sources           []*url.URL
+	Targets           byChannel[*url.URL]
+	Strip             byChannel[bool]
 
 	shown slog.Value // the settings as they may be logged
 }
@@ -825,8 +851,10 @@ func settings(c *Config) []setting {
 		{"REDIS_MAX_RETRIES_PER_REQUEST", "", "server", "accepted for compatibility, has no effect", ignored, nil},
 		{"REDIS_ENABLE_OFFLINE_QUEUE", "", "server", "accepted for compatibility, has no effect", ignored, nil},
 		{"REDIS_ENABLE_READY_CHECK", "", "server", "accepted for compatibility, has no effect", ignored, nil},
-		{"SOURCE_URL", "", "client", "the stream: https://relay.example.com/subscribe/{channel}/; required", sourceURL(&c.Client.Source), redacted},
-		{"TARGET_BASE_URL", "", "client", "where webhooks go: path and query are appended; required", webURL(&c.Client.Target, false), redacted},
+		{"SOURCE_URL", "", "client", "the streams, with commas between: https://relay.example.com/subscribe/{channel}/; required", sources(&c.Sources), redactedList},
+		{"TARGET_BASE_URL", "", "client", "where webhooks go: path and query are appended; exceptions by channel: http://ci:8080, slack=http://bot:3000/hooks; required", perChannel(&c.Targets, parseTargetURL), redactedList},
+		{"TARGET_STRIP_PREFIX", "false", "client", "the target sees the path behind /webhooks/{channel}; exceptions by channel: false, slack=true", perChannel(&c.Strip, parseBool), nil},
+		{"TARGET_RETRY_STATUSES", "429, 502, 503, 504", "client", "statuses of the target that are worth another try", statuses(&c.Client.RetryOn), nil},
 		{"RECONNECT_INTERVAL", "1000", "client", "first pause before the stream is opened again; grows to 5s, or 30s when the source refuses", duration(&c.Client.ReconnectInterval, time.Millisecond, maxDuration), nil},
 		{"TARGET_TIMEOUT", "30s", "client", "time for one attempt at the target", duration(&c.Client.Timeout, time.Millisecond, maxDuration), nil},
 		{"TARGET_RETRY_WINDOW", "60s", "client", "time in which attempts are repeated; 0: one attempt", duration(&c.Client.RetryWindow, 0, maxDuration), nil},
@@ -903,6 +931,7 @@ func loadConfig(environ []string) (*Config, []warning, error) {
 	case "client":
 		require("SOURCE_URL")
 		require("TARGET_BASE_URL")
+		mistakes = append(mistakes, c.checkChannels()...)
 	case "server":
 		if c.Port != 0 && c.Port == c.HealthPort && c.Health {
 			mistakes = append(mistakes, "SERVER_PORT, HEALTH_SERVICE_PORT: must differ")
@@ -926,6 +955,35 @@ func loadConfig(environ []string) (*Config, []warning, error) {
 		return nil, nil, configError{strings.Join(mistakes, "\n")}
 	}
 	return c, warnings, nil
+}
+
+// checkChannels is what is wrong between sources and targets.
+func (c *Config) checkChannels() (mistakes []string) {
+	known := map[string]bool{}
+	for _, source := range c.Sources {
+		channel := sourceChannel(source)
+		if known[channel] {
+			mistakes = append(mistakes, fmt.Sprintf("SOURCE_URL: channel %q comes twice", channel))
+		}
+		known[channel] = true
+		if c.Targets.Default == nil && len(c.Targets.Named) > 0 && c.Targets.Named[channel] == nil {
+			mistakes = append(mistakes, fmt.Sprintf("TARGET_BASE_URL: names no target for channel %q, and no default", channel))
+		}
+	}
+	if len(known) == 0 {
+		return mistakes
+	}
+	for _, channel := range slices.Sorted(maps.Keys(c.Targets.Named)) {
+		if !known[channel] {
+			mistakes = append(mistakes, fmt.Sprintf("TARGET_BASE_URL: no SOURCE_URL has channel %q", channel))
+		}
+	}
+	for _, channel := range slices.Sorted(maps.Keys(c.Strip.Named)) {
+		if !known[channel] {
+			mistakes = append(mistakes, fmt.Sprintf("TARGET_STRIP_PREFIX: no SOURCE_URL has channel %q", channel))
+		}
+	}
+	return mistakes
 }
 
 // printHelp writes the table of variables.
@@ -1042,6 +1100,20 @@ func redacted(value string) string {
 	return u.String()
 }
 
+// redactedList is redacted for each element of a list, maybe named.
+func redactedList(value string) string {
+	parts := strings.Split(value, ",")
+	for i, part := range parts {
+		name, u, named := strings.Cut(strings.TrimSpace(part), "=")
+		if named && validName(strings.TrimSpace(name)) {
+			parts[i] = name + "=" + redacted(strings.TrimSpace(u))
+		} else {
+			parts[i] = redacted(strings.TrimSpace(part))
+		}
+	}
+	return strings.Join(parts, ", ")
+}
+
 // Parsers of values. Each returns a function that checks a value and stores
 // it; its error says what is wanted and does not repeat the value.
 
@@ -1091,14 +1163,18 @@ func level(dst *slog.Level) func(string) error {
 }
 
 func boolean(dst *bool) func(string) error {
-	return func(v string) error {
-		b, err := strconv.ParseBool(strings.ToLower(v))
-		*dst = b
-		if err != nil {
-			return errors.New("must be true or false")
-		}
-		return nil
+	return func(v string) (err error) {
+		*dst, err = parseBool(v)
+		return err
 	}
+}
+
+func parseBool(v string) (bool, error) {
+	b, err := strconv.ParseBool(strings.ToLower(v))
+	if err != nil {
+		return false, errors.New("must be true or false")
+	}
+	return b, nil
 }
 
 func integer(dst *int, least, most int) func(string) error {
@@ -1179,11 +1255,10 @@ func perChannel[T any](dst *byChannel[T], parse func(string) (T, error)) func(st
 	return func(v string) error {
 		for i, part := range strings.Split(v, ",") {
 			channel, value, named := strings.Cut(strings.TrimSpace(part), "=")
-			if !named {
-				channel, value = "", channel
+			if channel = strings.TrimSpace(channel); !named || strings.Contains(channel, "://") { // a URL may have a query
+				channel, value, named = "", part, false
 			}
 			parsed, err := parse(strings.TrimSpace(value))
-			channel = strings.TrimSpace(channel)
 			switch {
 			case err != nil:
 				return err
@@ -1249,36 +1324,65 @@ func parsePrefix(s string) (netip.Prefix, error) {
 	return p.Masked(), nil
 }
 
-// webURL reads an http or https URL; only the source's may have a query.
-func webURL(dst **url.URL, query bool) func(string) error {
+// parseURL reads an http or https URL.
+func parseURL(v string) (*url.URL, error) {
+	u, err := url.Parse(v)
+	switch {
+	case err != nil || (u.Scheme != "http" && u.Scheme != "https") || u.Hostname() == "":
+		return nil, errors.New("must be an http or https URL")
+	case u.Fragment != "":
+		return nil, errors.New("must have no fragment")
+	case u.Path != "" && checkPath(u.EscapedPath()) != nil:
+		return nil, errors.New("must have no dot segments in its path")
+	case strings.HasPrefix(u.Path, "//"):
+		return nil, errors.New("must not begin its path with two slashes")
+	}
+	if _, err := strconv.ParseUint(cmp.Or(u.Port(), "80"), 10, 16); err != nil {
+		return nil, errors.New("must have a port up to 65535")
+	}
+	return u, nil
+}
+
+// parseTargetURL reads the base of a target.
+func parseTargetURL(v string) (*url.URL, error) {
+	u, err := parseURL(v)
+	if err == nil && (u.ForceQuery || checkQuery(u.RawQuery) != nil) {
+		err = errors.New("must have no empty query")
+	}
+	return u, err
+}
+
+// sources reads URLs that end in /subscribe/{channel}, maybe with a slash:
+// anything else would be another service, or the way in for webhooks.
+func sources(dst *[]*url.URL) func(string) error {
 	return func(v string) error {
-		u, err := url.Parse(v)
-		switch {
-		case err != nil || (u.Scheme != "http" && u.Scheme != "https") || u.Hostname() == "":
-			return errors.New("must be an http or https URL")
-		case u.Fragment != "" || !query && (u.RawQuery != "" || u.ForceQuery):
-			return errors.New("must have no query and no fragment")
-		case u.Path != "" && checkPath(u.EscapedPath()) != nil:
-			return errors.New("must have no dot segments in its path")
-		case strings.HasPrefix(u.Path, "//"):
-			return errors.New("must not begin its path with two slashes")
+		for part := range strings.SplitSeq(v, ",") {
+			u, err := parseURL(strings.TrimSpace(part))
+			if err != nil {
+				return err
+			}
+			path := strings.TrimSuffix(u.EscapedPath(), "/")
+			if !strings.HasSuffix(path[:strings.LastIndexByte(path, '/')+1], "/subscribe/") || !validName(sourceChannel(u)) {
+				return errors.New("must end in /subscribe/{channel}, such as https://relay.example.com/subscribe/ci/")
+			}
+			*dst = append(*dst, u)
 		}
-		*dst = u
 		return nil
 	}
 }
 
-// sourceURL is a webURL that ends in /subscribe/{channel}, maybe with a slash:
-// anything else would be another service, or the way in for webhooks.
-func sourceURL(dst **url.URL) func(string) error {
+// statuses reads a list of statuses that tell of a failure.
+func statuses(dst *[]int) func(string) error {
 	return func(v string) error {
-		if err := webURL(dst, true)(v); err != nil {
-			return err
+		list := []int{}
+		for part := range strings.SplitSeq(v, ",") {
+			n, err := strconv.Atoi(strings.TrimSpace(part))
+			if err != nil || n < 400 || http.StatusText(n) == "" {
+				return errors.New("must be statuses from 400 to 599 that HTTP knows, with commas between")
+			}
+			list = append(list, n)
 		}
-		path := strings.TrimSuffix((*dst).EscapedPath(), "/")
-		if !strings.HasSuffix(path[:strings.LastIndexByte(path, '/')+1], "/subscribe/") || !validName(sourceChannel(*dst)) {
-			return errors.New("must end in /subscribe/{channel}, such as https://relay.example.com/subscribe/ci/")
-		}
+		*dst = list
 		return nil
 	}
 }

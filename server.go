@@ -547,6 +547,9 @@ func (s *Server) capture(w http.ResponseWriter, r *http.Request, t *requestTarge
 		Time:    s.began.Add(time.Since(s.began)),
 		Mode:    s.opts.Modes.of(t.Channel),
 	}
+	if webhook.Scheme = "http"; r.TLS != nil {
+		webhook.Scheme = "https"
+	}
 	if respond(webhook.Mode) {
 		webhook.Timeout = s.opts.Timeouts.of(t.Channel)
 	}
