@@ -202,7 +202,7 @@ var none = &subscription{}
 
 // follow keeps one stream alive until ctx ends, and never gives up before.
 func (c *Client) follow(ctx context.Context) {
-	ctx, cancel := context.WithCancel(ctx)
+	streaming, cancel := context.WithCancel(context.WithoutCancel(ctx)) // until it has parted
 	var streams sync.WaitGroup
 	defer streams.Wait()
 	defer cancel()
@@ -228,7 +228,7 @@ func (c *Client) follow(ctx context.Context) {
 		case <-c.probes:
 		case <-retry.C:
 			waiting = false
-			next = c.subscribe(ctx, &streams, current.done)
+			next = c.subscribe(streaming, &streams, current.done)
 		case <-next.ready:
 			backoff.Reset()
 			refused.Reset()
@@ -374,6 +374,7 @@ func (c *Client) read(ctx context.Context, s *subscription, watchdog *time.Timer
 				}
 			}
 			if err := c.take(&m, clocks); err != nil {
+				<-ctx.Done() // what was taken is told before the stream ends
 				return err
 			}
 		}
