@@ -966,6 +966,7 @@ func (s *Server) reported(id, channel, client string, a *Answer) {
 			h.busy = map[string]bool{}
 		}
 		h.busy[client] = true
+		s.weigh(h)
 		return
 	}
 	if h.done != nil && (h.best == nil || a.rank() < h.best.rank()) {
