@@ -1324,8 +1324,8 @@ func parsePrefix(s string) (netip.Prefix, error) {
 	return p.Masked(), nil
 }
 
-// parseURL reads an http or https URL.
-func parseURL(v string) (*url.URL, error) {
+// parseWebURL reads an http or https URL.
+func parseWebURL(v string) (*url.URL, error) {
 	u, err := url.Parse(v)
 	switch {
 	case err != nil || (u.Scheme != "http" && u.Scheme != "https") || u.Hostname() == "":
@@ -1345,7 +1345,7 @@ func parseURL(v string) (*url.URL, error) {
 
 // parseTargetURL reads the base of a target.
 func parseTargetURL(v string) (*url.URL, error) {
-	u, err := parseURL(v)
+	u, err := parseWebURL(v)
 	if err == nil && (u.ForceQuery || checkQuery(u.RawQuery) != nil) {
 		err = errors.New("must have no empty query")
 	}
@@ -1357,7 +1357,7 @@ func parseTargetURL(v string) (*url.URL, error) {
 func sources(dst *[]*url.URL) func(string) error {
 	return func(v string) error {
 		for part := range strings.SplitSeq(v, ",") {
-			u, err := parseURL(strings.TrimSpace(part))
+			u, err := parseWebURL(strings.TrimSpace(part))
 			if err != nil {
 				return err
 			}
