@@ -823,7 +823,7 @@ func settings(c *Config) []setting {
 		{"LOG_FORMAT", "", "both", "text or json; by default text on a terminal, else json", oneOf(&c.LogFormat, "text", "json"), nil},
 		{"HEALTH_SERVICE_PORT", "9000", "both", "port of /live, /ready, /health and /metrics", port(&c.HealthPort), nil},
 		{"HEALTH_SERVICE_DETECT_KUBERNETES", "true", "both", "outside Kubernetes, start the health service only when its port is set", boolean(&c.DetectKubernetes), nil},
-		{"HEALTH_SERVICE_SHUTDOWN_DELAY", "5000", "both", "server: time between turning unready and refusing webhooks, when the health service runs", duration(&c.ShutdownDelay, 0, maxDuration), nil},
+		{"HEALTH_SERVICE_SHUTDOWN_DELAY", "5000", "both", "server: time between turning unready and asking streams to move, when the health service runs", duration(&c.ShutdownDelay, 0, maxDuration), nil},
 		{"HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT", "10000", "both", "time to finish what is under way at the end", duration(&c.HandlerTimeout, time.Millisecond, maxDuration), nil},
 		{"SERVER_PORT", "3000", "server", "port for webhooks and streams", port(&c.Port), nil},
 		{"SERVER_MAX_PAYLOAD_SIZE_LIMIT", "3mb", "server", "largest webhook body", size(&s.MaxPayload), nil},

@@ -598,7 +598,8 @@ type hold struct {
 	died     bool              // a client that was given it did not come back
 	given    bool              // a client that can report was given it
 	strange  int64             // bytes that count in Server.strange
-	place    int               // in line.waiting, from 1; 0: not there
+	queue    *waiting          // where it waits
+	place    int               // there, from 1; 0: it does not wait
 	poke     chan struct{}     // holds a token when the courier has something to look at
 }
 
@@ -613,7 +614,9 @@ type line struct {
 	channel string
 	holds   int                           // in Server.holds
 	seen    time.Time                     // when somebody was last known to subscribe
+	clients time.Time                     // when a client that can report was
 	waiting waiting                       // holds that nobody has, the oldest first
+	orphans waiting                       // those of them that readers have who cannot report, and a client that died had
 	missed  map[string]map[*hold]struct{} // by client whose streams broke: what it has not reported
 	back    []string                      // clients that are back, and are given what they missed
 	due     int                           // grows whenever somebody may take what waits
@@ -783,13 +786,17 @@ func (s *Server) weigh(h *hold) {
 // need mu.
 func (s *Server) wait(h *hold) {
 	if h.place == 0 {
-		heap.Push(&h.line.waiting, h)
+		h.queue = &h.line.waiting
+		if h.readers {
+			h.queue = &h.line.orphans
+		}
+		heap.Push(h.queue, h)
 	}
 }
 
 func (s *Server) unwait(h *hold) {
 	if h.place > 0 {
-		heap.Remove(&h.line.waiting, h.place-1)
+		heap.Remove(h.queue, h.place-1)
 	}
 }
 
@@ -894,11 +901,15 @@ func (s *Server) receipt(sig *Signal) {
 	for _, g := range sig.Given {
 		switch {
 		case g.Client == "":
-			h.readers = true
+			if !h.readers {
+				s.unwait(h) // it may only go to clients now
+				h.readers = true
+			}
 		case h.settled[g.Client]: // its report was faster
 			h.given = true
 		default:
 			h.given = true
+			h.line.clients = time.Now()
 			s.give(h, g, sig.From)
 		}
 	}
@@ -1041,7 +1052,9 @@ func (s *Server) ready(sig *Signal) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	l := s.line(sig.Channel)
-	l.seen = time.Now()
+	if l.seen = time.Now(); sig.Client != "" {
+		l.clients = l.seen
+	}
 	s.deliverAgain(l, sig.Client)
 }
 
@@ -1108,7 +1121,7 @@ func (s *Server) deliverAgain(l *line, client string) {
 	if len(l.missed[client]) > 0 && !slices.Contains(l.back, client) {
 		l.back = append(l.back, client)
 	}
-	if !l.courier && !s.over && (len(l.waiting) > 0 || len(l.back) > 0) {
+	if !l.courier && !s.over && len(l.waiting)+len(l.orphans)+len(l.back) > 0 {
 		l.courier = true
 		l.tried = time.Now()
 		s.couriers.Go(func() { s.courier(l) })
@@ -1117,30 +1130,32 @@ func (s *Server) deliverAgain(l *line, client string) {
 
 // courier publishes again what waits in l, the oldest first and no further than
 // the first that nobody could take, so that a thousand holds are not published a
-// thousand times. It ends when nothing waits, or nobody has become ready since.
+// thousand times. It ends when nobody takes anything, or has become ready since.
 func (s *Server) courier(l *line) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for tried := -1; !s.over; {
-		if len(l.back) > 0 {
+	for more := true; more && !s.over; {
+		due := l.due
+		for len(l.back) > 0 {
 			client := l.back[0]
 			l.back = l.back[1:]
 			s.restore(l, client)
-			continue
 		}
-		if len(l.waiting) == 0 || tried == l.due {
-			break
-		}
-		due, h := l.due, l.waiting[0]
-		only := ""
-		if h.readers {
-			only = onlyReporters
-		}
-		if s.republish(h, only); h.place > 0 { // nobody could take it
-			tried = due
-		}
+		taken := s.offer(&l.waiting, "")
+		more = s.offer(&l.orphans, onlyReporters) || taken || l.due != due
 	}
 	l.courier = false
+}
+
+// offer publishes the oldest of q once more, and reports whether somebody took
+// it. It needs mu, which it gives up meanwhile.
+func (s *Server) offer(q *waiting, only string) bool {
+	if len(*q) == 0 || s.over {
+		return false
+	}
+	h := (*q)[0]
+	s.republish(h, only)
+	return h.place == 0 || h.queue != q
 }
 
 // restore gives client, which is back, what it has missed, until it can take no
@@ -1222,7 +1237,7 @@ func (s *Server) look(now time.Time) {
 			s.drop(l, now)
 		}
 		switch {
-		case len(l.waiting) > 0 && now.Sub(l.tried) >= retryInterval:
+		case len(l.waiting)+len(l.orphans) > 0 && now.Sub(l.tried) >= retryInterval:
 			s.deliverAgain(l, "")
 		case l.holds == 0 && !l.courier && now.Sub(l.seen) > s.opts.HoldTime:
 			delete(s.lines, channel)
@@ -1233,17 +1248,15 @@ func (s *Server) look(now time.Time) {
 // drop ends what has waited in l for SERVER_HOLD_TIME without a client. It needs
 // mu.
 func (s *Server) drop(l *line, now time.Time) {
-	for len(l.waiting) > 0 {
-		h := l.waiting[0]
-		since := h.since
-		if l.seen.After(since) {
-			since = l.seen
+	for q, seen := range map[*waiting]time.Time{&l.waiting: l.seen, &l.orphans: l.clients} {
+		for len(*q) > 0 {
+			h := (*q)[0]
+			if h.mode != modeAccept || now.Sub(h.since) < s.opts.HoldTime || now.Sub(seen) < s.opts.HoldTime {
+				break
+			}
+			s.lost(h, "no client came in time")
+			s.end(h, nil)
 		}
-		if h.mode != modeAccept || now.Sub(since) < s.opts.HoldTime {
-			return
-		}
-		s.lost(h, "no client came in time")
-		s.end(h, nil)
 	}
 }
 
@@ -1268,7 +1281,7 @@ func (s *Server) waitsFor(channel string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	l := s.lines[channel]
-	return l != nil && (len(l.waiting) > 0 || l.courier)
+	return l != nil && (len(l.waiting)+len(l.orphans) > 0 || l.courier)
 }
 
 // settled reports whether nothing is held that can still be settled here: that a
@@ -1301,6 +1314,7 @@ func (s *Server) handOver(peers []string, end time.Time) {
 	}
 	slices.SortFunc(left, func(a, b *hold) int { return cmp.Compare(a.order, b.order) })
 	s.mu.Unlock()
+	handed := 0
 	for _, h := range left {
 		e, taken := h.event, 0
 		hand := Signal{Kind: signalHand, From: s.opts.Replica, Channel: e.Channel, Event: e.ID, Data: e.message()}
@@ -1312,15 +1326,17 @@ func (s *Server) handOver(peers []string, end time.Time) {
 			taken, _ = s.bus.Send(ctx, hand)
 		}
 		s.mu.Lock()
-		if taken == 0 && s.holds[e.ID] == h {
+		if taken > 0 {
+			handed++
+		} else if s.holds[e.ID] == h {
 			s.lost(h, "shutting down, and no other replica took it")
 		}
 		s.end(h, nil)
 		s.mu.Unlock()
 		e.release()
 	}
-	if len(left) > 0 {
-		s.log.Info("holds handed over", "count", len(left), "peers", len(peers))
+	if handed > 0 {
+		s.log.Info("holds handed over", "count", handed)
 	}
 }
 
@@ -1430,6 +1446,10 @@ func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel str
 	b := &reportBody{Reader: http.MaxBytesReader(w, r.Body, reportLimit), all: &s.reports}
 	defer b.end()
 	client, list := clientName(r), newReports(b)
+	if client == "" { // who does not name himself was given nothing that he could report on
+		s.Rejected.refuse(w, r, errReport)
+		return
+	}
 	wanted := func(id string) bool { return replicaOf(id) != s.opts.Replica || s.waits(id) }
 	for n := 0; ; n++ {
 		id, answer, err := list.next(wanted)
