@@ -202,7 +202,7 @@ var none = &subscription{}
 
 // follow keeps one stream alive until ctx ends, and never gives up before.
 func (c *Client) follow(ctx context.Context) {
-	ctx, cancel := context.WithCancel(ctx)
+	streaming, cancel := context.WithCancel(context.WithoutCancel(ctx)) // until it has parted
 	var streams sync.WaitGroup
 	defer streams.Wait()
 	defer cancel()
@@ -228,7 +228,7 @@ func (c *Client) follow(ctx context.Context) {
 		case <-c.probes:
 		case <-retry.C:
 			waiting = false
-			next = c.subscribe(ctx, &streams, current.done)
+			next = c.subscribe(streaming, &streams, current.done)
 		case <-next.ready:
 			backoff.Reset()
 			refused.Reset()
@@ -374,6 +374,7 @@ func (c *Client) read(ctx context.Context, s *subscription, watchdog *time.Timer
 				}
 			}
 			if err := c.take(&m, clocks); err != nil {
+				<-ctx.Done() // what was taken is told before the stream ends
 				return err
 			}
 		}
@@ -510,7 +511,10 @@ func (c *Client) take(m *message, clocks *clocks) error {
 		c.memory.forget(w.ID)
 		return c.taking.Err()
 	}
-	c.memory.take(w.ID)
+	if !c.memory.take(w.ID) {
+		<-c.slots
+		return c.taking.Err()
+	}
 	if w.Mode == modeAccept {
 		c.reporter.taken(w.ID)
 	}
@@ -823,10 +827,11 @@ func sleep(ctx context.Context, d time.Duration) bool {
 type reporter struct {
 	client *Client
 	mu     sync.Mutex
-	queue  []*report   // guarded by mu, like all below: somebody waits for them
-	lazy   []*report   // nobody does
-	delay  *time.Timer // set while lazy may wait for company
-	busy   int         // goroutines in send
+	queue  []*report     // guarded by mu, like all below: somebody waits for them
+	lazy   []*report     // nobody does
+	delay  *time.Timer   // set while lazy may wait for company
+	busy   int           // goroutines in send
+	idle   chan struct{} // closed when there are none; nil: nobody waits for that
 }
 
 // report is one answer on its way to the source.
@@ -878,6 +883,22 @@ func (r *reporter) flush() {
 	}
 	if r.queue, r.lazy = append(r.queue, r.lazy...), nil; len(r.queue) > 0 {
 		r.start()
+	}
+}
+
+// settle returns once all reports have arrived, or when ctx ends.
+func (r *reporter) settle(ctx context.Context) {
+	r.flush()
+	r.mu.Lock()
+	idle := make(chan struct{})
+	if r.idle = idle; r.busy == 0 {
+		close(idle)
+		r.idle = nil
+	}
+	r.mu.Unlock()
+	select {
+	case <-idle:
+	case <-ctx.Done():
 	}
 }
 
@@ -936,27 +957,33 @@ func (r *reporter) take() (batch []*report) {
 	}
 	batch = slices.Clone(r.queue[:n])
 	if r.queue = slices.Delete(r.queue, 0, n); n == 0 {
-		r.busy--
+		if r.busy--; r.busy == 0 && r.idle != nil {
+			close(r.idle)
+			r.idle = nil
+		}
 	}
 	return batch
 }
 
-// part tells, before the streams end for good, what is being forwarded for a
-// sender that waits: it will still be reported, and nobody else must get it.
+// part takes nothing more, and tells, before the streams end for good, what has
+// been taken: it will be forwarded, and nobody else must get it.
 func (c *Client) part() {
-	ids := c.memory.underWay()
-	if len(ids) == 0 {
-		return
-	}
-	var batch []*report
-	for _, id := range ids {
-		batch = append(batch, newReport(id, &Answer{Err: answerTaken}, time.Time{}))
-	}
 	ctx, cancel := context.WithTimeout(c.work, partingTime)
 	defer cancel()
-	if err := c.sendReports(ctx, batch); err != nil {
-		c.log.Warn("source does not know what is still being forwarded", "err", err)
+	var batch []*report
+	for id, mode := range c.memory.close() {
+		a := &Answer{Status: http.StatusAccepted}
+		if respond(mode) {
+			a = &Answer{Err: answerTaken}
+		}
+		batch = append(batch, newReport(id, a, time.Time{}))
 	}
+	if len(batch) > 0 {
+		if err := c.sendReports(ctx, batch); err != nil {
+			c.log.Warn("source does not know what is still being forwarded", "err", err)
+		}
+	}
+	c.reporter.settle(ctx)
 }
 
 // sendReports sends one request with reports.
@@ -1031,6 +1058,7 @@ type memory struct {
 	entries map[string]*memoryEntry
 	order   []*memoryEntry // the answered ones, oldest first
 	bytes   int            // of order
+	closed  bool           // nothing is taken any more
 }
 
 // memoryEntry is guarded by memory.mu.
@@ -1057,25 +1085,35 @@ func (m *memory) begin(id, mode string) (first, taken bool, answer *Answer) {
 	return true, false, nil
 }
 
-// take notes that id is being forwarded.
-func (m *memory) take(id string) {
+// take notes that id is going to be forwarded, unless m is closed: then it is
+// forgotten.
+func (m *memory) take(id string) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if e := m.entries[id]; e != nil {
+	e := m.entries[id]
+	switch {
+	case e == nil: // of a legacy server
+	case m.closed:
+		delete(m.entries, id)
+	default:
 		e.taken = true
 	}
+	return !m.closed || e == nil
 }
 
-// underWay lists what is being forwarded for a sender that waits.
-func (m *memory) underWay() (ids []string) {
+// close ends the taking of events, and returns what is being forwarded, with its
+// mode.
+func (m *memory) close() map[string]string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.closed = true
+	modes := map[string]string{}
 	for id, e := range m.entries {
-		if e.taken && e.answer == nil && respond(e.mode) {
-			ids = append(ids, id)
+		if e.taken && e.answer == nil {
+			modes[id] = e.mode
 		}
 	}
-	return ids
+	return modes
 }
 
 // finish keeps the answer to id, which is under way.

@@ -595,7 +595,8 @@ type hold struct {
 	died     bool              // a client that was given it did not come back
 	given    bool              // a client that can report was given it
 	strange  int64             // bytes that count in Server.strange
-	place    int               // in line.waiting, from 1; 0: not there
+	queue    *waiting          // where it waits
+	place    int               // there, from 1; 0: it does not wait
 	poke     chan struct{}     // holds a token when the courier has something to look at
 }
 
@@ -610,7 +611,9 @@ type line struct {
 	channel string
 	holds   int                           // in Server.holds
 	seen    time.Time                     // when somebody was last known to subscribe
+	clients time.Time                     // when a client that can report was
 	waiting waiting                       // holds that nobody has, the oldest first
+	orphans waiting                       // those of them that readers have who cannot report, and a client that died had
 	missed  map[string]map[*hold]struct{} // by client whose streams broke: what it has not reported
 	back    []string                      // clients that are back, and are given what they missed
 	due     int                           // grows whenever somebody may take what waits
@@ -691,8 +694,9 @@ func (s *Server) first(ctx context.Context, h *hold) *refusal {
 	e := h.event
 	s.mu.Lock()
 	if len(h.line.waiting) > 0 && s.bus.Check(ctx) == nil {
+		defer s.mu.Unlock()
 		s.wait(h)
-		s.mu.Unlock()
+		s.heed(h)
 		return nil
 	}
 	h.round, h.publish = 1, true
@@ -719,9 +723,8 @@ func (s *Server) first(ctx context.Context, h *hold) *refusal {
 			s.deliverAgain(h.line, client)
 		}
 	}
-	if receivers == 0 && h.mode == modeAccept && !s.known(h) {
-		s.unheard(h)
-		s.end(h, nil)
+	if receivers == 0 {
+		s.heed(h)
 	}
 	return nil
 }
@@ -742,21 +745,20 @@ func (s *Server) published(h *hold, receivers int) {
 	s.weigh(h)
 }
 
-// known reports whether somebody may still come for h in accept mode: its
-// channel has or had subscribers, or, while a fresh replica cannot know, there
-// is space for strangers. It needs mu.
-func (s *Server) known(h *hold) bool {
-	now := time.Now()
-	if !h.line.seen.IsZero() && now.Sub(h.line.seen) < s.opts.HoldTime {
-		return true
+// heed ends h if in accept mode nobody will come for it: neither are there
+// subscribers for its channel, nor were there lately; or, while a fresh replica
+// cannot know that, there is no space left for strangers. It needs mu.
+func (s *Server) heed(h *hold) {
+	now, size := time.Now(), holdCost+int64(len(h.event.wire))
+	switch {
+	case h.mode != modeAccept, !h.line.seen.IsZero() && now.Sub(h.line.seen) < s.opts.HoldTime:
+	case now.Sub(s.began) < s.opts.HoldTime && s.strange+size <= s.budget.Limit/strangeShare:
+		h.strange = size
+		s.strange += size
+	default:
+		s.unheard(h)
+		s.end(h, nil)
 	}
-	size := holdCost + int64(len(h.event.wire))
-	if now.Sub(s.began) > s.opts.HoldTime || s.strange+size > s.budget.Limit/strangeShare {
-		return false
-	}
-	s.strange += size
-	h.strange = size
-	return true
 }
 
 // weigh ends h if it is done, and lets it wait for a subscriber if nobody has
@@ -781,13 +783,17 @@ func (s *Server) weigh(h *hold) {
 // need mu.
 func (s *Server) wait(h *hold) {
 	if h.place == 0 {
-		heap.Push(&h.line.waiting, h)
+		h.queue = &h.line.waiting
+		if h.readers {
+			h.queue = &h.line.orphans
+		}
+		heap.Push(h.queue, h)
 	}
 }
 
 func (s *Server) unwait(h *hold) {
 	if h.place > 0 {
-		heap.Remove(&h.line.waiting, h.place-1)
+		heap.Remove(h.queue, h.place-1)
 	}
 }
 
@@ -892,11 +898,15 @@ func (s *Server) receipt(sig *Signal) {
 	for _, g := range sig.Given {
 		switch {
 		case g.Client == "":
-			h.readers = true
+			if !h.readers {
+				s.unwait(h) // it may only go to clients now
+				h.readers = true
+			}
 		case h.settled[g.Client]: // its report was faster
 			h.given = true
 		default:
 			h.given = true
+			h.line.clients = time.Now()
 			s.give(h, g, sig.From)
 		}
 	}
@@ -964,6 +974,7 @@ func (s *Server) reported(id, channel, client string, a *Answer) {
 			h.busy = map[string]bool{}
 		}
 		h.busy[client] = true
+		s.weigh(h)
 		return
 	}
 	if h.done != nil && (h.best == nil || a.rank() < h.best.rank()) {
@@ -1038,7 +1049,9 @@ func (s *Server) ready(sig *Signal) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	l := s.line(sig.Channel)
-	l.seen = time.Now()
+	if l.seen = time.Now(); sig.Client != "" {
+		l.clients = l.seen
+	}
 	s.deliverAgain(l, sig.Client)
 }
 
@@ -1091,7 +1104,7 @@ func (s *Server) take(sig *Signal) {
 		e.release()
 		return
 	}
-	h := &hold{event: e, mode: modeAccept}
+	h := &hold{event: e, mode: modeAccept, readers: sig.Client != ""}
 	s.keep(h)
 	h.line.seen = time.Now()
 	s.wait(h)
@@ -1105,7 +1118,7 @@ func (s *Server) deliverAgain(l *line, client string) {
 	if len(l.missed[client]) > 0 && !slices.Contains(l.back, client) {
 		l.back = append(l.back, client)
 	}
-	if !l.courier && !s.over && (len(l.waiting) > 0 || len(l.back) > 0) {
+	if !l.courier && !s.over && len(l.waiting)+len(l.orphans)+len(l.back) > 0 {
 		l.courier = true
 		l.tried = time.Now()
 		s.couriers.Go(func() { s.courier(l) })
@@ -1114,30 +1127,32 @@ func (s *Server) deliverAgain(l *line, client string) {
 
 // courier publishes again what waits in l, the oldest first and no further than
 // the first that nobody could take, so that a thousand holds are not published a
-// thousand times. It ends when nothing waits, or nobody has become ready since.
+// thousand times. It ends when nobody takes anything, or has become ready since.
 func (s *Server) courier(l *line) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for tried := -1; !s.over; {
-		if len(l.back) > 0 {
+	for more := true; more && !s.over; {
+		due := l.due
+		for len(l.back) > 0 {
 			client := l.back[0]
 			l.back = l.back[1:]
 			s.restore(l, client)
-			continue
 		}
-		if len(l.waiting) == 0 || tried == l.due {
-			break
-		}
-		due, h := l.due, l.waiting[0]
-		only := ""
-		if h.readers {
-			only = onlyReporters
-		}
-		if s.republish(h, only); h.place > 0 { // nobody could take it
-			tried = due
-		}
+		taken := s.offer(&l.waiting, "")
+		more = s.offer(&l.orphans, onlyReporters) || taken || l.due != due
 	}
 	l.courier = false
+}
+
+// offer publishes the oldest of q once more, and reports whether somebody took
+// it. It needs mu, which it gives up meanwhile.
+func (s *Server) offer(q *waiting, only string) bool {
+	if len(*q) == 0 || s.over {
+		return false
+	}
+	h := (*q)[0]
+	s.republish(h, only)
+	return h.place == 0 || h.queue != q
 }
 
 // restore gives client, which is back, what it has missed, until it can take no
@@ -1219,7 +1234,7 @@ func (s *Server) look(now time.Time) {
 			s.drop(l, now)
 		}
 		switch {
-		case len(l.waiting) > 0 && now.Sub(l.tried) >= retryInterval:
+		case len(l.waiting)+len(l.orphans) > 0 && now.Sub(l.tried) >= retryInterval:
 			s.deliverAgain(l, "")
 		case l.holds == 0 && !l.courier && now.Sub(l.seen) > s.opts.HoldTime:
 			delete(s.lines, channel)
@@ -1230,17 +1245,15 @@ func (s *Server) look(now time.Time) {
 // drop ends what has waited in l for SERVER_HOLD_TIME without a client. It needs
 // mu.
 func (s *Server) drop(l *line, now time.Time) {
-	for len(l.waiting) > 0 {
-		h := l.waiting[0]
-		since := h.since
-		if l.seen.After(since) {
-			since = l.seen
+	for q, seen := range map[*waiting]time.Time{&l.waiting: l.seen, &l.orphans: l.clients} {
+		for len(*q) > 0 {
+			h := (*q)[0]
+			if h.mode != modeAccept || now.Sub(h.since) < s.opts.HoldTime || now.Sub(seen) < s.opts.HoldTime {
+				break
+			}
+			s.lost(h, "no client came in time")
+			s.end(h, nil)
 		}
-		if h.mode != modeAccept || now.Sub(since) < s.opts.HoldTime {
-			return
-		}
-		s.lost(h, "no client came in time")
-		s.end(h, nil)
 	}
 }
 
@@ -1265,7 +1278,7 @@ func (s *Server) waitsFor(channel string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	l := s.lines[channel]
-	return l != nil && (len(l.waiting) > 0 || l.courier)
+	return l != nil && (len(l.waiting)+len(l.orphans) > 0 || l.courier)
 }
 
 // settled reports whether nothing is held that can still be settled here: that a
@@ -1298,24 +1311,29 @@ func (s *Server) handOver(peers []string, end time.Time) {
 	}
 	slices.SortFunc(left, func(a, b *hold) int { return cmp.Compare(a.order, b.order) })
 	s.mu.Unlock()
+	handed := 0
 	for _, h := range left {
 		e, taken := h.event, 0
-		for _, peer := range peers {
-			taken, _ = s.bus.Send(ctx, Signal{Kind: signalHand, To: peer, From: s.opts.Replica, Channel: e.Channel, Event: e.ID, Data: e.message()})
-			if taken > 0 {
-				break
-			}
+		hand := Signal{Kind: signalHand, From: s.opts.Replica, Channel: e.Channel, Event: e.ID, Data: e.message()}
+		if h.readers {
+			hand.Client = onlyReporters // legacy readers have it
+		}
+		for i := 0; i < len(peers) && taken == 0; i++ {
+			hand.To = peers[i]
+			taken, _ = s.bus.Send(ctx, hand)
 		}
 		s.mu.Lock()
-		if taken == 0 && s.holds[e.ID] == h {
+		if taken > 0 {
+			handed++
+		} else if s.holds[e.ID] == h {
 			s.lost(h, "shutting down, and no other replica took it")
 		}
 		s.end(h, nil)
 		s.mu.Unlock()
 		e.release()
 	}
-	if len(left) > 0 {
-		s.log.Info("holds handed over", "count", len(left), "peers", len(peers))
+	if handed > 0 {
+		s.log.Info("holds handed over", "count", handed)
 	}
 }
 
@@ -1425,6 +1443,10 @@ func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel str
 	b := &reportBody{Reader: http.MaxBytesReader(w, r.Body, reportLimit), all: &s.reports}
 	defer b.end()
 	client, list := clientName(r), newReports(b)
+	if client == "" { // who does not name himself was given nothing that he could report on
+		s.Rejected.refuse(w, r, errReport)
+		return
+	}
 	wanted := func(id string) bool { return replicaOf(id) != s.opts.Replica || s.waits(id) }
 	for n := 0; ; n++ {
 		id, answer, err := list.next(wanted)
