@@ -299,7 +299,7 @@ func (e *Event) release() {
 // newEvent encodes w for channel, which replica holds: the one encoding that
 // every subscriber on every replica gets.
 func newEvent(channel, replica string, w *Webhook, c *claim) *Event {
-	e := &Event{ID: w.ID, Channel: channel, Mode: w.Mode, Holder: replica, claim: c}
+	e := &Event{ID: w.ID, Channel: channel, Mode: w.Mode, Holder: replica, Round: 1, claim: c}
 	if respond(w.Mode) {
 		e.Until = time.Now().Add(w.Timeout)
 	}

@@ -699,9 +699,8 @@ func (s *Server) first(ctx context.Context, h *hold) *refusal {
 		s.heed(h)
 		return nil
 	}
-	h.round, h.publish = 1, true
+	h.round, h.publish = e.Round, true // as it is encoded already
 	s.mu.Unlock()
-	e.Round = h.round
 	e.use() // a fast client may settle it before the bus has answered
 	defer e.release()
 	ctx, cancel := context.WithTimeout(ctx, busTimeout)
