@@ -129,6 +129,7 @@ type Server struct {
 	awaited  []deadline          // receipts that are due, the earliest first
 	returns  []deadline          // clients whose time to come back ends, the earliest first
 	strange  int64               // bytes of holds of channels that are not known
+	unsure   time.Time           // since when it knows of all channels: its start, or the last time that it may not have been told of some
 	order    uint64              // of the newest hold
 	moving   []*Subscriber       // that were asked to move while the bus was away
 }
@@ -136,7 +137,7 @@ type Server struct {
 // NewServer wires a server to its hub and bus, and reads the tokens file.
 func NewServer(opts ServerOptions, hub *Hub, bus Bus, log *slog.Logger) (*Server, error) {
 	s := &Server{
-		opts: opts, log: log, hub: hub, bus: bus, budget: hub.Budget, began: time.Now(),
+		opts: opts, log: log, hub: hub, bus: bus, budget: hub.Budget, began: time.Now(), unsure: time.Now(),
 		giveUp: make(chan struct{}),
 		holds:  map[string]*hold{}, lines: map[string]*line{}, having: map[string]*having{}, departed: map[string]struct{}{},
 		Refused: newRefusals(webhookReasons), Rejected: newRefusals(subscriberReasons),
@@ -745,13 +746,13 @@ func (s *Server) published(h *hold, receivers int) {
 }
 
 // heed ends h if in accept mode nobody will come for it: neither are there
-// subscribers for its channel, nor were there lately; or, while a fresh replica
-// cannot know that, there is no space left for strangers. It needs mu.
+// subscribers for its channel, nor were there lately; or, while it cannot know that,
+// there is no space left for strangers. It needs mu.
 func (s *Server) heed(h *hold) {
 	now, size := time.Now(), holdCost+int64(len(h.event.wire))
 	switch {
 	case h.mode != modeAccept, !h.line.seen.IsZero() && now.Sub(h.line.seen) < s.opts.HoldTime:
-	case now.Sub(s.began) < s.opts.HoldTime && s.strange+size <= s.budget.Limit/strangeShare:
+	case now.Sub(s.unsure) < s.opts.HoldTime && s.strange+size <= s.budget.Limit/strangeShare:
 		h.strange = size
 		s.strange += size
 	default:
@@ -872,6 +873,7 @@ func (s *Server) signal(sig Signal) {
 		s.ready(&sig)
 	case signalLeft:
 		s.mu.Lock()
+		s.line(sig.Channel).seen = time.Now() // it stays known for a while
 		s.left(sig.Subscriber)
 		s.mu.Unlock()
 	case signalGone:
@@ -1036,6 +1038,7 @@ func (s *Server) comeBack(client string, events []string) {
 func (s *Server) gone(replica string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.unsure = time.Now() // nobody says which channels its subscribers had
 	for id, has := range s.having {
 		if has.replica == replica {
 			s.left(id)
@@ -1061,6 +1064,7 @@ func (s *Server) again(replica string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	own := replica == s.opts.Replica
+	s.unsure = time.Now()
 	for id, has := range s.having {
 		if own || has.replica == replica {
 			s.lose(id) // it may well be there, and not have departed
