@@ -54,7 +54,7 @@ const (
 	tokensLimit    = 1 << 20                // bytes of the tokens file
 	reportTime     = 10 * time.Second       // to send reports, twice what a client takes for one try
 	reportLimit    = 4 << 20                // bytes of the reports of one request
-	reportsLimit   = 64 << 20               // bytes of all reports that are being read
+	reportsLimit   = 128 << 20              // bytes of all reports that are being read, shared as webhooks share theirs
 	departedLimit  = 16384                  // subscribers that are remembered as gone
 	chatterLimit   = 4 << 10                // bytes a subscriber may send after its request
 	lingerLimit    = 16 << 20               // bytes of a refused body that are read so that the answer arrives
@@ -97,15 +97,14 @@ type ServerOptions struct {
 // streams. It is an http.Handler; Run looks after what has a time, and Shutdown
 // ends it.
 type Server struct {
-	opts   ServerOptions
-	log    *slog.Logger
-	hub    *Hub
-	bus    Bus
-	budget *Budget
-	keys   atomic.Pointer[keyring]
-	began  time.Time // times that clients compare are counted from here
-
-	reports atomic.Int64 // bytes of reports that are being read
+	opts    ServerOptions
+	log     *slog.Logger
+	hub     *Hub
+	bus     Bus
+	budget  *Budget
+	reports *Budget // of reports that are being read
+	keys    atomic.Pointer[keyring]
+	began   time.Time // times that clients compare are counted from here
 
 	Webhooks, Unheard, Lost, Answered, Unanswered, Heartbeats atomic.Int64
 	Refused, Rejected                                         refusals // webhooks; subscribers and their reports
@@ -137,7 +136,7 @@ type Server struct {
 // NewServer wires a server to its hub and bus, and reads the tokens file.
 func NewServer(opts ServerOptions, hub *Hub, bus Bus, log *slog.Logger) (*Server, error) {
 	s := &Server{
-		opts: opts, log: log, hub: hub, bus: bus, budget: hub.Budget, began: time.Now(), unsure: time.Now(),
+		opts: opts, log: log, hub: hub, bus: bus, budget: hub.Budget, reports: &Budget{Limit: reportsLimit}, began: time.Now(), unsure: time.Now(),
 		giveUp: make(chan struct{}),
 		holds:  map[string]*hold{}, lines: map[string]*line{}, having: map[string]*having{}, departed: map[string]struct{}{},
 		Refused: newRefusals(webhookReasons), Rejected: newRefusals(subscriberReasons),
@@ -445,8 +444,7 @@ func (s *Server) serveWebhook(w http.ResponseWriter, r *http.Request, t *request
 		return
 	}
 	defer s.requests.Done()
-	// A sender that closes its side after the request looks as if it had gone.
-	if err := s.first(context.WithoutCancel(r.Context()), h); err != nil {
+	if err := s.first(h); err != nil {
 		s.Refused.refuse(w, r, err)
 		return
 	}
@@ -691,10 +689,10 @@ func (s *Server) line(channel string) *line {
 
 // first publishes h for the first time, or lets it wait behind older ones that
 // nobody could take.
-func (s *Server) first(ctx context.Context, h *hold) *refusal {
+func (s *Server) first(h *hold) *refusal {
 	e := h.event
 	s.mu.Lock()
-	if len(h.line.waiting) > 0 && s.bus.Check(ctx) == nil {
+	if len(h.line.waiting) > 0 && s.bus.Check(context.Background()) == nil {
 		defer s.mu.Unlock()
 		s.wait(h)
 		s.heed(h)
@@ -704,18 +702,12 @@ func (s *Server) first(ctx context.Context, h *hold) *refusal {
 	s.mu.Unlock()
 	e.use() // a fast client may settle it before the bus has answered
 	defer e.release()
-	ctx, cancel := context.WithTimeout(ctx, busTimeout)
-	defer cancel()
-	receivers, err := s.bus.Publish(ctx, e)
+	receivers, err := s.publish(e)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err != nil {
-		e.owner().kept.Store(true) // the bus may still write it
-		s.log.Debug("webhook not published", "channel", e.Channel, "event", e.ID, "err", err)
-		if h.open == 0 && !h.readers { // as far as anybody can tell nobody has it
-			s.end(h, errBus)
-			return errBus
-		}
+	if err != nil && h.open == 0 && !h.readers { // as far as anybody can tell nobody has it
+		s.end(h, errBus)
+		return errBus
 	}
 	s.published(h, receivers)
 	for client, p := range h.parties {
@@ -727,6 +719,22 @@ func (s *Server) first(ctx context.Context, h *hold) *refusal {
 		s.heed(h)
 	}
 	return nil
+}
+
+// publish hands e to the bus, within busTimeout. It does not listen to the sender:
+// one that closes its side after the request looks as if it had gone.
+func (s *Server) publish(e *Event) (receivers int, err error) {
+	ctx := context.Background()
+	if s.bus != Bus(s.hub) { // which takes no time
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, busTimeout)
+		defer cancel()
+	}
+	if receivers, err = s.bus.Publish(ctx, e); err != nil {
+		e.owner().kept.Store(true) // the bus may still write it
+		s.log.Debug("webhook not published", "channel", e.Channel, "event", e.ID, "err", err)
+	}
+	return receivers, err
 }
 
 // published notes that h was published to so many replicas. It needs mu.
@@ -1183,13 +1191,7 @@ func (s *Server) republish(h *hold, only string) {
 	e := h.event.again(s.opts.Replica, h.round, only)
 	e.use() // it may be settled meanwhile
 	s.mu.Unlock()
-	ctx, cancel := context.WithTimeout(context.Background(), busTimeout)
-	receivers, err := s.bus.Publish(ctx, e)
-	cancel()
-	if err != nil {
-		e.owner().kept.Store(true) // the bus may still write it
-		s.log.Debug("held webhook not published again", "channel", e.Channel, "event", e.ID, "err", err)
-	}
+	receivers, _ := s.publish(e)
 	e.release()
 	s.mu.Lock()
 	s.published(h, receivers)
@@ -1442,10 +1444,15 @@ func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel str
 	if _, _, ok := s.authorise(w, r, http.MethodPost, channel); !ok {
 		return
 	}
-	http.NewResponseController(w).SetReadDeadline(time.Now().Add(reportTime)) // one that stalls keeps out others
-	b := &reportBody{Reader: http.MaxBytesReader(w, r.Body, reportLimit), all: &s.reports}
-	defer b.end()
-	client, list := clientName(r), newReports(b)
+	control := http.NewResponseController(w)
+	control.SetReadDeadline(time.Now().Add(reportTime)) // one that stalls keeps out others
+	claim, ok := s.reports.claim(channel, 0)
+	if !ok {
+		s.Rejected.refuse(w, r, errBudget)
+		return
+	}
+	defer claim.end()
+	client, list := clientName(r), newReports(&body{http.MaxBytesReader(w, r.Body, reportLimit), claim, func() { control.SetReadDeadline(past) }})
 	if client == "" { // who does not name himself was given nothing that he could report on
 		s.Rejected.refuse(w, r, errReport)
 		return
@@ -1472,24 +1479,6 @@ func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel str
 		}
 	}
 }
-
-// reportBody reads reports, whose bytes count in all while they are being read.
-type reportBody struct {
-	io.Reader
-	all  *atomic.Int64
-	part int64
-}
-
-func (b *reportBody) Read(p []byte) (int, error) {
-	n, err := b.Reader.Read(p)
-	b.part += int64(n)
-	if b.all.Add(int64(n)) > reportsLimit {
-		return n, errBudget
-	}
-	return n, err
-}
-
-func (b *reportBody) end() { b.all.Add(-b.part) }
 
 // route brings an answer to the replica that holds its event, here or elsewhere;
 // when that is gone, to whoever has taken it over.
