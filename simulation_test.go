@@ -553,8 +553,8 @@ func (b *simBus) connect() {
 	b.reconcile(append(b.hub.Channels(), "@"+b.replica, "@all")...)
 }
 
-// drop ends the session. The others see that at once, or a little later.
-func (b *simBus) drop() {
+// drop ends the session. Redis sees that at once, or within late.
+func (b *simBus) drop(late time.Duration) {
 	b.hub.Suspend()
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -567,16 +567,18 @@ func (b *simBus) drop() {
 	if b.begun {
 		b.begun, b.back = false, make(chan struct{})
 	}
-	if b.redis.w.chance(0.5) {
+	if late == 0 || b.redis.w.chance(0.5) {
 		b.redis.forget(s)
 	} else {
-		time.AfterFunc(b.redis.w.upTo(1500*time.Millisecond), func() { b.redis.forget(s) })
+		time.AfterFunc(b.redis.w.upTo(late), func() { b.redis.forget(s) })
 	}
 }
 
+const simUnseen = 1500 * time.Millisecond
+
 // away drops the session for a while.
 func (b *simBus) away(d time.Duration) {
-	b.drop()
+	b.drop(simUnseen)
 	if d > time.Second {
 		time.AfterFunc(time.Second, b.onAlone)
 	}
@@ -740,7 +742,7 @@ func (b *simBus) Run(ctx context.Context) error {
 	for {
 		select {
 		case <-ctx.Done():
-			b.drop()
+			b.drop(0)
 			return nil
 		case <-tick.C:
 		}
@@ -842,7 +844,7 @@ func (r *simReplica) crash() {
 	r.bus.mu.Lock()
 	r.bus.dead = true
 	r.bus.mu.Unlock()
-	r.bus.drop()
+	r.bus.drop(simUnseen)
 	r.host.crash()
 	r.server.Shutdown()
 	r.web.Close()
@@ -1371,6 +1373,10 @@ func (w *simWorld) check(live bool) {
 			w.fail("", "%s still holds %d webhooks, %d bytes, %d of strangers", r.name, n, size, r.server.strange)
 		}
 		r.server.mu.Lock()
+		for id := range r.server.holds {
+			w.fail(id, "%s still holds %s", r.name, id)
+			break
+		}
 		for channel, l := range r.server.lines {
 			if l.holds != 0 || len(l.waiting) != 0 || len(l.missed) != 0 || l.courier {
 				w.fail("", "%s has a line for %s with %d holds, %d wait, %d missed, courier %v", r.name, channel, l.holds, len(l.waiting), len(l.missed), l.courier)
