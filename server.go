@@ -118,6 +118,7 @@ type Server struct {
 
 	mu       sync.Mutex
 	leaving  bool                // guarded by mu, like all below: no new streams
+	alone    bool                // no other replica will take what is held at the end
 	closed   bool                // no new webhooks
 	over     bool                // nothing is published again
 	holds    map[string]*hold    // by event id
@@ -220,8 +221,9 @@ func (s *Server) Shutdown() {
 	last := min(reserve, s.opts.HandlerTimeout/4)
 	near := end.Add(-last)
 	s.draining.Store(true)
+	peers, err := s.others(near)
 	s.mu.Lock()
-	s.leaving = true
+	s.leaving, s.alone = true, err == nil && len(peers) == 0
 	s.mu.Unlock()
 	s.move(near)
 	cut := time.AfterFunc(time.Until(end.Add(-last/2)), func() {
@@ -234,10 +236,7 @@ func (s *Server) Shutdown() {
 	s.mu.Lock()
 	s.closed = true
 	s.mu.Unlock()
-	ctx, cancel := context.WithDeadline(context.Background(), near)
-	peers, err := s.bus.Peers(ctx)
-	cancel()
-	if err != nil {
+	if peers, err = s.others(near); err != nil {
 		s.log.Warn("other replicas are not known", "err", err)
 	}
 	s.await(near, func() bool { return s.settled(len(peers) > 0) })
@@ -249,6 +248,13 @@ func (s *Server) Shutdown() {
 		case <-time.After(time.Until(end)):
 		}
 	}
+}
+
+// others are the names of the other replicas, if they are known before end.
+func (s *Server) others(end time.Time) ([]string, error) {
+	ctx, cancel := context.WithDeadline(context.Background(), end)
+	defer cancel()
+	return s.bus.Peers(ctx)
 }
 
 // await looks whether ok holds until it does, or until end.
@@ -656,11 +662,12 @@ func (q *waiting) Pop() any {
 	return h
 }
 
-// begin enters h, unless the server takes nothing new.
+// begin enters h, unless the server takes nothing new: at its end, and before when
+// nobody is left who could get it.
 func (s *Server) begin(h *hold) *refusal {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.closed {
+	if s.closed || s.alone && !s.hub.Wants(h.event.Channel) {
 		return errLeaving
 	}
 	s.requests.Add(1)
