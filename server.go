@@ -121,6 +121,7 @@ type Server struct {
 	alone    bool                // no other replica will take what is held at the end
 	closed   bool                // no new webhooks
 	over     bool                // nothing is published again
+	heirs    []string            // replicas that may hold what was held here, once over
 	holds    map[string]*hold    // by event id
 	lines    map[string]*line    // by channel
 	having   map[string]*having  // by subscriber: who has events that are not settled
@@ -881,7 +882,10 @@ func (s *Server) signal(sig Signal) {
 	case signalReceipt:
 		s.receipt(&sig)
 	case signalReport:
-		if _, a, err := newReports(bytes.NewReader(sig.Data)).next(s.waits); err == nil {
+		if sig.To == s.opts.Replica && s.handedOver(sig.Event) {
+			sig.To, sig.From = "", s.opts.Replica
+			s.bus.Tell(sig)
+		} else if _, a, err := newReports(bytes.NewReader(sig.Data)).next(s.waits); err == nil {
 			s.reported(sig.Event, sig.Channel, sig.Client, &a)
 		}
 	case signalReady:
@@ -975,6 +979,14 @@ func (s *Server) waits(id string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.holds[id] != nil
+}
+
+// handedOver reports whether the event id, which was held here, is not any more
+// because another replica may hold it now.
+func (s *Server) handedOver(id string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.over && s.holds[id] == nil
 }
 
 // reported gives a client's report to the hold that waits for it, if any.
@@ -1313,10 +1325,14 @@ func (s *Server) handOver(peers []string, end time.Time) {
 	ctx, cancel := context.WithDeadline(context.Background(), end)
 	defer cancel()
 	s.mu.Lock()
-	s.over = true
+	s.over, s.heirs = true, peers
 	var left []*hold
 	for _, h := range s.holds {
-		if h.done == nil {
+		switch {
+		case h.done != nil:
+		case len(h.settled) > 0: // only one that broke may want it, too; another replica would give it to all
+			s.end(h, nil)
+		default:
 			h.event.use()
 			left = append(left, h)
 		}
@@ -1490,15 +1506,19 @@ func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel str
 // route brings an answer to the replica that holds its event, here or elsewhere;
 // when that is gone, to whoever has taken it over.
 func (s *Server) route(ctx context.Context, id, channel, client string, a Answer) error {
-	if replicaOf(id) == s.opts.Replica {
-		s.reported(id, channel, client, &a)
-		return nil
+	to := replicaOf(id)
+	if to == s.opts.Replica {
+		if !s.handedOver(id) {
+			s.reported(id, channel, client, &a)
+			return nil
+		}
+		to = ""
 	}
 	var data bytes.Buffer
 	a.appendReport(&data, id)
-	sig := Signal{Kind: signalReport, To: replicaOf(id), From: s.opts.Replica, Channel: channel, Event: id, Client: client, Data: data.Bytes()}
+	sig := Signal{Kind: signalReport, To: to, From: s.opts.Replica, Channel: channel, Event: id, Client: client, Data: data.Bytes()}
 	receivers, err := s.bus.Send(ctx, sig)
-	if err == nil && receivers == 0 {
+	if err == nil && receivers == 0 && to != "" {
 		sig.To = ""
 		_, err = s.bus.Send(ctx, sig)
 	}
