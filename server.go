@@ -55,6 +55,7 @@ const (
 	reportTime     = 10 * time.Second       // to send reports, twice what a client takes for one try
 	reportLimit    = 4 << 20                // bytes of the reports of one request
 	reportsLimit   = 128 << 20              // bytes of all reports that are being read, shared as webhooks share theirs
+	passLimit      = 5                      // leaving replicas that hand an event to each other
 	departedLimit  = 16384                  // subscribers that are remembered as gone
 	chatterLimit   = 4 << 10                // bytes a subscriber may send after its request
 	lingerLimit    = 16 << 20               // bytes of a refused body that are read so that the answer arrives
@@ -1116,6 +1117,9 @@ func (s *Server) again(replica string) {
 
 // take holds from now on what a replica that leaves has handed over.
 func (s *Server) take(sig *Signal) {
+	if s.passOn(sig) {
+		return
+	}
 	e, err := openEvent(sig.Channel, sig.Data)
 	if err != nil {
 		s.log.Warn("webhook that was handed over refused", "channel", sig.Channel, "err", err)
@@ -1139,6 +1143,25 @@ func (s *Server) take(sig *Signal) {
 	h.line.seen = time.Now()
 	s.wait(h)
 	s.deliverAgain(h.line, "")
+}
+
+// passOn hands on what came too late, when nothing is held here any more; it
+// reports whether that is so. sig.Round counts the replicas it came to before.
+func (s *Server) passOn(sig *Signal) bool {
+	s.mu.Lock()
+	over, heirs := s.over, slices.DeleteFunc(slices.Clone(s.heirs), func(name string) bool { return name == sig.From })
+	s.mu.Unlock()
+	switch {
+	case !over:
+	case len(heirs) > 0 && sig.Round < passLimit:
+		next := *sig
+		next.From, next.To, next.Round = s.opts.Replica, heirs[mathrand.N(len(heirs))], sig.Round+1
+		s.bus.Tell(next)
+	default:
+		s.Lost.Add(1)
+		s.log.Warn("webhook lost", "channel", sig.Channel, "event", sig.Event, "reason", "shutting down, and so is who handed it over")
+	}
+	return over
 }
 
 // deliverAgain sees that what waits in l is published again, and to client what
