@@ -1297,6 +1297,7 @@ type hubChannel struct {
 	live        bool          // the bus confirmed its subscription
 	confirmed   chan struct{} // closed while live; Subscriber.Live of all that came since it was made
 	subscribers map[*Subscriber]struct{}
+	named       map[string][]*Subscriber // of subscribers, by client
 }
 
 // Subscriber is one live stream and its queue, bounded by bytes. Whoever
@@ -1314,6 +1315,7 @@ type Subscriber struct {
 	ID      string
 	Live    <-chan struct{} // closed once every replica's events reach it
 	Gone    atomic.Bool     // set before abort is called
+	Moving  atomic.Bool     // its client was asked to open another stream
 	Writers sync.WaitGroup  // Write under way; nobody is added once Gone is set
 
 	hub     *Hub
@@ -1341,6 +1343,7 @@ var (
 	errRevoked     = errors.New("evicted: token revoked")
 	errPeerGone    = errors.New("peer closed the stream")
 	errShutdown    = errors.New("shutting down")
+	errReplaced    = errors.New("its client has opened another stream")
 	errMovedAway   = errors.New("its client was asked to move")
 	errStreamAge   = errors.New("stream reached its age")
 	errOverdue     = errors.New("evicted: subscriber did not take its events in time")
@@ -1373,7 +1376,7 @@ func (h *Hub) Subscribe(s *Subscriber) error {
 	h.total++
 	h.addresses[neighbourhood(s.Addr)]++
 	if c == nil {
-		c = &hubChannel{confirmed: make(chan struct{}), subscribers: map[*Subscriber]struct{}{}}
+		c = &hubChannel{confirmed: make(chan struct{}), subscribers: map[*Subscriber]struct{}{}, named: map[string][]*Subscriber{}}
 		h.channels[s.Channel] = c
 		if h.Watch != nil {
 			h.Watch(s.Channel)
@@ -1382,6 +1385,9 @@ func (h *Hub) Subscribe(s *Subscriber) error {
 		}
 	}
 	c.subscribers[s] = struct{}{}
+	if s.Client != "" {
+		c.named[s.Client] = append(c.named[s.Client], s)
+	}
 	s.Live = c.confirmed
 	return nil
 }
@@ -1402,6 +1408,21 @@ func (h *Hub) Leave(s *Subscriber, reason error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.end(s, reason)
+}
+
+// Replace ends all streams of client on channel but id and those that it was asked
+// to leave: it opens another one unasked only when the one before is dead, which
+// the network may not tell for long.
+func (h *Hub) Replace(channel, client, id string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if c := h.channels[channel]; c != nil {
+		for _, s := range c.named[client] {
+			if s.ID != id && !s.Moving.Load() {
+				h.end(s, errReplaced)
+			}
+		}
+	}
 }
 
 // Finish ends s once all that is queued is written.
@@ -1448,6 +1469,9 @@ func (h *Hub) end(s *Subscriber, reason error) {
 		delete(h.addresses, near)
 	}
 	c := h.channels[s.Channel]
+	if c.named[s.Client] = slices.DeleteFunc(slices.Clone(c.named[s.Client]), func(other *Subscriber) bool { return other == s }); len(c.named[s.Client]) == 0 {
+		delete(c.named, s.Client)
+	}
 	if delete(c.subscribers, s); len(c.subscribers) == 0 {
 		delete(h.channels, s.Channel)
 		if h.Watch != nil {

@@ -321,6 +321,7 @@ func (c *Client) subscribe(ctx context.Context, streams *sync.WaitGroup, before 
 		if cause := context.Cause(ctx); cause == errSilent {
 			s.err = cause
 		}
+		c.source.CloseIdleConnections() // what broke a stream may have broken them
 	})
 	return s
 }

@@ -78,8 +78,9 @@
 //	report   the replica a client reports to,  event, channel, client, the report
 //	         to the holder, or to all when it
 //	         is gone
-//	ready    the replica of a stream, to all   channel, client: it is ready, or half of its queue is
-//	                                           free again
+//	ready    the replica of a stream, to all   channel, client: half of its queue is free again; with
+//	                                           a subscriber: it is ready, which ends its client's
+//	                                           streams that were not asked to move
 //	left     the replica of a stream, to all   subscriber: its stream has ended
 //	again    a replica the bus was away for,   what it was told, or told, may be lost
 //	         to all

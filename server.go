@@ -1076,6 +1076,9 @@ func (s *Server) gone(replica string) {
 
 // ready notes that a client may take what waits, and what it has missed.
 func (s *Server) ready(sig *Signal) {
+	if sig.Client != "" && sig.Subscriber != "" {
+		s.hub.Replace(sig.Channel, sig.Client, sig.Subscriber)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	l := s.line(sig.Channel)
@@ -1874,8 +1877,8 @@ func (s *Server) abandon(sub *Subscriber, reason error) {
 
 // tellReady tells all replicas that sub can take events, and tellLeft that it is
 // gone.
-func (s *Server) tellReady(sub *Subscriber) {
-	s.bus.Tell(Signal{Kind: signalReady, From: s.opts.Replica, Channel: sub.Channel, Subscriber: sub.ID, Client: sub.Client})
+func (s *Server) tellReady(sub *Subscriber, begun string) {
+	s.bus.Tell(Signal{Kind: signalReady, From: s.opts.Replica, Channel: sub.Channel, Subscriber: begun, Client: sub.Client})
 }
 
 func (s *Server) tellLeft(sub *Subscriber) {
@@ -1930,7 +1933,7 @@ func (st *stream) begin(out sink, abort func(), head []byte) {
 			time.AfterFunc(age+2*s.opts.HandlerTimeout, func() { s.hub.Leave(sub, errOverdue) }),
 		}
 	}
-	s.tellReady(sub)
+	s.tellReady(sub, sub.ID)
 	st.write()
 }
 
@@ -1988,6 +1991,7 @@ func (s *Server) AskToMove() {
 // askToMove sends drain to a client that knows it.
 func (s *Server) askToMove(sub *Subscriber) {
 	if sub.Drains {
+		sub.Moving.Store(true)
 		s.hub.Push(sub, drainEvent)
 	}
 }
@@ -2036,7 +2040,7 @@ func (st *stream) write() {
 	for dst := few[:0]; ; {
 		batch, space := sub.Take(dst)
 		if space {
-			s.tellReady(sub)
+			s.tellReady(sub, "")
 		}
 		if len(batch) == 0 {
 			return
