@@ -90,7 +90,19 @@ var hopByHop = map[string]bool{
 // may set those. Targets behind CGI or WSGI read "_" as "-".
 func relaysOwn(name string) bool {
 	const prefix = "x-relay-"
-	return len(name) >= len(prefix) && strings.EqualFold(strings.ReplaceAll(name[:len(prefix)], "_", "-"), prefix)
+	for i := range prefix {
+		switch {
+		case i == len(name):
+			return false
+		case prefix[i] == '-':
+			if name[i] != '-' && name[i] != '_' {
+				return false
+			}
+		case name[i]|0x20 != prefix[i]:
+			return false
+		}
+	}
+	return true
 }
 
 // endToEnd returns the fields of h that cross the relay, sorted by name:
@@ -298,14 +310,21 @@ func (e *Event) release() {
 }
 
 // newEvent encodes w for channel, which replica holds: the one encoding that
-// every subscriber on every replica gets.
-func newEvent(channel, replica string, w *Webhook, c *claim) *Event {
-	e := &Event{ID: w.ID, Channel: channel, Mode: w.Mode, Holder: replica, claim: c}
+// every subscriber on every replica gets. ok is false when the budget has no space
+// for it and its hold; a nil budget has.
+func newEvent(channel, replica string, w *Webhook, b *Budget) (e *Event, ok bool) {
+	text := isText(w.Body)
+	size := w.wireSize(text)
+	e = &Event{ID: w.ID, Channel: channel, Mode: w.Mode, Holder: replica, Round: 1}
+	if b != nil {
+		if e.claim, ok = b.claim(channel, int64(holdCost+size)); !ok {
+			return nil, false
+		}
+	}
 	if respond(w.Mode) {
 		e.Until = time.Now().Add(w.Timeout)
 	}
 	e.uses.Store(1)
-	size := w.wireSize()
 	recycled := wires.Get().(*[]byte)
 	if cap(*recycled) <= 2*size { // the budget counts bytes that are used
 		e.wire = (*recycled)[:0]
@@ -318,12 +337,16 @@ func newEvent(channel, replica string, w *Webhook, c *claim) *Event {
 		b = append(b, "id: "...)
 		b = append(b, w.ID...)
 		b = append(b, "\nevent: webhook\n"...)
-		b = w.appendMessage(b)
+		b = w.appendMessage(b, text)
 		return append(b, '\n')
 	})
 	e.chunk = e.wire[start:]
-	return e
+	e.claim.add(int64(len(e.wire) - size))
+	return e, true
 }
+
+// holdCost is how many bytes a hold takes besides its event.
+const holdCost = 1 << 10
 
 // again is e for one more delivery, with the bytes of the first: a client knows
 // from its time how old it is. It has no use of its own.
@@ -378,9 +401,9 @@ func (e *Event) chunkFor(http bool) []byte {
 func block(chunk []byte) []byte { return chunk[chunkHead : len(chunk)-chunkTail] }
 
 // wireSize is at least how many bytes the event of w takes.
-func (w *Webhook) wireSize() int {
+func (w *Webhook) wireSize(text bool) int {
 	n := 512 + 2*len(w.Path) + 2*len(w.Query) + 2*headerBytes(w.Headers)
-	if isText(w.Body) {
+	if text {
 		return n + len(w.Body) + len(linePrefix)*(bytes.Count(w.Body, []byte("\n"))+1)
 	}
 	return n + base64.StdEncoding.EncodedLen(len(w.Body))
@@ -396,6 +419,14 @@ func (e *Event) size() int64 {
 		return 0
 	}
 	return int64(len(e.chunk))
+}
+
+func headerValues(headers []Header) int {
+	n := 0
+	for _, h := range headers {
+		n += len(h.Values)
+	}
+	return n
 }
 
 func headerBytes(headers []Header) int {
@@ -494,7 +525,7 @@ const linePrefix = "data: "
 // appendMessage appends w as an HTTP message (RFC 9112) with LF for line ends,
 // each line as a data line. Bytes above 0x7F before the body stand for the code
 // points of the same numbers, because a stream is UTF-8.
-func (w *Webhook) appendMessage(b []byte) []byte {
+func (w *Webhook) appendMessage(b []byte, text bool) []byte {
 	b = append(append(append(b, linePrefix...), w.Method...), ' ')
 	b = appendLatin1(appendLatin1(b, w.Path), w.Query)
 	b = append(b, " HTTP/1.1\n"...)
@@ -504,7 +535,7 @@ func (w *Webhook) appendMessage(b []byte) []byte {
 			b = append(appendLatin1(b, v), '\n')
 		}
 	}
-	text, length := isText(w.Body), len(w.Body)
+	length := len(w.Body)
 	if !text {
 		b = append(b, "data: X-Relay-Body: base64\n"...)
 		length = base64.StdEncoding.EncodedLen(length)
@@ -1142,10 +1173,10 @@ type Budget struct {
 type claim struct {
 	budget  *Budget
 	channel string
-	bytes   int64         // guarded by budget.mu, like all below
-	place   *list.Element // in bodies; nil: no body is being read
-	moved   time.Time     // when the body was last seen to come
-	cut     func()        // makes the reading of the body fail
+	bytes   int64              // guarded by budget.mu, like all below
+	place   *list.Element      // in bodies; nil: no body is being read
+	moved   time.Time          // when the body was last seen to come
+	body    interface{ cut() } // its reading can be made to fail
 }
 
 // claim begins with n bytes for channel; ok is false, and there is no claim,
@@ -1208,13 +1239,13 @@ func (c *claim) end() {
 
 // read counts n bytes more of a body that is being read, and reports whether
 // there is space for them. A body that loses its place is cut.
-func (c *claim) read(n int, cut func()) bool {
+func (c *claim) read(n int, body interface{ cut() }) bool {
 	b, now := c.budget, time.Now()
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	switch {
-	case c.cut == nil: // its first bytes
-		c.cut, c.place = cut, b.bodies.PushBack(c)
+	case c.body == nil: // its first bytes
+		c.body, c.place = body, b.bodies.PushBack(c)
 		b.reading += c.bytes
 	case c.place == nil:
 		return false // it has lost its place
@@ -1230,7 +1261,7 @@ func (c *claim) read(n int, cut func()) bool {
 		}
 		stalled.readDone()
 		stalled.grow(-stalled.bytes)
-		stalled.cut()
+		stalled.body.cut()
 	}
 	return b.channels[c.channel] <= b.share()
 }
@@ -1253,7 +1284,7 @@ func (c *claim) readDone() {
 func (c *claim) set(n int64) bool {
 	c.budget.mu.Lock()
 	defer c.budget.mu.Unlock()
-	had := c.cut == nil || c.place != nil
+	had := c.body == nil || c.place != nil
 	c.readDone()
 	c.grow(n - c.bytes)
 	return had
@@ -1302,6 +1333,7 @@ type hubChannel struct {
 	live        bool          // the bus confirmed its subscription
 	confirmed   chan struct{} // closed while live; Subscriber.Live of all that came since it was made
 	subscribers map[*Subscriber]struct{}
+	named       map[string][]*Subscriber // of subscribers, by client
 }
 
 // Subscriber is one live stream and its queue, bounded by bytes. Whoever
@@ -1319,6 +1351,7 @@ type Subscriber struct {
 	ID      string
 	Live    <-chan struct{} // closed once every replica's events reach it
 	Gone    atomic.Bool     // set before abort is called
+	Moving  atomic.Bool     // its client was asked to open another stream
 	Writers sync.WaitGroup  // Write under way; nobody is added once Gone is set
 
 	hub     *Hub
@@ -1346,6 +1379,7 @@ var (
 	errRevoked     = errors.New("evicted: token revoked")
 	errPeerGone    = errors.New("peer closed the stream")
 	errShutdown    = errors.New("shutting down")
+	errReplaced    = errors.New("its client has opened another stream")
 	errMovedAway   = errors.New("its client was asked to move")
 	errStreamAge   = errors.New("stream reached its age")
 	errOverdue     = errors.New("evicted: subscriber did not take its events in time")
@@ -1378,7 +1412,7 @@ func (h *Hub) Subscribe(s *Subscriber) error {
 	h.total++
 	h.addresses[neighbourhood(s.Addr)]++
 	if c == nil {
-		c = &hubChannel{confirmed: make(chan struct{}), subscribers: map[*Subscriber]struct{}{}}
+		c = &hubChannel{confirmed: make(chan struct{}), subscribers: map[*Subscriber]struct{}{}, named: map[string][]*Subscriber{}}
 		h.channels[s.Channel] = c
 		if h.Watch != nil {
 			h.Watch(s.Channel)
@@ -1387,6 +1421,9 @@ func (h *Hub) Subscribe(s *Subscriber) error {
 		}
 	}
 	c.subscribers[s] = struct{}{}
+	if s.Client != "" {
+		c.named[s.Client] = append(c.named[s.Client], s)
+	}
 	s.Live = c.confirmed
 	return nil
 }
@@ -1407,6 +1444,21 @@ func (h *Hub) Leave(s *Subscriber, reason error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.end(s, reason)
+}
+
+// Replace ends all streams of client on channel but id and those that it was asked
+// to leave: it opens another one unasked only when the one before is dead, which
+// the network may not tell for long.
+func (h *Hub) Replace(channel, client, id string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if c := h.channels[channel]; c != nil {
+		for _, s := range c.named[client] {
+			if s.ID != id && !s.Moving.Load() {
+				h.end(s, errReplaced)
+			}
+		}
+	}
 }
 
 // Finish ends s once all that is queued is written.
@@ -1453,6 +1505,9 @@ func (h *Hub) end(s *Subscriber, reason error) {
 		delete(h.addresses, near)
 	}
 	c := h.channels[s.Channel]
+	if c.named[s.Client] = slices.DeleteFunc(slices.Clone(c.named[s.Client]), func(other *Subscriber) bool { return other == s }); len(c.named[s.Client]) == 0 {
+		delete(c.named, s.Client)
+	}
 	if delete(c.subscribers, s); len(c.subscribers) == 0 {
 		delete(h.channels, s.Channel)
 		if h.Watch != nil {
@@ -1566,7 +1621,7 @@ func (s *Subscriber) Take(dst []*Event) (batch []*Event, space bool) {
 		s.batch += size
 		batch = append(batch, e)
 	}
-	if s.queue = slices.Delete(s.queue, 0, n); len(s.queue) == 0 {
+	if s.queue = slices.Delete(s.queue, 0, n); len(s.queue) == 0 && cap(s.queue) > 4 {
 		s.queue = nil // an idle stream costs little
 	}
 	if space = s.missed && s.bytes <= s.hub.Limits.Buffer/2; space {
