@@ -542,7 +542,9 @@ func (w *Webhook) appendMessage(b []byte, text bool) []byte {
 	}
 	b = strconv.AppendInt(append(b, "data: Content-Length: "...), int64(length), 10)
 	b = strconv.AppendInt(append(b, "\ndata: X-Relay-Time: "...), w.Time.UnixMilli(), 10)
-	b = append(append(b, "\ndata: X-Relay-Scheme: "...), w.Scheme...)
+	if w.Scheme == "https" {
+		b = append(b, "\ndata: X-Relay-Scheme: https"...)
+	}
 	b = append(append(b, "\ndata: X-Relay-Respond: "...), w.Mode...)
 	if respond(w.Mode) {
 		b = strconv.AppendInt(append(b, "; timeout="...), w.Timeout.Milliseconds(), 10)
@@ -649,8 +651,8 @@ func decodeWebhook(channel, id string, data []byte) (*Webhook, error) {
 		ms, _ := strconv.ParseUint(timeout, 10, 31)
 		w.Timeout = min(time.Duration(ms)*time.Millisecond, maxResponseTimeout)
 	}
-	if scheme := own("X-Relay-Scheme"); scheme == "http" || scheme == "https" {
-		w.Scheme = scheme
+	if w.Scheme = "http"; own("X-Relay-Scheme") == "https" {
+		w.Scheme = "https"
 	}
 	ms, _ := strconv.ParseInt(own("X-Relay-Time"), 10, 64)
 	w.Time = time.UnixMilli(ms)

@@ -42,7 +42,8 @@
 // Content-Length counts what is in the message. Bytes above 0x7F before the body
 // stand for the code points of the same numbers. X-Relay-Time is when the webhook
 // came, in milliseconds; X-Relay-Respond is the response mode, and for how long
-// the sender waits, in milliseconds.
+// the sender waits, in milliseconds; X-Relay-Scheme: https is there when the sender
+// used it on the connection to the server.
 //
 // That is for readers that send X-Relay-Features: http. All others get the legacy
 // form, an unnamed event with one line of JSON:
