@@ -290,7 +290,7 @@ func subscribeAt(ctx context.Context, p *program, channel string, headers ...str
 			case "heartbeat":
 				f.heartbeats.Add(1)
 			case "message":
-				if w, err := decodeWebhook(m.data); err == nil {
+				if w, err := decodeOwn(m.data); err == nil {
 					f.webhooks <- w
 				}
 			}
@@ -1712,7 +1712,7 @@ func TestTargetsOverReplicas(t *testing.T) {
 // TestHeldBytesOverReplicas fills one replica's budget with requests whose client
 // is at the other: what comes then is refused at once, until senders hang up.
 func TestHeldBytesOverReplicas(t *testing.T) {
-	a, b := startReplicas(t, startRedis(t), "RESPONSE_MODE=status", "SERVER_HELD_BUFFER=64kb")
+	a, b := startReplicas(t, startRedis(t), "RESPONSE_MODE=status", "SERVER_HELD_BUFFER=400kb")
 	g := newGate(t, createdAnswer)
 	startClient(t, a.addr, "many", g.url)
 	ctx, hangUp := context.WithCancel(t.Context())
@@ -1723,7 +1723,7 @@ func TestHeldBytesOverReplicas(t *testing.T) {
 	}
 	awaitHeld(t, b, len(gone))
 	eventually(t, "the target has them", func() bool { return len(g.got) == len(gone) })
-	if n := metricOf(t, b, "relay_held_bytes"); n < len(gone)*2500 || n > 64<<10 {
+	if n := metricOf(t, b, "relay_held_bytes"); n < len(gone)*(requestCost+2500) || n > 400<<10 {
 		t.Errorf("%d bytes are held", n)
 	}
 	large := strings.Repeat("x", 15000)
@@ -1773,6 +1773,7 @@ func TestReportsOverReplicas(t *testing.T) {
 		{"wrong id", "ci", replicaOf(id) + "-WRONG", "secret", 404},
 		{"unknown replica", "ci", "NOBODY-" + id, "secret", 404},
 		{"the name for everybody", "ci", "all-" + id, "secret", 404},
+		{"the name for everybody, in the place of a replica", "ci", "all" + id[strings.IndexByte(id, '-'):], "secret", 404},
 		{"no replica in it at all", "ci", "x", "secret", 404},
 		{"wrong channel", "other", id, "else", 404},
 		{"wrong token", "ci", id, "else", 401},
@@ -2133,7 +2134,7 @@ func TestUnreadIsDelivered(t *testing.T) {
 // the small ones do not wait with it.
 func TestLargeEventsGoOneByOne(t *testing.T) {
 	r := startRedis(t)
-	bus, hub := startBus(t, r.addr, "ONE")
+	bus, hub := startBus(t, r.addr, testReplica)
 	s := joinLive(t, hub, "ci")
 	large, small := busEvent("ci", largeEvent), busEvent("ci", 100)
 	bus.large <- struct{}{} // one is on its way
@@ -2158,7 +2159,7 @@ func TestLargeEventsGoOneByOne(t *testing.T) {
 func TestFailedSessionIsNotLive(t *testing.T) {
 	r := startRedis(t)
 	way := newLink(t, r.addr)
-	bus, hub := startBus(t, way.addr(), "ONE")
+	bus, hub := startBus(t, way.addr(), testReplica)
 	way.route("")
 	eventually(t, "the bus is down", func() bool { return bus.Check(context.Background()) != nil })
 	bus.known.Store(2) // it will wait for another one
@@ -2182,7 +2183,7 @@ func TestFailedSessionIsNotLive(t *testing.T) {
 func TestConfirmationIsTheLast(t *testing.T) {
 	r := startRedis(t)
 	way := newLink(t, r.addr)
-	bus, hub := startBus(t, way.addr(), "ONE")
+	bus, hub := startBus(t, way.addr(), testReplica)
 	inFlight := func() int {
 		s := bus.session.Load()
 		s.mu.Lock()
@@ -2238,7 +2239,7 @@ func TestSignalsAreNotLost(t *testing.T) {
 // while Redis is down.
 func TestNothingGrowsWithoutRedis(t *testing.T) {
 	r := startRedis(t)
-	bus, hub := startBus(t, r.addr, "ONE")
+	bus, hub := startBus(t, r.addr, testReplica)
 	r.stop()
 	eventually(t, "the bus is down", func() bool { return bus.Check(context.Background()) != nil })
 	for i := range 10000 {
@@ -2261,7 +2262,7 @@ func TestNothingGrowsWithoutRedis(t *testing.T) {
 func TestIdleConnectionsStay(t *testing.T) {
 	t.Parallel() // it waits for Redis to lose patience
 	r := startRedis(t, "--timeout", "2")
-	bus, hub := startBus(t, r.addr, "ONE")
+	bus, hub := startBus(t, r.addr, testReplica)
 	joinLive(t, hub, "idle")
 	idle, err := net.Dial("tcp", r.addr)
 	if err != nil {
@@ -2314,7 +2315,7 @@ func TestConnectionIsReplaced(t *testing.T) {
 // that leaves connections open.
 func TestDemotedRedis(t *testing.T) {
 	r, other := startRedis(t), startRedis(t)
-	bus, hub := startBus(t, r.addr, "ONE")
+	bus, hub := startBus(t, r.addr, testReplica)
 	s := joinLive(t, hub, "demoted")
 	host, port, _ := net.SplitHostPort(other.addr)
 	r.cli("REPLICAOF", host, port)
@@ -2367,9 +2368,9 @@ func TestManyHeldAtOnce(t *testing.T) {
 	r := startRedis(t)
 	hub := &Hub{Limits: Limits{Subscribers: 2, PerAddress: 2, Buffer: 1 << 30}}
 	log := slog.New(slog.DiscardHandler)
-	bus := NewRedisBus(busOptions(r.addr), "ONE", hub, log)
+	bus := NewRedisBus(busOptions(r.addr), testReplica, hub, log)
 	server, err := NewServer(ServerOptions{
-		Replica: "ONE", MaxPayload: 1 << 20, HeldBuffer: 256 << 20, HandlerTimeout: time.Second,
+		Replica: testReplica, MaxPayload: 1 << 20, HeldBuffer: 256 << 20, HandlerTimeout: time.Second,
 		Modes: byChannel[string]{Default: modeStatus}, Timeouts: byChannel[time.Duration]{Default: time.Minute},
 	}, hub, bus, log)
 	if err != nil {

@@ -62,6 +62,12 @@ type rig struct {
 	log *logBuffer
 }
 
+// testReplica is a name as replicas give themselves.
+const testReplica = "REPLICAAAAAAA"
+
+// testID is the id of an event that a rig might have, but has not.
+const testID = testReplica + "-AAAAAAAAAAAAAAAAAAAAAAAAAA"
+
 // newRig serves on l until the test ends.
 func newRig(t testing.TB, l net.Listener, env ...string) *rig {
 	t.Helper()
@@ -71,17 +77,35 @@ func newRig(t testing.TB, l net.Listener, env ...string) *rig {
 	}
 	r := &rig{hub: &Hub{Limits: c.Limits}, log: &logBuffer{}}
 	log := newLogger(c, r.log)
-	c.Server.Replica = "replica"
+	c.Server.Replica = testReplica
 	c.Server.HandlerTimeout = c.HandlerTimeout
 	if r.Server, err = NewServer(c.Server, r.hub, r.hub, log); err != nil {
 		t.Fatal(err)
 	}
-	serveOn(t, webServer(r.Server, log), l)
+	web := webServer(r.Server, log)
+	web.ConnState = stateOf(l)
+	serveOn(t, web, l)
 	t.Cleanup(func() { // before the listener goes: streams that were taken from net/http are ours to end
 		leaveAll(r.hub, errShutdown)
 		r.streams.Wait()
 	})
 	return r
+}
+
+// stateOf is what a door under l wants to hear of its connections.
+func stateOf(l net.Listener) func(net.Conn, http.ConnState) {
+	if d, ok := l.(interface{ state(net.Conn, http.ConnState) }); ok {
+		return d.state
+	}
+	return nil
+}
+
+// total is what was refused for any reason.
+func total(r refusals) (n int64) {
+	for _, counter := range r {
+		n += counter.Load()
+	}
+	return n
 }
 
 // leaveAll ends every stream of h for reason.
@@ -373,7 +397,7 @@ func (l *listener) endedAt(t testing.TB) time.Time {
 // webhook is what the stream says of a webhook, read as our client does.
 func (e seen) webhook(t testing.TB) *Webhook {
 	t.Helper()
-	w, err := decodeWebhook([]byte(e.data))
+	w, err := decodeOwn([]byte(e.data))
 	if err != nil {
 		t.Fatalf("event %q: %v", e.data, err)
 	}
@@ -405,6 +429,7 @@ func bubbles(t *testing.T, f func(t *testing.T, p *pipes, rt *http.Transport)) {
 const (
 	hooksURL  = "http://relay.test/webhooks/ci"
 	streamURL = "http://relay.test/subscribe/ci/"
+	otherURL  = "http://relay.test/subscribe/other/"
 )
 
 // The HTTP surface.
@@ -461,7 +486,9 @@ func TestRoutes(t *testing.T) {
 		{"POST /webhooks/A.z_0~-", 200, "", ""},
 		{"POST /webhooks/notReady/x", 200, "", ""}, // stopped the legacy server
 
-		{"GET /", 404, notFound, ""},
+		{"GET /", 200, "", ""},
+		{"HEAD /?x", 200, "", ""},
+		{"POST /", 405, notAllowed, "GET, HEAD"},
 		{"GET /canary", 404, notFound, ""},
 		{"GET /live", 404, notFound, ""},
 		{"POST /webhooks", 404, notFound, ""},
@@ -523,7 +550,7 @@ func TestRoutes(t *testing.T) {
 			if tt.message != "" {
 				want = relayError(tt.status, tt.message)
 			}
-			if resp.StatusCode != tt.status || string(body) != want || resp.Header.Get("Allow") != tt.allow {
+			if resp.StatusCode != tt.status || string(body) != want && tt.request != "GET /" || resp.Header.Get("Allow") != tt.allow {
 				t.Errorf("got %q", answer)
 			}
 			if tt.status >= 400 && resp.Header.Get("Content-Type") != "application/json" || strings.Contains(answer, "canary") {
@@ -561,8 +588,8 @@ func TestPayloadLimit(t *testing.T) {
 			}
 		})
 	}
-	if got, want := r.Refused.Load(), int64(6); got != want {
-		t.Errorf("%d refused, want %d", got, want)
+	if size, body := r.Refused["size"].Load(), r.Refused["body"].Load(); size != 3 || body != 3 || total(r.Refused) != 6 {
+		t.Errorf("%d refused for their size, %d for their body, of %d", size, body, total(r.Refused))
 	}
 }
 
@@ -584,8 +611,8 @@ func TestFrameLimit(t *testing.T) {
 		if events := l.got("message"); len(events) != 1 || len(events[0].data) < lineLimit/10 {
 			t.Errorf("%d events arrived", len(events))
 		}
-		if n, _ := r.hub.Count(); n != 1 || r.Refused.Load() != 1 {
-			t.Errorf("%d streams, %d webhooks refused", n, r.Refused.Load())
+		if n, _ := r.hub.Count(); n != 1 || r.Refused["size"].Load() != 1 {
+			t.Errorf("%d streams, %d webhooks refused", n, total(r.Refused))
 		}
 	})
 }
@@ -593,7 +620,7 @@ func TestFrameLimit(t *testing.T) {
 // TestBodyOfSlowSender checks bounds of the package doc: a body has a minute, a
 // report ten seconds, and a sender that stalls is answered and cut.
 func TestBodyOfSlowSender(t *testing.T) {
-	for path, patience := range map[string]time.Duration{"/webhooks/ci": bodyTimeout, "/subscribe/ci/responses/id": reportTime} {
+	for path, patience := range map[string]time.Duration{"/webhooks/ci": bodyTimeout, "/subscribe/ci/responses/" + testID: reportTime} {
 		t.Run(path, func(t *testing.T) {
 			inBubble(t, func(t *testing.T) {
 				p := newPipes()
@@ -618,12 +645,12 @@ func TestBodyOfSlowSender(t *testing.T) {
 func TestBodyBudget(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		p := newPipes()
-		r := newRig(t, p, "SERVER_HELD_BUFFER=4kb")
+		r := newRig(t, p, "SERVER_HELD_BUFFER=36kb")
 		rt := p.transport(t, false)
 		conn := p.connect(t)
 		io.WriteString(conn, "POST /webhooks/ci HTTP/1.1\r\nHost: relay\r\nContent-Length: 4000\r\n\r\n"+strings.Repeat("x", 3000))
 		synctest.Wait()
-		if _, n := r.Held(); n != 3000 {
+		if _, n := r.Held(); n != requestCost+3000 {
 			t.Errorf("%d bytes are counted", n)
 		}
 		body := strings.Repeat("x", 2000)
@@ -662,7 +689,7 @@ func TestEncodedBudget(t *testing.T) {
 // TestReportsBudget: bodies of reports have a limit of their own, so that held
 // requests cannot keep out the answers that would end them.
 func TestReportsBudget(t *testing.T) {
-	relayTest(t, nil, []string{"SERVER_HELD_BUFFER=4kb"}, func(t *testing.T, r *relay) {
+	relayTest(t, nil, []string{"SERVER_HELD_BUFFER=20kb"}, func(t *testing.T, r *relay) {
 		client := listen(t, r.rt, streamURL, "X-Relay-Features", "respond", "X-Relay-Client", "c")
 		told := r.posted()
 		id := client.next(t, 1).id
@@ -966,7 +993,7 @@ func TestChattySubscriber(t *testing.T) {
 	l := loopback(t)
 	r := newRig(t, l)
 	conn := dial(t, l.Addr().String())
-	io.WriteString(conn, "GET /subscribe/ci HTTP/1.1\r\nHost: relay\r\nContent-Length: 5\r\n\r\nhello")
+	io.WriteString(conn, "GET /subscribe/ci HTTP/1.1\r\nHost: relay\r\n\r\nhello")
 	readStreamHead(t, conn)
 	io.WriteString(conn, "a little more")
 	if n, _ := r.hub.Count(); n != 1 {
@@ -1176,7 +1203,7 @@ func TestMethodsOverHTTP2(t *testing.T) {
 		for _, method := range []string{"GE T", "PO\xffST", `P"OST`} {
 			openHTTP2(t, p, method, "/webhooks/ci", relayError(400, "invalid method")).Close()
 		}
-		if n := r.Refused.Load(); n != 3 {
+		if n := r.Refused["method"].Load(); n != 3 {
 			t.Errorf("%d refused", n)
 		}
 	})
@@ -1185,19 +1212,19 @@ func TestMethodsOverHTTP2(t *testing.T) {
 // TestSubscriberLimits checks that overload is 503: legacy clients end for good
 // at 429.
 func TestSubscriberLimits(t *testing.T) {
-	for limit, message := range map[string]string{
-		"SERVER_MAX_SUBSCRIBERS=2":             "too many subscribers",
-		"SERVER_MAX_SUBSCRIBERS_PER_ADDRESS=2": "too many subscribers from one address",
-	} {
+	for _, limit := range []string{"SERVER_MAX_SUBSCRIBERS=2", "SERVER_MAX_SUBSCRIBERS_PER_ADDRESS=2"} {
 		t.Run(limit, func(t *testing.T) {
 			bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
-				newRig(t, p, limit)
+				r := newRig(t, p, limit)
 				first := listen(t, rt, streamURL)
-				listen(t, rt, streamURL)
-				wantUnavailable(t, post(t.Context(), rt, "GET", streamURL, ""), message)
+				listen(t, rt, otherURL)
+				wantUnavailable(t, post(t.Context(), rt, "GET", streamURL, ""), "too many subscribers")
 				first.close()
 				synctest.Wait()
 				listen(t, rt, streamURL)
+				if n := r.Rejected["limit"].Load(); n != 1 || total(r.Rejected) != 1 {
+					t.Errorf("%d refused for the limit, of %d", n, total(r.Rejected))
+				}
 			})
 		})
 	}
@@ -2205,7 +2232,8 @@ func TestReports(t *testing.T) {
 			message                        string
 		}{
 			{"wrong id", "ci", other, "secret", ok, 404, "nobody waits"},
-			{"id of another replica", "ci", "elsewhere-" + id, "secret", ok, 404, "nobody waits"},
+			{"id of another replica", "ci", "ELSEWHEREAAAA" + id[13:], "secret", ok, 404, "nobody waits"},
+			{"id of nobody", "ci", "elsewhere-" + id, "secret", ok, 404, "nobody waits"},
 			{"id that is none", "ci", "a%20b", "secret", ok, 404, "nobody waits"},
 			{"wrong channel", "other", id, "else", ok, 404, "nobody waits"},
 			{"wrong token", "ci", id, "else", ok, 401, "missing or wrong token"},
@@ -2246,7 +2274,7 @@ func TestReports(t *testing.T) {
 // TestHeldBudget checks that what is held is bounded over all senders, and that
 // one that ends makes space for the next.
 func TestHeldBudget(t *testing.T) {
-	relayTest(t, nil, []string{"SERVER_HELD_BUFFER=4kb"}, func(t *testing.T, r *relay) {
+	relayTest(t, nil, []string{"SERVER_HELD_BUFFER=36kb"}, func(t *testing.T, r *relay) {
 		body := strings.Repeat("x", 3000)
 		first := make(chan outcome, 1)
 		go func() { first <- post(t.Context(), r.rt, "POST", hooksURL, body) }()
@@ -2654,7 +2682,7 @@ func TestTokensReload(t *testing.T) {
 		// A report that nobody waits for tells whether a token opens the channel.
 		opens := func(token string, want bool) {
 			t.Helper()
-			got := post(t.Context(), rt, "POST", streamURL+"responses/x", `{"status":200}`, "X-Auth-Token", token)
+			got := post(t.Context(), rt, "POST", streamURL+"responses/"+testID, `{"status":200}`, "X-Auth-Token", token)
 			if status := map[bool]int{true: 404, false: 401}[want]; got.status != status {
 				t.Errorf("token %q gets %d, want %d", token, got.status, status)
 			}
@@ -2878,7 +2906,7 @@ func TestAddressLists(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			l := loopback(t)
 			newRig(t, l, tt.env...)
-			for request, status := range map[string]int{"POST /webhooks/ci": tt.webhook, "POST /subscribe/ci/responses/x": tt.report, "GET /subscribe/ci": tt.report} {
+			for request, status := range map[string]int{"POST /webhooks/ci": tt.webhook, "POST /subscribe/ci/responses/" + testID: tt.report, "GET /subscribe/ci": tt.report} {
 				if status == 404 && request[0] == 'G' {
 					continue // it would be a stream
 				}
@@ -2912,7 +2940,7 @@ func TestTokenForms(t *testing.T) {
 		{"ci", "X: y", false},
 		{"unknown", "X-Auth-Token: secret", false},
 	} {
-		answer := raw(t, l.Addr().String(), "POST /subscribe/"+tt.channel+"/responses/x HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n"+tt.header+"\r\nContent-Length: 14\r\n\r\n{\"status\":200}")
+		answer := raw(t, l.Addr().String(), "POST /subscribe/"+tt.channel+"/responses/"+testID+" HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n"+tt.header+"\r\nContent-Length: 14\r\n\r\n{\"status\":200}")
 		if tt.ok != strings.HasPrefix(answer, "HTTP/1.1 404") {
 			t.Errorf("%s with %q got %q", tt.channel, tt.header, answer)
 		}
@@ -3045,8 +3073,13 @@ func TestSmugglingIn(t *testing.T) {
 		{"signed length", first + "Content-Length: +2\r\n\r\nab" + second, "400", nil, "", ""},
 		{"negative length", first + "Content-Length: -1\r\n\r\nab" + second, "400", nil, "", ""},
 		{"hexadecimal length", first + "Content-Length: 0x2\r\n\r\nab" + second, "400", nil, "", ""},
-		{"length and chunks", first + "Content-Length: 3\r\n" + chunked + "\r\n2\r\nab\r\n0\r\n\r\n", "200", []string{"x:ab"}, "Content-Length", ""},
-		{"chunks", first + chunked + "\r\n1\r\na\r\n1;ext=1\r\nb\r\n0\r\n\r\n" + second, "200 200", []string{"x:ab", "second:"}, "Transfer-Encoding", ""},
+		// Whoever stands in front may have seen another end of these (RFC 9112 section 6.3).
+		{"length and chunks", first + "Content-Length: 3\r\n" + chunked + "\r\n2\r\nab\r\n0\r\n\r\n" + second, "200", []string{"x:ab"}, "Content-Length", ""},
+		{"chunks and length", first + chunked + "Content-Length: 12\r\n\r\n2\r\nab\r\n0\r\n\r\n" + second, "200", []string{"x:ab"}, "Content-Length", ""},
+		{"length and chunks, refused", "POST /webhooks/c@i/x HTTP/1.1\r\nHost: relay\r\nContent-Length: 3\r\n" + chunked + "\r\n2\r\nab\r\n0\r\n\r\n" + second, "400", nil, "", ""},
+		{"length and chunks of another page", "GET / HTTP/1.1\r\nHost: relay\r\nContent-Length: 3\r\n" + chunked + "\r\n2\r\nab\r\n0\r\n\r\n" + second, "200", nil, "", ""},
+		{"length and chunks of none", "POST /x HTTP/1.1\r\nHost: relay\r\nContent-Length: 3\r\n" + chunked + "\r\n2\r\nab\r\n0\r\n\r\n" + second, "404", nil, "", ""},
+		{"chunks", first + chunked + "\r\n1\r\na\r\n1;ext=1\r\nb\r\n0\r\n\r\n" + second, "200", []string{"x:ab"}, "Transfer-Encoding", ""},
 		{"chunks twice", first + chunked + chunked + "\r\n2\r\nab\r\n0\r\n\r\n" + second, "501", nil, "", ""},
 		{"chunks and more", first + "Transfer-Encoding: chunked, identity\r\n\r\n2\r\nab\r\n0\r\n\r\n" + second, "501", nil, "", ""},
 		{"chunks misspelt", first + "Transfer-Encoding: xchunked\r\n\r\n2\r\nab\r\n0\r\n\r\n" + second, "501", nil, "", ""},
@@ -3066,7 +3099,7 @@ func TestSmugglingIn(t *testing.T) {
 		{"host named by Connection", first + "Connection: Host, Content-Length\r\nContent-Length: 2\r\n\r\nab" + second, "200 200", []string{"x:ab", "second:"}, "Host", "relay"},
 		{"upgrade", first + "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\nContent-Length: 2\r\n\r\nab" + second, "200 200", []string{"x:ab", "second:"}, "Http2-Settings", ""},
 		{"websocket", first + "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\nContent-Length: 0\r\n\r\n" + second, "200 200", []string{"x:", "second:"}, "Upgrade", ""},
-		{"trailer", first + chunked + "Trailer: X-T\r\n\r\n2\r\nab\r\n0\r\nX-T: 1\r\n\r\n" + second, "200 200", []string{"x:ab", "second:"}, "X-T", ""},
+		{"trailer", first + chunked + "Trailer: X-T\r\n\r\n2\r\nab\r\n0\r\nX-T: 1\r\n\r\n" + second, "200", []string{"x:ab"}, "X-T", ""},
 		{"trailer of framing", first + chunked + "Trailer: Content-Length\r\n\r\n2\r\nab\r\n0\r\nContent-Length: 9\r\n\r\n" + second, "400", nil, "", ""},
 		{"forged event id", first + "X-Relay-Event-Id: forged\r\nx-relay-EVENT-id: forged\r\nContent-Length: 0\r\n\r\n", "200", []string{"x:"}, "X-Relay-Event-Id", ""},
 		{"forged client", first + "X-Relay-Client: forged\r\nX-Relay-Features: respond\r\nContent-Length: 0\r\n\r\n", "200", []string{"x:"}, "X-Relay-Client", ""},
@@ -3139,29 +3172,32 @@ func TestSmugglingOut(t *testing.T) {
 		line        string // of the request at the target
 		headers     string // "name:value" that must be there; "name" that must not
 	}{
-		{"framing", `"method":"POST","originalUrl":"/x","headers":{"content-length":"99","transfer-encoding":"chunked","trailer":"x-t","te":"trailers"},"body":"ab"`,
-			"POST /x HTTP/1.1", "Content-Length:2 Transfer-Encoding Trailer Te"},
-		{"framing repeated", `"originalUrl":"/x","headers":{"content-length":["1","2"],"Content-Length":"3","Transfer-Encoding":["chunked","identity"]},"body":"ab"`,
-			"POST /x HTTP/1.1", "Content-Length:2 Transfer-Encoding"},
-		{"expectation", `"originalUrl":"/x","headers":{"expect":"100-continue"},"body":"ab"`, "POST /x HTTP/1.1", "Expect Content-Length:2"},
-		{"named by Connection", `"originalUrl":"/x","headers":{"connection":"x-a, close","x-a":"1","x-b":"2","keep-alive":"9","proxy-connection":"x"},"body":""`,
-			"POST /x HTTP/1.1", "Connection X-A X-B:2 Keep-Alive Proxy-Connection"},
-		{"upgrade", `"originalUrl":"/x","headers":{"connection":"upgrade","upgrade":"h2c"},"body":""`, "POST /x HTTP/1.1", "Connection Upgrade"},
-		{"forged relay headers", `"id":"true","originalUrl":"/x","headers":{"x-relay-event-id":"forged","X-Relay-Client":"forged"},"body":""`,
-			"POST /x HTTP/1.1", "X-Relay-Event-Id:true X-Relay-Client"},
-		{"body of a GET", `"method":"GET","originalUrl":"/x","headers":{},"body":"GET /smuggled HTTP/1.1\r\n\r\n"`, "GET /x HTTP/1.1", "Content-Length:26"},
-		{"host", `"originalUrl":"/x","headers":{"host":"elsewhere"},"body":""`, "POST /x HTTP/1.1", "Host:target.test X-Forwarded-Host:elsewhere"},
-		{"absolute form", `"originalUrl":"http://elsewhere/x","headers":{},"body":""`, "POST /x HTTP/1.1", "Host:target.test"},
-		{"an authority for a path", `"originalUrl":"//elsewhere/x","headers":{},"body":""`, "POST //elsewhere/x HTTP/1.1", "Host:target.test"},
-		{"line end in a value", `"originalUrl":"/x","headers":{"x-a":"1\r\nx-b: 2"},"body":""`, refused, ""},
-		{"line end in a name", `"originalUrl":"/x","headers":{"x-a: 1\r\nx-b":"2"},"body":""`, refused, ""},
-		{"blank in a name", `"originalUrl":"/x","headers":{"x a":"2"},"body":""`, refused, ""},
-		{"line end in the path", `"originalUrl":"/x HTTP/1.1\r\nx-a: 1\r\n\r\n","headers":{},"body":""`, refused, ""},
-		{"blank in the query", `"originalUrl":"/x?a b","headers":{},"body":""`, refused, ""},
-		{"line end in the query", `"originalUrl":"/x?a\nb","headers":{},"body":""`, refused, ""},
-		{"line end in the method", `"method":"GET / HTTP/1.1\r\n\r\nPOST","originalUrl":"/x","headers":{},"body":""`, refused, ""},
-		{"blank in the method", `"method":"GET /","originalUrl":"/x","headers":{},"body":""`, refused, ""},
-		{"dot segments", `"originalUrl":"/x/../../etc","headers":{},"body":""`, refused, ""},
+		{"framing", `"method":"POST","originalUrl":"/webhooks/ci/x","headers":{"content-length":"99","transfer-encoding":"chunked","trailer":"x-t","te":"trailers"},"body":"ab"`,
+			"POST /webhooks/ci/x HTTP/1.1", "Content-Length:2 Transfer-Encoding Trailer Te"},
+		{"framing repeated", `"originalUrl":"/webhooks/ci/x","headers":{"content-length":["1","2"],"Content-Length":"3","Transfer-Encoding":["chunked","identity"]},"body":"ab"`,
+			"POST /webhooks/ci/x HTTP/1.1", "Content-Length:2 Transfer-Encoding"},
+		{"expectation", `"originalUrl":"/webhooks/ci/x","headers":{"expect":"100-continue"},"body":"ab"`, "POST /webhooks/ci/x HTTP/1.1", "Expect Content-Length:2"},
+		{"named by Connection", `"originalUrl":"/webhooks/ci/x","headers":{"connection":"x-a, close","x-a":"1","x-b":"2","keep-alive":"9","proxy-connection":"x"},"body":""`,
+			"POST /webhooks/ci/x HTTP/1.1", "Connection X-A X-B:2 Keep-Alive Proxy-Connection"},
+		{"upgrade", `"originalUrl":"/webhooks/ci/x","headers":{"connection":"upgrade","upgrade":"h2c"},"body":""`, "POST /webhooks/ci/x HTTP/1.1", "Connection Upgrade"},
+		{"forged relay headers", `"id":"true","originalUrl":"/webhooks/ci/x","headers":{"x-relay-event-id":"forged","X-Relay-Client":"forged"},"body":""`,
+			"POST /webhooks/ci/x HTTP/1.1", "X-Relay-Event-Id:true X-Relay-Client"},
+		{"body of a GET", `"method":"GET","originalUrl":"/webhooks/ci/x","headers":{},"body":"GET /smuggled HTTP/1.1\r\n\r\n"`, "GET /webhooks/ci/x HTTP/1.1", "Content-Length:26"},
+		{"host", `"originalUrl":"/webhooks/ci/x","headers":{"host":"elsewhere"},"body":""`, "POST /webhooks/ci/x HTTP/1.1", "Host:target.test X-Forwarded-Host:elsewhere"},
+		{"absolute form", `"originalUrl":"http://elsewhere/webhooks/ci/x","headers":{},"body":""`, "POST /webhooks/ci/x HTTP/1.1", "Host:target.test"},
+		{"an authority for a path", `"originalUrl":"//elsewhere/webhooks/ci/x","headers":{},"body":""`, refused, ""},
+		{"slashes behind the channel", `"originalUrl":"/webhooks/ci//elsewhere/x","headers":{},"body":""`, "POST /webhooks/ci//elsewhere/x HTTP/1.1", "Host:target.test"},
+		{"another channel", `"originalUrl":"/webhooks/other/x","headers":{},"body":""`, refused, ""},
+		{"outside", `"originalUrl":"/admin","headers":{},"body":""`, refused, ""},
+		{"line end in a value", `"originalUrl":"/webhooks/ci/x","headers":{"x-a":"1\r\nx-b: 2"},"body":""`, refused, ""},
+		{"line end in a name", `"originalUrl":"/webhooks/ci/x","headers":{"x-a: 1\r\nx-b":"2"},"body":""`, refused, ""},
+		{"blank in a name", `"originalUrl":"/webhooks/ci/x","headers":{"x a":"2"},"body":""`, refused, ""},
+		{"line end in the path", `"originalUrl":"/webhooks/ci/x HTTP/1.1\r\nx-a: 1\r\n\r\n","headers":{},"body":""`, refused, ""},
+		{"blank in the query", `"originalUrl":"/webhooks/ci/x?a b","headers":{},"body":""`, refused, ""},
+		{"line end in the query", `"originalUrl":"/webhooks/ci/x?a\nb","headers":{},"body":""`, refused, ""},
+		{"line end in the method", `"method":"GET / HTTP/1.1\r\n\r\nPOST","originalUrl":"/webhooks/ci/x","headers":{},"body":""`, refused, ""},
+		{"blank in the method", `"method":"GET /","originalUrl":"/webhooks/ci/x","headers":{},"body":""`, refused, ""},
+		{"dot segments", `"originalUrl":"/webhooks/ci/x/../../etc","headers":{},"body":""`, refused, ""},
 	}
 	inBubble(t, func(t *testing.T) {
 		p := newPipes()
@@ -3169,7 +3205,7 @@ func TestSmugglingOut(t *testing.T) {
 			w.Header().Set("Content-Type", "text/event-stream")
 			io.WriteString(w, readyFrame(5*time.Second))
 			for _, tt := range tests {
-				fmt.Fprintf(w, "data: {%s}\n\ndata: {\"originalUrl\":\"/end\",\"headers\":{},\"body\":\"\"}\n\n", tt.event)
+				fmt.Fprintf(w, "data: {%s}\n\ndata: {\"originalUrl\":\"/webhooks/ci/end\",\"headers\":{},\"body\":\"\"}\n\n", tt.event)
 			}
 			http.NewResponseController(w).Flush()
 			<-r.Context().Done()
@@ -3180,12 +3216,12 @@ func TestSmugglingOut(t *testing.T) {
 		for _, tt := range tests {
 			got := <-r.target.got
 			if tt.line == refused {
-				if got.line != "POST /end HTTP/1.1" {
+				if got.line != "POST /webhooks/ci/end HTTP/1.1" {
 					t.Errorf("%s: the target got %+v", tt.name, got)
 				}
 				continue
 			}
-			if end := <-r.target.got; got.line != tt.line || end.line != "POST /end HTTP/1.1" {
+			if end := <-r.target.got; got.line != tt.line || end.line != "POST /webhooks/ci/end HTTP/1.1" {
 				t.Errorf("%s: the target got %q, then %q", tt.name, got.line, end.line)
 			}
 			for field := range strings.FieldsSeq(tt.headers) {
@@ -3236,7 +3272,7 @@ func frameLength(request []byte) int {
 	r, _ := http.ReadRequest(bufio.NewReader(bytes.NewReader(request)))
 	body, _ := io.ReadAll(r.Body)
 	e := eventOf("bench", &Webhook{
-		ID: newID("replica"), Method: r.Method, Path: r.URL.Path, Body: body, Time: time.Now(),
+		ID: newID(testReplica), Method: r.Method, Path: r.URL.Path, Body: body, Time: time.Now(),
 		Headers: append(endToEnd(r.Header), Header{"Host", []string{r.Host}}),
 	})
 	return len(e.frame)
