@@ -289,8 +289,8 @@ func subscribeAt(ctx context.Context, p *program, channel string, headers ...str
 				}
 			case "heartbeat":
 				f.heartbeats.Add(1)
-			case "message":
-				if w, err := decodeOwn(m.data); err == nil {
+			case "message", "webhook":
+				if w, err := decodeOwn(m.name, m.id, m.data); err == nil {
 					f.webhooks <- w
 				}
 			}
@@ -1757,25 +1757,27 @@ func TestHeldBytesOverReplicas(t *testing.T) {
 // hold it.
 func TestReportsOverReplicas(t *testing.T) {
 	a, b := startReplicas(t, startRedis(t), "RESPONSE_MODE=response", "AUTH_TOKENS_FILE="+tokensFile(t, "ci secret\nother else\n"))
-	f := openFeed(t, a, "ci", "X-Relay-Features", "respond", "X-Auth-Token", "secret")
+	f := openFeed(t, a, "ci", "X-Relay-Features", "http, respond", "X-Auth-Token", "secret")
 	told := postHeld(t, b, "ci", "x")
 	id := f.next(t).ID
 	report := func(p *program, channel, id, token, body string) int {
 		t.Helper()
-		status, _, _ := send(t, "POST", "http://"+p.addr+"/subscribe/"+channel+"/responses/"+id,
-			`{"status":202,"headers":{},"body":"`+body+`"}`, "X-Auth-Token", token)
+		status, _, _ := send(t, "POST", "http://"+p.addr+"/subscribe/"+channel+"/responses",
+			reportOf(id, Answer{Status: 202, Body: []byte(body)}), "X-Auth-Token", token)
 		return status
 	}
 	for _, tt := range []struct {
 		what, channel, id, token string
 		status                   int
 	}{
-		{"wrong id", "ci", replicaOf(id) + "-WRONG", "secret", 404},
-		{"unknown replica", "ci", "NOBODY-" + id, "secret", 404},
-		{"the name for everybody", "ci", "all-" + id, "secret", 404},
-		{"the name for everybody, in the place of a replica", "ci", "all" + id[strings.IndexByte(id, '-'):], "secret", 404},
-		{"no replica in it at all", "ci", "x", "secret", 404},
-		{"wrong channel", "other", id, "else", 404},
+		{"wrong id", "ci", replicaOf(id) + "-WRONG", "secret", 400},
+		{"another event", "ci", newID(replicaOf(id)), "secret", 204},
+		{"unknown replica", "ci", newID(newReplica()), "secret", 204},
+		{"more than a replica", "ci", "NOBODY-" + id, "secret", 400},
+		{"the name for everybody", "ci", "all-" + id, "secret", 400},
+		{"the name for everybody, in the place of a replica", "ci", "all" + id[strings.IndexByte(id, '-'):], "secret", 400},
+		{"no replica in it at all", "ci", "x", "secret", 400},
+		{"wrong channel", "other", id, "else", 204},
 		{"wrong token", "ci", id, "else", 401},
 		{"no token", "ci", id, "", 401},
 	} {
@@ -1797,8 +1799,8 @@ func TestReportsOverReplicas(t *testing.T) {
 		t.Errorf("sender got %+v", o)
 	}
 	for i, p := range []*program{a, b} {
-		if status := report(p, "ci", id, "secret", "late"); status != 404 {
-			t.Errorf("report to replica %d when nobody waits any more: status %d, want 404", i, status)
+		if status := report(p, "ci", id, "secret", "late"); status != 204 {
+			t.Errorf("report to replica %d when nobody waits any more: status %d, want 204", i, status)
 		}
 	}
 }
@@ -2401,7 +2403,7 @@ func TestManyHeldAtOnce(t *testing.T) {
 	s.Write = func() {
 		for batch := s.Take(nil); len(batch) > 0; batch = s.Take(batch) {
 			for _, e := range batch {
-				server.answer(Signal{Kind: signalAnswer, Event: e.ID, Channel: "ci", Client: "C"}, Answer{Status: 204})
+				server.answer(e.ID, "ci", "C", Answer{Status: 204})
 			}
 		}
 	}
