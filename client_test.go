@@ -178,7 +178,7 @@ func FuzzParser(f *testing.F) {
 	f.Add([]byte("data\n\ndata\ndata\n\ndata:"), uint64(2))
 	f.Add([]byte("data: a\r\ndata: b\r\n\r\n"), uint64(12))
 	f.Add([]byte("\r\n\r\rdata: \r\r\nevent\r\r\n"), uint64(3))
-	f.Add([]byte(readyFrame(time.Second)+string(heartbeatEvent.frame)), uint64(4))
+	f.Add([]byte(readyFrame(time.Second)+frameOf(heartbeatEvent)), uint64(4))
 	f.Fuzz(func(t *testing.T, stream []byte, seed uint64) {
 		want := byTheBook(stream)
 		for name, r := range map[string]io.Reader{
@@ -315,8 +315,12 @@ func onWire(t testing.TB, req *http.Request) recorded {
 	return got
 }
 
-// FuzzTargetURL: whatever originalUrl a stream holds, the request goes to the
-// target's host, in one request line, byte for byte below the base.
+// below tells whether path is prefix or below it.
+func below(path, prefix string) bool { return path == prefix || strings.HasPrefix(path, prefix+"/") }
+
+// FuzzTargetURL: whatever target a stream holds, the request goes to the
+// target's host, in one request line, byte for byte below the base and the
+// client's own channel.
 func FuzzTargetURL(f *testing.F) {
 	bases := []string{"http://target", "http://target/", "http://target/base/", "http://user:pass@target/a%20b/c"}
 	var clients, proxied []*Client
@@ -327,14 +331,19 @@ func FuzzTargetURL(f *testing.F) {
 	for _, tc := range pathCases {
 		f.Add(tc.path)
 		f.Add(tc.path + "?x=1;y=2&sig=%zz")
-		f.Add("http://evil" + tc.path)
+		f.Add("http://evil/webhooks/ci" + tc.path)
+		f.Add("/webhooks/ci" + tc.path + "?x")
 	}
 	for _, target := range []string{"//evil/x", "//\xe9/x?\xff", "//a|b[c]\"^`{}#%41?#", "//x?", "///evil", "http://evil//evil/x", "/\\evil", "/@evil/", "http:evil", "//evil:80/../x", "/x?//evil", "https://evil", "/x#frag", "/%2f%2fevil/x", "/;//evil"} {
 		f.Add(target)
 	}
 	f.Fuzz(func(t *testing.T, target string) {
-		data := append(appendLatin1([]byte(`{"id":"a","originalUrl":`), target), '}')
-		w, err := decodeWebhook(data)
+		data := appendLatin1([]byte("POST "), target)
+		w, err := decodeWebhook("ci", "a", append(data, " HTTP/1.1\nContent-Length: 0\n\n"...))
+		data, _ = json.Marshal(map[string]string{"originalUrl": string(appendLatin1(nil, target))})
+		if legacy, err2 := decodeLegacy("ci", data); (err == nil) != (err2 == nil) || err == nil && (legacy.Path != w.Path || legacy.Query != w.Query) {
+			t.Fatalf("%q is %+v, %v in one form and %+v, %v in the other", target, w, err, legacy, err2)
+		}
 		if err != nil {
 			return
 		}
@@ -367,7 +376,7 @@ func FuzzTargetURL(f *testing.F) {
 			if sent != want {
 				t.Fatalf("%q: request target %q, want %q", target, line[1], want)
 			}
-			if path, _ := splitTarget(sent); !confined(c.base, strings.TrimPrefix(path, c.base)) {
+			if path, _, _ := strings.Cut(sent, "?"); !confined(c.base, strings.TrimPrefix(path, c.base)) || !below(path, c.base+"/webhooks/ci") {
 				t.Fatalf("%q: %q leaves %q", target, sent, c.base)
 			}
 		}
@@ -602,7 +611,7 @@ func (w *world) serveSource(rw http.ResponseWriter, r *http.Request) {
 		other(rw, r)
 		return
 	}
-	if r.RequestURI != w.options.Source.RequestURI() || r.Header.Get("Accept") != "text/event-stream" || r.Header.Get("X-Relay-Features") != "respond, drain" || r.Header["Last-Event-Id"] != nil {
+	if r.RequestURI != w.options.Source.RequestURI() || r.Header.Get("Accept") != "text/event-stream" || r.Header.Get("X-Relay-Features") != "http, respond, drain" || r.Header["Last-Event-Id"] != nil {
 		w.t.Errorf("subscribes to %s with %q", r.URL, r.Header)
 	}
 	conn, _, err := http.NewResponseController(rw).Hijack()
@@ -706,23 +715,55 @@ func (w *world) answer() (Answer, said) {
 	w.until("a report", func() bool { return len(w.reported()) > 0 })
 	time.Sleep(time.Minute)
 	list := w.reported()
-	a, err := decodeAnswer([]byte(list[0].body))
-	if err != nil || len(list) != 1 {
-		w.t.Errorf("reports %+v: %v", list, err)
+	told := readReports(w.t, list[0].body)
+	if len(list) != 1 || len(told) != 1 {
+		w.t.Fatalf("reports %+v", list)
 	}
-	return a, list[0]
+	return told[0].Answer, list[0]
+}
+
+// told is one report.
+type told struct {
+	id string
+	Answer
+}
+
+// readReports reads the reports of one request with net/http alone.
+func readReports(t testing.TB, body string) (list []told) {
+	t.Helper()
+	for r := bufio.NewReader(strings.NewReader(body)); ; {
+		if _, err := r.Peek(1); err != nil {
+			return list
+		}
+		resp, err := http.ReadResponse(r, nil)
+		if err != nil {
+			t.Fatalf("report %.200q: %v", body, err)
+		}
+		a := Answer{Status: resp.StatusCode, Headers: endToEnd(resp.Header), Err: resp.Header.Get("X-Relay-Error")}
+		if a.Err != "" {
+			a.Status = 0 // nobody said that
+		}
+		if a.Body, err = io.ReadAll(resp.Body); err != nil {
+			t.Fatal(err)
+		}
+		list = append(list, told{resp.Header.Get("X-Relay-Event-Id"), a})
+	}
 }
 
 // hook is the frame of an event that nobody waits for, asking that of one
 // whose sender waits so long.
-func hook(id string) string { return string(eventOf("ci", bodyHook(id, 0)).frame) }
+func hook(id string) string { return frameOf(eventOf("ci", bodyHook(id, 0))) }
 
 func asking(id string, timeout time.Duration) string {
-	return string(eventOf("ci", bodyHook(id, timeout)).frame)
+	return frameOf(eventOf("ci", bodyHook(id, timeout)))
 }
 
 func bodyHook(id string, timeout time.Duration) *Webhook {
-	return &Webhook{ID: id, Method: "POST", Path: "/webhooks/ci/x", Query: "?a=1", Body: []byte("body of " + id), Time: wireTime, Respond: timeout > 0, Timeout: timeout}
+	mode := modeAccept
+	if timeout > 0 {
+		mode = modeResponse
+	}
+	return &Webhook{ID: id, Method: "POST", Path: "/webhooks/ci/x", Query: "?a=1", Body: []byte("body of " + id), Time: time.Now(), Mode: mode, Timeout: timeout}
 }
 
 // at fails unless d is within 50 milliseconds of want: what memory and pipes
@@ -824,7 +865,7 @@ func TestWatchdogWhileFull(t *testing.T) {
 						f.send(part)
 					}
 					for n := 4; n < 50; n++ { // a pipe holds nothing: this waits
-						if f.send(hook(strconv.Itoa(n)), string(heartbeatEvent.frame)) != nil {
+						if f.send(hook(strconv.Itoa(n)), frameOf(heartbeatEvent)) != nil {
 							return
 						}
 					}
@@ -994,7 +1035,7 @@ func TestClientDrain(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
 		w.startAll()
 		first := w.ready()
-		drain := string(drainEvent.frame)
+		drain := frameOf(drainEvent)
 		time.Sleep(5 * time.Second)
 		first.send(drain)
 		second := w.next()
@@ -1040,10 +1081,10 @@ func TestDrainWithoutSuccessor(t *testing.T) {
 		w.startAll()
 		first := w.ready()
 		w.subscribe(func(rw http.ResponseWriter, _ *http.Request) { rw.WriteHeader(503) })
-		first.send(string(drainEvent.frame))
+		first.send(frameOf(drainEvent))
 		for n := range 60 {
 			time.Sleep(5 * time.Second)
-			if err := first.send(string(heartbeatEvent.frame), hook(strconv.Itoa(n))); err != nil {
+			if err := first.send(frameOf(heartbeatEvent), hook(strconv.Itoa(n))); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -1081,7 +1122,7 @@ func TestDrainWhileFull(t *testing.T) {
 		first := w.ready()
 		first.send(hook("1"))
 		synctest.Wait()
-		first.send(string(drainEvent.frame))
+		first.send(frameOf(drainEvent))
 		go func() {
 			first.send(hook("2"))
 			<-release
@@ -1109,7 +1150,7 @@ func TestDrainAtOnce(t *testing.T) {
 			for range 200 { // an end, or a bubble's clock would stand still for ever
 				select {
 				case f := <-w.feeds:
-					f.send(readyFrame(5*time.Second), string(drainEvent.frame))
+					f.send(readyFrame(5*time.Second), frameOf(drainEvent))
 				case <-w.finished:
 					return
 				}
@@ -1131,7 +1172,7 @@ func TestDrainInOrder(t *testing.T) {
 		w.startAll()
 		first := w.ready()
 		first.send(hook("1"))
-		first.send(string(drainEvent.frame), hook("2"))
+		first.send(frameOf(drainEvent), hook("2"))
 		go func() { // the backlog of a client that is full
 			first.send(hook("3"))
 			first.send(hook("4"))
@@ -1156,7 +1197,7 @@ func TestStreamsLeftAreFew(t *testing.T) {
 			f := w.next()
 			open.Add(1)
 			go func() {
-				f.send(readyFrame(5*time.Second), string(drainEvent.frame))
+				f.send(readyFrame(5*time.Second), frameOf(drainEvent))
 				for f.send(":\n") == nil {
 					time.Sleep(lingerQuiet / 2)
 				}
@@ -1176,7 +1217,7 @@ func TestSuccessorDies(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
 		w.startAll()
 		first := w.ready()
-		first.send(string(drainEvent.frame))
+		first.send(frameOf(drainEvent))
 		second := w.ready()
 		go func() { // always something to read
 			for first.send(":\n") == nil {
@@ -1381,7 +1422,7 @@ func (w *world) heartbeats(f *outlet) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var done sync.WaitGroup
 	done.Go(func() {
-		for ctx.Err() == nil && f.send(string(heartbeatEvent.frame)) == nil {
+		for ctx.Err() == nil && f.send(frameOf(heartbeatEvent)) == nil {
 			select {
 			case <-time.After(5 * time.Second):
 			case <-ctx.Done():
@@ -1535,7 +1576,7 @@ func TestDuplicates(t *testing.T) {
 		f.send(hook("a"), asking("b", 30*time.Second))
 		synctest.Wait()
 		reports := w.reported()
-		if len(w.ids()) != 2 || len(reports) != 2 || reports[0].body != reports[1].body || reports[1].uri != "/subscribe/ci/responses/b" {
+		if len(w.ids()) != 2 || len(reports) != 2 || reports[0].body != reports[1].body || reports[1].uri != "/subscribe/ci/responses" || readReports(t, reports[1].body)[0].id != "b" {
 			t.Errorf("forwarded %q, reports %+v", w.ids(), reports)
 		}
 		// A legacy server's events have no id: two alike are two webhooks.
@@ -1562,13 +1603,13 @@ func TestClientReports(t *testing.T) {
 		counted int64
 	}{
 		{"taken", status(204), nil, 1, 1},
-		{"nobody waits", status(404), nil, 1, 0},
-		{"wrong token", status(401), nil, 1, 0},
-		{"not allowed", status(403), nil, 1, 0},
+		{"no such page, for a while", status(404, 404, 204), nil, 3, 1},
+		{"wrong token", status(401), nil, 0, 0},
+		{"not allowed", status(403), nil, 0, 0},
 		{"refused", status(400), nil, 1, 0},
 		{"passing failures", status(503, 502, 500, 504, 429, 204), nil, 6, 1},
 		{"failing to the end", status(503), nil, 0, 0},
-		{"gone after a failure", status(503, 404), nil, 2, 0},
+		{"refused after a failure", status(503, 400), nil, 2, 0},
 		{"connection refused", status(204), func(w *world) {
 			w.source.refuse(true)
 			time.AfterFunc(10*time.Second, func() { w.source.refuse(false) })
@@ -1592,7 +1633,7 @@ func TestClientReports(t *testing.T) {
 					t.Fatalf("%d reports, %d counted, want %d and %d", n, w.Reports.Load(), tc.reports, tc.counted)
 				}
 				for _, r := range reports {
-					if r.uri != "/subscribe/ci/responses/id-1" || r.body != reports[0].body || r.at.Sub(sent) > 30*time.Second {
+					if r.uri != "/subscribe/ci/responses" || r.body != reports[0].body || r.at.Sub(sent) > 30*time.Second {
 						t.Errorf("report %+v after %v", r, r.at.Sub(sent))
 					}
 				}
@@ -1664,32 +1705,35 @@ func TestTargetConnectionReuse(t *testing.T) {
 
 // TestAnswers is what of a target's answer a provider may see.
 func TestAnswers(t *testing.T) {
+	const of, empty = "X-Relay-Event-Id: 1\r\n\r\n", "X-Relay-Event-Id: 1\r\nContent-Length: 0\r\n\r\n"
 	large := strings.Repeat("a", answerLimit+1)
 	for _, tc := range []struct {
 		name   string
-		brief  bool
+		brief  bool   // the sender waits for the status alone
 		answer string // raw
 		want   string // the report
 	}{
-		{"response", false, "HTTP/1.1 201 Created\r\nContent-Type: text/plain\r\nX-Dup: 1\r\nX-Dup: 2\r\nConnection: X-Hop\r\nX-Hop: 1\r\nKeep-Alive: x\r\nX-Relay-Client: x\r\nContent-Length: 5\r\n\r\nhi\r\n\xc3", `{"status":201,"headers":{"content-type":"text/plain","x-dup":["1","2"]},"bodyBase64":"aGkNCsM="}`},
-		{"status", true, "HTTP/1.1 201 Created\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nhi", `{"status":201}`},
-		{"chunked", false, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n", `{"status":200,"headers":{},"body":"hi"}`},
-		{"without a length", false, "HTTP/1.0 200 OK\r\n\r\nhi", `{"status":200,"headers":{},"body":"hi"}`},
-		{"empty", false, "HTTP/1.1 204 No Content\r\n\r\n", `{"status":204,"headers":{},"body":""}`},
-		{"a failure too", false, "HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\nno", `{"status":404,"headers":{},"body":"no"}`},
-		{"compressed stays compressed", false, "HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\nabcd", `{"status":200,"headers":{"content-encoding":"gzip"},"body":"abcd"}`},
-		{"as large as may be", false, "HTTP/1.1 200 OK\r\nContent-Length: " + strconv.Itoa(answerLimit) + "\r\n\r\n" + large[1:], `{"status":200,"headers":{},"body":"` + large[1:] + `"}`},
-		{"too large", false, "HTTP/1.1 200 OK\r\nX-A: b\r\nContent-Length: " + strconv.Itoa(answerLimit+1) + "\r\n\r\n" + large, `{"status":200,"headers":{"x-a":"b"},"body":""}`},
-		{"too large and nobody reads it", true, "HTTP/1.1 200 OK\r\nContent-Length: " + strconv.Itoa(answerLimit+1) + "\r\n\r\n" + large, `{"status":200}`},
-		{"names that are no tokens", false, "HTTP/1.1 200 OK\r\nX-A : b\r\nContent-Length: 2\r\n\r\nhi", `{"status":200,"headers":{},"body":"hi"}`},
+		{"response", false, "HTTP/1.1 201 Created\r\nContent-Type: text/plain\r\nX-Dup: 1\r\nX-Dup: 2\r\nConnection: X-Hop\r\nX-Hop: 1\r\nKeep-Alive: x\r\nX-Relay-Client: x\r\nContent-Length: 5\r\n\r\nhi\r\n\xc3", "HTTP/1.1 201 Created\r\nContent-Length: 5\r\nContent-Type: text/plain\r\nX-Dup: 1\r\nX-Dup: 2\r\n" + of + "hi\r\n\xc3"},
+		{"status", true, "HTTP/1.1 201 Created\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nhi", "HTTP/1.1 201 Created\r\n" + empty},
+		{"chunked", false, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n" + of + "hi"},
+		{"without a length", false, "HTTP/1.0 200 OK\r\n\r\nhi", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n" + of + "hi"},
+		{"empty", false, "HTTP/1.1 204 No Content\r\n\r\n", "HTTP/1.1 204 No Content\r\n" + of},
+		{"a failure too", false, "HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\nno", "HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n" + of + "no"},
+		{"compressed stays compressed", false, "HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\nabcd", "HTTP/1.1 200 OK\r\nContent-Length: 4\r\nContent-Encoding: gzip\r\n" + of + "abcd"},
+		{"as large as may be", false, "HTTP/1.1 200 OK\r\nContent-Length: " + strconv.Itoa(answerLimit) + "\r\n\r\n" + large[1:], "HTTP/1.1 200 OK\r\nContent-Length: " + strconv.Itoa(answerLimit) + "\r\n" + of + large[1:]},
+		{"too large", false, "HTTP/1.1 200 OK\r\nX-A: b\r\nContent-Length: " + strconv.Itoa(answerLimit+1) + "\r\n\r\n" + large, "HTTP/1.1 200 OK\r\nX-A: b\r\n" + empty},
+		{"too large and nobody reads it", true, "HTTP/1.1 200 OK\r\nContent-Length: " + strconv.Itoa(answerLimit+1) + "\r\n\r\n" + large, "HTTP/1.1 200 OK\r\n" + empty},
+		{"names that are no tokens", false, "HTTP/1.1 200 OK\r\nX-A : b\r\nContent-Length: 2\r\n\r\nhi", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n" + of + "hi"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			inWorld(t, func(t *testing.T, w *world) {
 				w.serveRaw(func(conn net.Conn, _ recorded) { io.WriteString(conn, tc.answer) })
 				w.start()
 				hook := bodyHook("1", 9*time.Second)
-				hook.Brief = tc.brief
-				w.ready().send(string(eventOf("ci", hook).frame))
+				if tc.brief {
+					hook.Mode = modeStatus
+				}
+				w.ready().send(frameOf(eventOf("ci", hook)))
 				_, report := w.answer()
 				if report.body != tc.want {
 					t.Errorf("reported %.200q, want %.200q", report.body, tc.want)
@@ -1811,11 +1855,11 @@ func TestRedirected(t *testing.T) {
 // TestReportURL: a report goes below the stream's own URL, whatever that is.
 func TestReportURL(t *testing.T) {
 	for source, want := range map[string]string{
-		"http://source/subscribe/ci/":              "/subscribe/ci/responses/id-1",
-		"http://source/subscribe/ci":               "/subscribe/ci/responses/id-1",
-		"http://source/prefix/subscribe/ci/":       "/prefix/subscribe/ci/responses/id-1",
-		"http://source/subscribe/ci/?tenant=a%2Fb": "/subscribe/ci/responses/id-1?tenant=a%2Fb",
-		"http://source/a%2Fb/subscribe/ci/":        "/a%2Fb/subscribe/ci/responses/id-1",
+		"http://source/subscribe/ci/":              "/subscribe/ci/responses",
+		"http://source/subscribe/ci":               "/subscribe/ci/responses",
+		"http://source/prefix/subscribe/ci/":       "/prefix/subscribe/ci/responses",
+		"http://source/subscribe/ci/?tenant=a%2Fb": "/subscribe/ci/responses?tenant=a%2Fb",
+		"http://source/a%2Fb/subscribe/ci/":        "/a%2Fb/subscribe/ci/responses",
 	} {
 		t.Run(source, func(t *testing.T) {
 			inWorld(t, func(t *testing.T, w *world) {
@@ -1917,8 +1961,11 @@ func TestHostileTarget(t *testing.T) {
 				runtime.ReadMemStats(&before)
 				sent := time.Now()
 				hostile := bodyHook("1", 9*time.Second)
-				hostile.Brief = strings.HasSuffix(tc.name, unread)
-				f.send(string(eventOf("ci", hostile).frame))
+				brief := strings.HasSuffix(tc.name, unread)
+				if brief {
+					hostile.Mode = modeStatus
+				}
+				f.send(frameOf(eventOf("ci", hostile)))
 				synctest.Wait()
 				w.heartbeats(f)
 				a, report := w.answer()
@@ -1929,7 +1976,7 @@ func TestHostileTarget(t *testing.T) {
 				if n := len(w.ids()); tc.heard && n > redirectLimit+1 {
 					t.Errorf("the target was called %d times", n)
 				}
-				if d := report.at.Sub(sent); d > 9*time.Second || hostile.Brief && d > time.Second {
+				if d := report.at.Sub(sent); d > 9*time.Second || brief && d > time.Second {
 					t.Errorf("reported after %v", d)
 				}
 				if mib := (after.TotalAlloc - before.TotalAlloc) >> 20; mib > 32 {
@@ -1953,6 +2000,10 @@ func TestHostileTarget(t *testing.T) {
 // the next good event is forwarded.
 func TestHostileStream(t *testing.T) {
 	many := strings.Repeat("data:x\n\n", 4096)
+	message := func(line, fields string) string {
+		return "data: " + strings.ReplaceAll(line+" HTTP/1.1\n"+fields+"Content-Length: 0\n\n", "\n", "\ndata: ") + "\n\n"
+	}
+	sent := func(line, fields string) string { return "id: 1\nevent: webhook\n" + message(line, fields) }
 	for _, tc := range []struct {
 		name    string
 		piece   string
@@ -1966,10 +2017,15 @@ func TestHostileStream(t *testing.T) {
 		{"empty lines", strings.Repeat("\n", 64<<10), 16, 0},
 		{"comments", strings.Repeat(":\r", 64<<10), 8, 0},
 		{"bad JSON", "data: {\n\ndata: null\n\ndata: []\n\ndata: {\"originalUrl\":5}\n\n", 1, 4},
+		{"no HTTP", "event: webhook\ndata: {}\n\nevent: webhook\ndata\n\nevent: webhook\ndata\ndata\ndata\n\n", 1, 3},
+		{"large heads", "event: webhook\ndata: " + strings.Repeat("a", 1<<20) + "\n\n", 32, 32},
+		{"large heads of fields", "id: 1\nevent: webhook\n" + message("POST /webhooks/ci/x", strings.Repeat("A: b\n", 200_000)), 8, 8},
 		{"huge retry", "retry: 999999999999999999999\nretry: 0\n\n", 1, 0},
-		{"outside the base", `data: {"originalUrl":"/../x"}` + "\n\n" + `data: {"originalUrl":"/%2e%2e/x"}` + "\n\n" + `data: {"originalUrl":"@evil/x"}` + "\n\n" + `data: {"originalUrl":"/x\\y"}` + "\n\n", 1, 4},
-		{"split requests", `data: {"originalUrl":"/x HTTP/1.1\r\nA: b"}` + "\n\n" + `data: {"originalUrl":"/x","method":"A B"}` + "\n\n" + `data: {"originalUrl":"/x","headers":{"a":"b\r\nc: d"}}` + "\n\n" + `data: {"originalUrl":"/x","headers":{"a\r\nb":"c"}}` + "\n\n", 1, 4},
-		{"ids for paths", `data: {"originalUrl":"/x","id":"../../other","respond":true,"timeout":9000}` + "\n\n", 1, 1},
+		{"outside the base", `data: {"originalUrl":"/webhooks/ci/../x"}` + "\n\n" + `data: {"originalUrl":"/webhooks/ci/%2e%2e/x"}` + "\n\n" + `data: {"originalUrl":"@evil/x"}` + "\n\n" + `data: {"originalUrl":"/webhooks/ci/x\\y"}` + "\n\n", 1, 4},
+		{"outside the base, as HTTP", sent("POST /webhooks/ci/../x", "") + sent("POST /webhooks/ci/%2e%2e/x", "") + sent("POST @evil/x", "") + sent(`POST /webhooks/ci/x\y`, ""), 1, 4},
+		{"split requests", `data: {"originalUrl":"/webhooks/ci/x HTTP/1.1\r\nA: b"}` + "\n\n" + `data: {"originalUrl":"/webhooks/ci/x","headers":{"a":"b\r\nc: d"}}` + "\n\n" + `data: {"originalUrl":"/webhooks/ci/x","headers":{"a\r\nb":"c"}}` + "\n\n", 1, 3},
+		{"split requests, as HTTP", sent("POST /webhooks/ci/x HTTP/1.1\x00", "") + sent("A B /webhooks/ci/x", "") + sent("POST /webhooks/ci/x", "A: b\x00\n") + sent("POST /webhooks/ci/x", "A\x00: b\n"), 1, 4},
+		{"ids for paths", "id: ../../other\nevent: webhook\n" + message("POST /webhooks/ci/x", "X-Relay-Respond: status; timeout=9000\n") + "id\n\n", 1, 1},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			inWorld(t, func(t *testing.T, w *world) {
@@ -2168,7 +2224,7 @@ func TestAlive(t *testing.T) {
 // Benchmarks.
 
 // pushStream is n push events as they come over the network, in bursts.
-func pushStream(n int) []byte { return bytes.Repeat(eventOf("github", pushHook()).frame, n) }
+func pushStream(n int) []byte { return bytes.Repeat(block(eventOf("github", pushHook()).chunk), n) }
 
 // lines is the least that a reader of events must do: find the lines.
 func lines(data []byte, each func(line []byte)) {
@@ -2212,7 +2268,7 @@ func BenchmarkReceive(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
-			if _, err := decodeWebhook(m.data); err != nil {
+			if _, err := decodeWebhook("github", m.id, m.data); err != nil {
 				b.Fatal(err)
 			}
 		}

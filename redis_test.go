@@ -289,8 +289,8 @@ func subscribeAt(ctx context.Context, p *program, channel string, headers ...str
 				}
 			case "heartbeat":
 				f.heartbeats.Add(1)
-			case "message":
-				if w, err := decodeWebhook(m.data); err == nil {
+			case "message", "webhook":
+				if w, err := decodeOwn(m.name, m.id, m.data); err == nil {
 					f.webhooks <- w
 				}
 			}
@@ -1712,7 +1712,7 @@ func TestTargetsOverReplicas(t *testing.T) {
 // TestHeldBytesOverReplicas fills one replica's budget with requests whose client
 // is at the other: what comes then is refused at once, until senders hang up.
 func TestHeldBytesOverReplicas(t *testing.T) {
-	a, b := startReplicas(t, startRedis(t), "RESPONSE_MODE=status", "SERVER_HELD_BUFFER=64kb")
+	a, b := startReplicas(t, startRedis(t), "RESPONSE_MODE=status", "SERVER_HELD_BUFFER=400kb")
 	g := newGate(t, createdAnswer)
 	startClient(t, a.addr, "many", g.url)
 	ctx, hangUp := context.WithCancel(t.Context())
@@ -1723,7 +1723,7 @@ func TestHeldBytesOverReplicas(t *testing.T) {
 	}
 	awaitHeld(t, b, len(gone))
 	eventually(t, "the target has them", func() bool { return len(g.got) == len(gone) })
-	if n := metricOf(t, b, "relay_held_bytes"); n < len(gone)*2500 || n > 64<<10 {
+	if n := metricOf(t, b, "relay_held_bytes"); n < len(gone)*(requestCost+2500) || n > 400<<10 {
 		t.Errorf("%d bytes are held", n)
 	}
 	large := strings.Repeat("x", 15000)
@@ -1757,24 +1757,27 @@ func TestHeldBytesOverReplicas(t *testing.T) {
 // hold it.
 func TestReportsOverReplicas(t *testing.T) {
 	a, b := startReplicas(t, startRedis(t), "RESPONSE_MODE=response", "AUTH_TOKENS_FILE="+tokensFile(t, "ci secret\nother else\n"))
-	f := openFeed(t, a, "ci", "X-Relay-Features", "respond", "X-Auth-Token", "secret")
+	f := openFeed(t, a, "ci", "X-Relay-Features", "http, respond", "X-Auth-Token", "secret")
 	told := postHeld(t, b, "ci", "x")
 	id := f.next(t).ID
 	report := func(p *program, channel, id, token, body string) int {
 		t.Helper()
-		status, _, _ := send(t, "POST", "http://"+p.addr+"/subscribe/"+channel+"/responses/"+id,
-			`{"status":202,"headers":{},"body":"`+body+`"}`, "X-Auth-Token", token)
+		status, _, _ := send(t, "POST", "http://"+p.addr+"/subscribe/"+channel+"/responses",
+			reportOf(id, Answer{Status: 202, Body: []byte(body)}), "X-Auth-Token", token)
 		return status
 	}
 	for _, tt := range []struct {
 		what, channel, id, token string
 		status                   int
 	}{
-		{"wrong id", "ci", replicaOf(id) + "-WRONG", "secret", 404},
-		{"unknown replica", "ci", "NOBODY-" + id, "secret", 404},
-		{"the name for everybody", "ci", "all-" + id, "secret", 404},
-		{"no replica in it at all", "ci", "x", "secret", 404},
-		{"wrong channel", "other", id, "else", 404},
+		{"wrong id", "ci", replicaOf(id) + "-WRONG", "secret", 400},
+		{"another event", "ci", newID(replicaOf(id)), "secret", 204},
+		{"unknown replica", "ci", newID(newReplica()), "secret", 204},
+		{"more than a replica", "ci", "NOBODY-" + id, "secret", 400},
+		{"the name for everybody", "ci", "all-" + id, "secret", 400},
+		{"the name for everybody, in the place of a replica", "ci", "all" + id[strings.IndexByte(id, '-'):], "secret", 400},
+		{"no replica in it at all", "ci", "x", "secret", 400},
+		{"wrong channel", "other", id, "else", 204},
 		{"wrong token", "ci", id, "else", 401},
 		{"no token", "ci", id, "", 401},
 	} {
@@ -1796,8 +1799,8 @@ func TestReportsOverReplicas(t *testing.T) {
 		t.Errorf("sender got %+v", o)
 	}
 	for i, p := range []*program{a, b} {
-		if status := report(p, "ci", id, "secret", "late"); status != 404 {
-			t.Errorf("report to replica %d when nobody waits any more: status %d, want 404", i, status)
+		if status := report(p, "ci", id, "secret", "late"); status != 204 {
+			t.Errorf("report to replica %d when nobody waits any more: status %d, want 204", i, status)
 		}
 	}
 }
@@ -2133,7 +2136,7 @@ func TestUnreadIsDelivered(t *testing.T) {
 // the small ones do not wait with it.
 func TestLargeEventsGoOneByOne(t *testing.T) {
 	r := startRedis(t)
-	bus, hub := startBus(t, r.addr, "ONE")
+	bus, hub := startBus(t, r.addr, testReplica)
 	s := joinLive(t, hub, "ci")
 	large, small := busEvent("ci", largeEvent), busEvent("ci", 100)
 	bus.large <- struct{}{} // one is on its way
@@ -2158,7 +2161,7 @@ func TestLargeEventsGoOneByOne(t *testing.T) {
 func TestFailedSessionIsNotLive(t *testing.T) {
 	r := startRedis(t)
 	way := newLink(t, r.addr)
-	bus, hub := startBus(t, way.addr(), "ONE")
+	bus, hub := startBus(t, way.addr(), testReplica)
 	way.route("")
 	eventually(t, "the bus is down", func() bool { return bus.Check(context.Background()) != nil })
 	bus.known.Store(2) // it will wait for another one
@@ -2182,7 +2185,7 @@ func TestFailedSessionIsNotLive(t *testing.T) {
 func TestConfirmationIsTheLast(t *testing.T) {
 	r := startRedis(t)
 	way := newLink(t, r.addr)
-	bus, hub := startBus(t, way.addr(), "ONE")
+	bus, hub := startBus(t, way.addr(), testReplica)
 	inFlight := func() int {
 		s := bus.session.Load()
 		s.mu.Lock()
@@ -2238,7 +2241,7 @@ func TestSignalsAreNotLost(t *testing.T) {
 // while Redis is down.
 func TestNothingGrowsWithoutRedis(t *testing.T) {
 	r := startRedis(t)
-	bus, hub := startBus(t, r.addr, "ONE")
+	bus, hub := startBus(t, r.addr, testReplica)
 	r.stop()
 	eventually(t, "the bus is down", func() bool { return bus.Check(context.Background()) != nil })
 	for i := range 10000 {
@@ -2261,7 +2264,7 @@ func TestNothingGrowsWithoutRedis(t *testing.T) {
 func TestIdleConnectionsStay(t *testing.T) {
 	t.Parallel() // it waits for Redis to lose patience
 	r := startRedis(t, "--timeout", "2")
-	bus, hub := startBus(t, r.addr, "ONE")
+	bus, hub := startBus(t, r.addr, testReplica)
 	joinLive(t, hub, "idle")
 	idle, err := net.Dial("tcp", r.addr)
 	if err != nil {
@@ -2314,7 +2317,7 @@ func TestConnectionIsReplaced(t *testing.T) {
 // that leaves connections open.
 func TestDemotedRedis(t *testing.T) {
 	r, other := startRedis(t), startRedis(t)
-	bus, hub := startBus(t, r.addr, "ONE")
+	bus, hub := startBus(t, r.addr, testReplica)
 	s := joinLive(t, hub, "demoted")
 	host, port, _ := net.SplitHostPort(other.addr)
 	r.cli("REPLICAOF", host, port)
@@ -2367,9 +2370,9 @@ func TestManyHeldAtOnce(t *testing.T) {
 	r := startRedis(t)
 	hub := &Hub{Limits: Limits{Subscribers: 2, PerAddress: 2, Buffer: 1 << 30}}
 	log := slog.New(slog.DiscardHandler)
-	bus := NewRedisBus(busOptions(r.addr), "ONE", hub, log)
+	bus := NewRedisBus(busOptions(r.addr), testReplica, hub, log)
 	server, err := NewServer(ServerOptions{
-		Replica: "ONE", MaxPayload: 1 << 20, HeldBuffer: 256 << 20, HandlerTimeout: time.Second,
+		Replica: testReplica, MaxPayload: 1 << 20, HeldBuffer: 256 << 20, HandlerTimeout: time.Second,
 		Modes: byChannel[string]{Default: modeStatus}, Timeouts: byChannel[time.Duration]{Default: time.Minute},
 	}, hub, bus, log)
 	if err != nil {
@@ -2400,7 +2403,7 @@ func TestManyHeldAtOnce(t *testing.T) {
 	s.Write = func() {
 		for batch := s.Take(nil); len(batch) > 0; batch = s.Take(batch) {
 			for _, e := range batch {
-				server.answer(Signal{Kind: signalAnswer, Event: e.ID, Channel: "ci", Client: "C"}, Answer{Status: 204})
+				server.answer(e.ID, "ci", "C", Answer{Status: 204})
 			}
 		}
 	}
