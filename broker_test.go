@@ -44,10 +44,19 @@ func onlyMessage(t testing.TB, frame []byte) message {
 	return m
 }
 
+// decodeOwn is decodeWebhook by a client of the very channel of the event.
+func decodeOwn(data []byte) (*Webhook, error) {
+	var m struct{ OriginalURL string }
+	json.Unmarshal(data, &m) // decodeWebhook says what is wrong with it
+	target, _ := latin1(m.OriginalURL)
+	parsed, _ := parseTarget(target)
+	return decodeWebhook(parsed.Channel, data)
+}
+
 // opened is the webhook in a frame.
 func opened(t testing.TB, frame []byte) *Webhook {
 	t.Helper()
-	w, err := decodeWebhook(onlyMessage(t, frame).data)
+	w, err := decodeOwn(onlyMessage(t, frame).data)
 	if err != nil {
 		t.Fatalf("decode %q: %v", frame, err)
 	}
@@ -159,12 +168,14 @@ func FuzzWebhook(f *testing.F) {
 	f.Add("POST", "/webhooks/ci", "", bytes.Repeat([]byte{1}, 17<<10), false, false, int64(0)) // too long in JSON
 	f.Fuzz(func(t *testing.T, method, target, lines string, body []byte, respond, brief bool, ms int64) {
 		w := &Webhook{
-			ID: newID("replica"), Method: method, Headers: endToEnd(headersOf(lines)), Body: body, Time: wireTime,
+			ID: newID(testReplica), Method: method, Headers: endToEnd(headersOf(lines)), Body: body, Time: wireTime,
 			Respond: respond, Brief: brief, Timeout: time.Duration(ms),
 		}
-		if w.Path, w.Query = splitTarget(target); !strings.HasPrefix(w.Path, "/") || method == "" {
+		parsed, err := parseTarget(target)
+		if err != nil || method == "" {
 			t.Skip("no server takes such a request")
 		}
+		w.Path, w.Query = parsed.Path, parsed.Query
 		empty := *w
 		empty.Body = nil
 		size, text := w.wireSize()
@@ -198,8 +209,8 @@ func FuzzWebhook(f *testing.F) {
 		if _, err := openEvent("i", e.wire); err == nil {
 			t.Fatal("an event of another channel is taken")
 		}
-		if w.check() != nil {
-			if got, err := decodeWebhook(m.data); err == nil {
+		if parsed.webhook() != nil || w.check() != nil {
+			if got, err := decodeOwn(m.data); err == nil {
 				t.Fatalf("decoded %+v, which could not be sent on", got)
 			}
 			return
@@ -383,25 +394,48 @@ func FuzzCheckPath(f *testing.F) {
 	})
 }
 
-func TestSplitTarget(t *testing.T) {
-	for _, tc := range []struct{ target, path, query string }{
-		{"/a", "/a", ""},
-		{"/a?", "/a", "?"},
-		{"/a?b?c", "/a", "?b?c"},
-		{"//a//?//", "//a//", "?//"},
-		{"/a?u=http://h/x", "/a", "?u=http://h/x"},
-		{"/http://h/x", "/http://h/x", ""},
-		{"http://h/x?y", "/x", "?y"},
-		{"HTTPS://user@h:1/x%2Fy?", "/x%2Fy", "?"},
-		{"http://h//x", "//x", ""},
-		{"http://h", "", ""},
-		{"http://h?x=/y", "", "?x=/y"},
-		{"*", "", ""},
-		{"", "", ""},
-		{"h:443", "", ""},
+// TestParseTarget: one reading, byte for byte, of the two forms that are
+// requests to us; everything else is an error.
+func TestParseTarget(t *testing.T) {
+	for _, tc := range []struct{ target, path, query, kind, channel, tail string }{
+		{"/", "/", "", "", "", ""},
+		{"/a", "/a", "", "a", "", ""},
+		{"/a?", "/a", "?", "a", "", ""},
+		{"/a?b?c", "/a", "?b?c", "a", "", ""},
+		{"/?/webhooks/ci", "/", "?/webhooks/ci", "", "", ""},
+		{"/webhooks", "/webhooks", "", "webhooks", "", ""},
+		{"/webhooks/", "/webhooks/", "", "webhooks", "", ""},
+		{"/webhooks/ci", "/webhooks/ci", "", "webhooks", "ci", ""},
+		{"/webhooks/ci/", "/webhooks/ci/", "", "webhooks", "ci", "/"},
+		{"/webhooks/ci?/x", "/webhooks/ci", "?/x", "webhooks", "ci", ""},
+		{"/webhooks/ci//a%2Fb?c/d", "/webhooks/ci//a%2Fb", "?c/d", "webhooks", "ci", "//a%2Fb"},
+		{"/webhooks//ci", "/webhooks//ci", "", "webhooks", "", "/ci"},
+		{"//a//?//", "//a//", "?//", "", "a", "//"},
+		{"//webhooks/ci", "//webhooks/ci", "", "", "webhooks", "/ci"},
+		{"/webhooks%2Fci/x", "/webhooks%2Fci/x", "", "webhooks%2Fci", "x", ""},
+		{"/webhooks/c%69/x", "/webhooks/c%69/x", "", "webhooks", "c%69", "/x"},
+		{"/webhooks/ci#/x", "/webhooks/ci#/x", "", "webhooks", "ci#", "/x"},
+		{"/a?u=http://h/x", "/a", "?u=http://h/x", "a", "", ""},
+		{"/http://h/x", "/http://h/x", "", "http:", "", "/h/x"},
+		{"http://h/x?y", "/x", "?y", "x", "", ""},
+		{"HTTPS://user@h:1/webhooks/x%2Fy?", "/webhooks/x%2Fy", "?", "webhooks", "x%2Fy", ""},
+		{"http://h//x", "//x", "", "", "x", ""},
+		{"http://[::1]:80/webhooks/ci/x?y", "/webhooks/ci/x", "?y", "webhooks", "ci", "/x"},
+		{"http://h/a://b/c", "/a://b/c", "", "a:", "", "/b/c"},
 	} {
-		if path, query := splitTarget(tc.target); path != tc.path || query != tc.query {
-			t.Errorf("splitTarget(%q) = %q, %q, want %q, %q", tc.target, path, query, tc.path, tc.query)
+		got, err := parseTarget(tc.target)
+		if want := (requestTarget{tc.path, tc.query, tc.kind, tc.channel, tc.tail}); err != nil || got != want {
+			t.Errorf("parseTarget(%q) = %+v, %v, want %+v", tc.target, got, err, want)
+		}
+	}
+	for _, target := range []string{
+		"", "*", "h", "h:443", "h/webhooks/ci", "webhooks/ci", "?/webhooks/ci", "#/webhooks/ci",
+		"http://h", "http://h?x=/y", "http://h#/x", "http:///webhooks/ci", "http://?/webhooks/ci", "http://", "://h/webhooks/ci",
+		"http:/webhooks/ci?://h/x", "http:webhooks/ci", "http:/webhooks/ci", "zz:/webhooks/ci?://h/x", "zz://h/webhooks/ci", "ftp://h/webhooks/ci",
+		"file:///webhooks/ci", "ws://h/webhooks/ci", "evil/webhooks/ci/x://h/run", " http://h/webhooks/ci", "http ://h/webhooks/ci", "http%3a//h/webhooks/ci",
+	} {
+		if got, err := parseTarget(target); err == nil {
+			t.Errorf("parseTarget(%q) = %+v", target, got)
 		}
 	}
 }
@@ -454,29 +488,29 @@ func TestDecodeWebhookHostile(t *testing.T) {
 		name, data string
 		ok         bool
 	}{
-		{"least", `{"originalUrl":"/x"}`, true},
-		{"legacy", `{"headers":{"host":"127.0.0.1:3000","set-cookie":["s1","s2"],"content-length":"13"},"originalUrl":"/webhooks/x/y?a=1","path":"/webhooks/x/y","query":{"a":"1"},"body":"{}","timestamp":1700000000000}`, true},
-		{"absolute form", `{"originalUrl":"http://evil/x?y"}`, true},
-		{"unknown members", `{"originalUrl":"/x","retry":1e99,"extra":{"a":[null]}}`, true},
-		{"nulls", `{"id":null,"method":null,"originalUrl":"/x","headers":null,"body":null,"bodyBase64":null,"query":null,"timestamp":null,"respond":null,"timeout":null,"mode":null}`, true},
-		{"framing of the first hop", `{"originalUrl":"/x","headers":{"transfer-encoding":"chunked","content-length":"99","connection":"close","upgrade":"h2c"}}`, true},
+		{"least", `{"originalUrl":"/webhooks/ci/x"}`, true},
+		{"legacy", `{"headers":{"host":"127.0.0.1:3000","set-cookie":["s1","s2"],"content-length":"13"},"originalUrl":"/webhooks/ci/y?a=1","path":"/webhooks/x/y","query":{"a":"1"},"body":"{}","timestamp":1700000000000}`, true},
+		{"absolute form", `{"originalUrl":"http://evil/webhooks/ci/x?y"}`, true},
+		{"unknown members", `{"originalUrl":"/webhooks/ci/x","retry":1e99,"extra":{"a":[null]}}`, true},
+		{"nulls", `{"id":null,"method":null,"originalUrl":"/webhooks/ci/x","headers":null,"body":null,"bodyBase64":null,"query":null,"timestamp":null,"respond":null,"timeout":null,"mode":null}`, true},
+		{"framing of the first hop", `{"originalUrl":"/webhooks/ci/x","headers":{"transfer-encoding":"chunked","content-length":"99","connection":"close","upgrade":"h2c"}}`, true},
 
 		{"nothing", ``, false},
 		{"no object", `"CANARY"`, false},
 		{"array", `["CANARY"]`, false},
 		{"null", `null`, false},
-		{"cut", `{"originalUrl":"/CANARY`, false},
-		{"two values", `{"originalUrl":"/x"} {"a":"CANARY"}`, false},
+		{"cut", `{"originalUrl":"/webhooks/ci/CANARY`, false},
+		{"two values", `{"originalUrl":"/webhooks/ci/x"} {"a":"CANARY"}`, false},
 		{"no JSON", `CANARY`, false},
-		{"method is a number", `{"originalUrl":"/CANARY","method":5}`, false},
-		{"headers is a list", `{"originalUrl":"/x","headers":["CANARY"]}`, false},
-		{"header is a number", `{"originalUrl":"/x","headers":{"x":12345}}`, false},
-		{"header is an object", `{"originalUrl":"/x","headers":{"x":{"CANARY":"CANARY"}}}`, false},
-		{"header list holds a list", `{"originalUrl":"/x","headers":{"x":["a",["CANARY"]]}}`, false},
-		{"body is an object", `{"originalUrl":"/x","body":{"CANARY":1}}`, false},
-		{"broken base64", `{"originalUrl":"/x","bodyBase64":"CANARY!"}`, false},
-		{"respond is a string", `{"originalUrl":"/x","respond":"CANARY"}`, false},
-		{"timeout is no integer", `{"originalUrl":"/x","timeout":1e99}`, false},
+		{"method is a number", `{"originalUrl":"/webhooks/ci/CANARY","method":5}`, false},
+		{"headers is a list", `{"originalUrl":"/webhooks/ci/x","headers":["CANARY"]}`, false},
+		{"header is a number", `{"originalUrl":"/webhooks/ci/x","headers":{"x":12345}}`, false},
+		{"header is an object", `{"originalUrl":"/webhooks/ci/x","headers":{"x":{"CANARY":"CANARY"}}}`, false},
+		{"header list holds a list", `{"originalUrl":"/webhooks/ci/x","headers":{"x":["a",["CANARY"]]}}`, false},
+		{"body is an object", `{"originalUrl":"/webhooks/ci/x","body":{"CANARY":1}}`, false},
+		{"broken base64", `{"originalUrl":"/webhooks/ci/x","bodyBase64":"CANARY!"}`, false},
+		{"respond is a string", `{"originalUrl":"/webhooks/ci/x","respond":"CANARY"}`, false},
+		{"timeout is no integer", `{"originalUrl":"/webhooks/ci/x","timeout":1e99}`, false},
 		{"deep", strings.Repeat(`{"a":`, 20000) + "1" + strings.Repeat("}", 20000), false},
 
 		{"no target", `{}`, false},
@@ -487,38 +521,38 @@ func TestDecodeWebhookHostile(t *testing.T) {
 		{"host and port", `{"originalUrl":"CANARY:80"}`, false},
 		{"asterisk", `{"originalUrl":"*"}`, false},
 		{"relative", `{"originalUrl":"CANARY/x"}`, false},
-		{"dot segments", `{"originalUrl":"/CANARY/../../x"}`, false},
-		{"dot segments, escaped", `{"originalUrl":"/CANARY/%2e%2E/x"}`, false},
-		{"dot segments behind an authority", `{"originalUrl":"http://evil/../CANARY"}`, false},
-		{"dot segments with parameters", `{"originalUrl":"/CANARY/..;/x"}`, false},
-		{"backslash", `{"originalUrl":"/CANARY\\..\\x"}`, false},
-		{"NUL in the path", `{"originalUrl":"/CANARY\u0000"}`, false},
-		{"NUL in the query", `{"originalUrl":"/x?CANARY\u0000"}`, false},
-		{"CRLF in the path", `{"originalUrl":"/x HTTP/1.1\r\nCANARY: 1"}`, false},
-		{"CRLF in the query", `{"originalUrl":"/x?y HTTP/1.1\r\nCANARY: 1"}`, false},
-		{"space in the path", `{"originalUrl":"/x HTTP/1.1"}`, false},
-		{"space in the query", `{"originalUrl":"/x?CANARY HTTP/1.1"}`, false},
-		{"no bytes in the path", `{"originalUrl":"/CANARY\u0100"}`, false},
-		{"a path that differs does not count", `{"path":"/x","originalUrl":"/../CANARY"}`, false},
+		{"dot segments", `{"originalUrl":"/webhooks/ci/CANARY/../../x"}`, false},
+		{"dot segments, escaped", `{"originalUrl":"/webhooks/ci/CANARY/%2e%2E/x"}`, false},
+		{"dot segments behind an authority", `{"originalUrl":"http://evil/webhooks/ci/../CANARY"}`, false},
+		{"dot segments with parameters", `{"originalUrl":"/webhooks/ci/CANARY/..;/x"}`, false},
+		{"backslash", `{"originalUrl":"/webhooks/ci/CANARY\\..\\x"}`, false},
+		{"NUL in the path", `{"originalUrl":"/webhooks/ci/CANARY\u0000"}`, false},
+		{"NUL in the query", `{"originalUrl":"/webhooks/ci/x?CANARY\u0000"}`, false},
+		{"CRLF in the path", `{"originalUrl":"/webhooks/ci/x HTTP/1.1\r\nCANARY: 1"}`, false},
+		{"CRLF in the query", `{"originalUrl":"/webhooks/ci/x?y HTTP/1.1\r\nCANARY: 1"}`, false},
+		{"space in the path", `{"originalUrl":"/webhooks/ci/x HTTP/1.1"}`, false},
+		{"space in the query", `{"originalUrl":"/webhooks/ci/x?CANARY HTTP/1.1"}`, false},
+		{"no bytes in the path", `{"originalUrl":"/webhooks/ci/CANARY\u0100"}`, false},
+		{"a path that differs does not count", `{"path":"/x","originalUrl":"/webhooks/ci/../CANARY"}`, false},
 
-		{"CRLF in the method", `{"originalUrl":"/x","method":"GET / HTTP/1.1\r\nA: b\r\n\r\n"}`, false},
-		{"space in the method", `{"originalUrl":"/x","method":"GET /"}`, false},
-		{"CRLF in a header", `{"originalUrl":"/x","headers":{"a":"CANARY\r\nb: c"}}`, false},
-		{"LF in a header list", `{"originalUrl":"/x","headers":{"a":["ok","CANARY\n"]}}`, false},
-		{"NUL in a header", `{"originalUrl":"/x","headers":{"a":"CANARY\u0000"}}`, false},
-		{"a header above latin1", `{"originalUrl":"/x","headers":{"a":"CANARY\u2028"}}`, false},
-		{"CRLF in a header name", `{"originalUrl":"/x","headers":{"a: b\r\nc":"CANARY"}}`, false},
-		{"space in a header name", `{"originalUrl":"/x","headers":{"content-length ":"CANARY"}}`, false},
-		{"colon in a header name", `{"originalUrl":"/x","headers":{":path":"CANARY"}}`, false},
-		{"empty header name", `{"originalUrl":"/x","headers":{"":"CANARY"}}`, false},
+		{"CRLF in the method", `{"originalUrl":"/webhooks/ci/x","method":"GET / HTTP/1.1\r\nA: b\r\n\r\n"}`, false},
+		{"space in the method", `{"originalUrl":"/webhooks/ci/x","method":"GET /"}`, false},
+		{"CRLF in a header", `{"originalUrl":"/webhooks/ci/x","headers":{"a":"CANARY\r\nb: c"}}`, false},
+		{"LF in a header list", `{"originalUrl":"/webhooks/ci/x","headers":{"a":["ok","CANARY\n"]}}`, false},
+		{"NUL in a header", `{"originalUrl":"/webhooks/ci/x","headers":{"a":"CANARY\u0000"}}`, false},
+		{"a header above latin1", `{"originalUrl":"/webhooks/ci/x","headers":{"a":"CANARY\u2028"}}`, false},
+		{"CRLF in a header name", `{"originalUrl":"/webhooks/ci/x","headers":{"a: b\r\nc":"CANARY"}}`, false},
+		{"space in a header name", `{"originalUrl":"/webhooks/ci/x","headers":{"content-length ":"CANARY"}}`, false},
+		{"colon in a header name", `{"originalUrl":"/webhooks/ci/x","headers":{":path":"CANARY"}}`, false},
+		{"empty header name", `{"originalUrl":"/webhooks/ci/x","headers":{"":"CANARY"}}`, false},
 
-		{"id with a slash", `{"originalUrl":"/x","id":"CANARY/../x"}`, false},
-		{"id with CRLF", `{"originalUrl":"/x","id":"CANARY\r\n"}`, false},
-		{"id too long", `{"originalUrl":"/x","id":"CANARY` + strings.Repeat("x", 128) + `"}`, false},
-		{"id is a number", `{"originalUrl":"/x","id":12345}`, false},
+		{"id with a slash", `{"originalUrl":"/webhooks/ci/x","id":"CANARY/../x"}`, false},
+		{"id with CRLF", `{"originalUrl":"/webhooks/ci/x","id":"CANARY\r\n"}`, false},
+		{"id too long", `{"originalUrl":"/webhooks/ci/x","id":"CANARY` + strings.Repeat("x", 128) + `"}`, false},
+		{"id is a number", `{"originalUrl":"/webhooks/ci/x","id":12345}`, false},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			w, err := decodeWebhook([]byte(tc.data))
+			w, err := decodeWebhook("ci", []byte(tc.data))
 			if (err == nil) != tc.ok {
 				t.Fatalf("decoded %+v, %v, want accepted %v", w, err, tc.ok)
 			}
@@ -539,6 +573,37 @@ func TestDecodeWebhookHostile(t *testing.T) {
 	}
 }
 
+// TestDecodeWebhookChannel: a client takes webhooks of its own channel alone,
+// whatever a server sends; its path is /webhooks/{channel} or below, and nothing
+// of what is refused is quoted.
+func TestDecodeWebhookChannel(t *testing.T) {
+	for target, ok := range map[string]bool{
+		"/webhooks/ci": true, "/webhooks/ci/": true, "/webhooks/ci?x": true, "/webhooks/ci/x://h/y": true, "http://h/webhooks/ci/x": true, "HTTPS://h/webhooks/ci": true,
+		"/": false, "/CANARY": false, "/admin/CANARY": false, "/webhooks": false, "/webhooks/": false, "/webhooks?/ci": false, "/webhooks//ci": false,
+		"/webhooks/CANARY": false, "/webhooks/other/CANARY": false, "/webhooks/cii": false, "/webhooks/c": false, "/webhooks/CI": false, "/webhooks/ci.": false,
+		"/webhooks/c%69/x": false, "/webhooks%2fci/x": false, "/%77ebhooks/ci/x": false, "/Webhooks/ci": false, "/webhooks/ci%2fx": false, "/webhooks/ci#x": false, "/webhooks/ci;x": false,
+		"//webhooks/ci": false, "//h/webhooks/ci": false, "///webhooks/ci": false, "/x/webhooks/ci": false, "/subscribe/ci": false,
+		"/webhooks/other/../ci/x": false, "/webhooks/ci/../other": false, "/webhooks/ci/..;/other": false, "/webhooks/./ci": false,
+		"http:/webhooks/ci?://h/CANARY": false, "zz:/webhooks/ci?://h/CANARY": false, "evil/webhooks/ci/x://h/CANARY": false, "http:/webhooks/ci": false, "http:webhooks/ci": false,
+		"http:///webhooks/ci": false, "http://h/webhooks/CANARY": false, "http://h/CANARY": false, "ftp://h/webhooks/ci": false, "webhooks/ci": false, "?/webhooks/ci": false, "": false, "*": false,
+	} {
+		data := append(appendLatin1([]byte(`{"originalUrl":`), target), '}')
+		w, err := decodeWebhook("ci", data)
+		if (err == nil) != ok {
+			t.Errorf("%q: decoded %+v, %v, want accepted %t", target, w, err, ok)
+		}
+		if err != nil && strings.Contains(err.Error(), canary) {
+			t.Errorf("%q: error quotes the event: %v", target, err)
+		}
+	}
+	for _, channel := range []string{"", ".", "..", "*", "c/i", "c%69"} { // no client is of such a channel
+		data := append(appendLatin1([]byte(`{"originalUrl":`), "/webhooks/"+channel+"/x"), '}')
+		if w, err := decodeWebhook(channel, data); err == nil {
+			t.Errorf("channel %q: decoded %+v", channel, w)
+		}
+	}
+}
+
 // TestDecodeWebhookDefaults is what the absence of a member means, and how
 // far the numbers of a stream are believed.
 func TestDecodeWebhookDefaults(t *testing.T) {
@@ -546,17 +611,17 @@ func TestDecodeWebhookDefaults(t *testing.T) {
 		data string
 		want Webhook
 	}{
-		{`{"originalUrl":"/x?y"}`, Webhook{Method: "POST", Path: "/x", Query: "?y"}},
-		{`{"originalUrl":"/x","path":"/other","query":{"q":"1"},"method":"get"}`, Webhook{Method: "get", Path: "/x"}},
-		{`{"originalUrl":"/x","respond":true,"timeout":5000}`, Webhook{Method: "POST", Path: "/x", Timeout: 5 * time.Second}}, // nobody could be answered
-		{`{"originalUrl":"/x","id":"a","respond":true,"timeout":5000,"mode":"status"}`, Webhook{ID: "a", Method: "POST", Path: "/x", Respond: true, Brief: true, Timeout: 5 * time.Second}},
-		{`{"originalUrl":"/x","id":"a","respond":true,"timeout":9223372036854775807}`, Webhook{ID: "a", Method: "POST", Path: "/x", Respond: true, Timeout: maxResponseTimeout}},
-		{`{"originalUrl":"/x","id":"a","respond":true,"timeout":-9223372036854775808}`, Webhook{ID: "a", Method: "POST", Path: "/x", Respond: true}},
-		{`{"originalUrl":"/x","body":"text","bodyBase64":"/w=="}`, Webhook{Method: "POST", Path: "/x", Body: []byte("\xff")}},
-		{`{"originalUrl":"/x","body":"[object Object]"}`, Webhook{Method: "POST", Path: "/x", Body: []byte("[object Object]")}},
-		{`{"originalUrl":"/x","headers":{"X-a":"1","x-A":"2"}}`, Webhook{Method: "POST", Path: "/x", Headers: []Header{{"X-A", []string{"1", "2"}}}}},
+		{`{"originalUrl":"/webhooks/ci/x?y"}`, Webhook{Method: "POST", Path: "/webhooks/ci/x", Query: "?y"}},
+		{`{"originalUrl":"/webhooks/ci/x","path":"/other","query":{"q":"1"},"method":"get"}`, Webhook{Method: "get", Path: "/webhooks/ci/x"}},
+		{`{"originalUrl":"/webhooks/ci/x","respond":true,"timeout":5000}`, Webhook{Method: "POST", Path: "/webhooks/ci/x", Timeout: 5 * time.Second}}, // nobody could be answered
+		{`{"originalUrl":"/webhooks/ci/x","id":"a","respond":true,"timeout":5000,"mode":"status"}`, Webhook{ID: "a", Method: "POST", Path: "/webhooks/ci/x", Respond: true, Brief: true, Timeout: 5 * time.Second}},
+		{`{"originalUrl":"/webhooks/ci/x","id":"a","respond":true,"timeout":9223372036854775807}`, Webhook{ID: "a", Method: "POST", Path: "/webhooks/ci/x", Respond: true, Timeout: maxResponseTimeout}},
+		{`{"originalUrl":"/webhooks/ci/x","id":"a","respond":true,"timeout":-9223372036854775808}`, Webhook{ID: "a", Method: "POST", Path: "/webhooks/ci/x", Respond: true}},
+		{`{"originalUrl":"/webhooks/ci/x","body":"text","bodyBase64":"/w=="}`, Webhook{Method: "POST", Path: "/webhooks/ci/x", Body: []byte("\xff")}},
+		{`{"originalUrl":"/webhooks/ci/x","body":"[object Object]"}`, Webhook{Method: "POST", Path: "/webhooks/ci/x", Body: []byte("[object Object]")}},
+		{`{"originalUrl":"/webhooks/ci/x","headers":{"X-a":"1","x-A":"2"}}`, Webhook{Method: "POST", Path: "/webhooks/ci/x", Headers: []Header{{"X-A", []string{"1", "2"}}}}},
 	} {
-		w, err := decodeWebhook([]byte(tc.data))
+		w, err := decodeWebhook("ci", []byte(tc.data))
 		if err != nil {
 			t.Errorf("%s: %v", tc.data, err)
 			continue
@@ -620,9 +685,23 @@ func TestAnswer(t *testing.T) {
 }
 
 func TestIDs(t *testing.T) {
-	a, b := newID("replica"), newID("replica")
-	if a == b || len(a) < len("replica-")+26 || !validName(a) || replicaOf(a) != "replica" {
-		t.Errorf("ids %q and %q", a, b)
+	for range 100 {
+		replica := newReplica()
+		a, b := newID(replica), newID(replica)
+		if a == b || !validName(a) || replicaOf(a) != replica || replicaOf(b) != replica {
+			t.Fatalf("ids %q and %q of %q", a, b, replica)
+		}
+	}
+	// Nothing else is of any replica, above all of none with a name that means something else.
+	good := newID(testReplica)
+	for _, id := range []string{
+		"", "-", "x", "all", "all-" + good, "all-" + good[14:], "@all-" + good[14:], testReplica, testReplica + "-", good[14:], good[:len(good)-1], good + "A",
+		strings.ToLower(good), strings.Replace(good, "-", "_", 1), strings.Replace(good, "-", "A", 1), good[:20] + "-" + good[21:], good[:20] + "1" + good[21:],
+		good[:20] + "8" + good[21:], good[:20] + "\x00" + good[21:], good[:20] + "/" + good[21:], "@" + good[1:], good[:12] + "--" + good[14:], "elsewhere-" + good,
+	} {
+		if replica := replicaOf(id); replica != "" {
+			t.Errorf("replicaOf(%q) = %q", id, replica)
+		}
 	}
 }
 
@@ -907,6 +986,67 @@ func TestHubLimits(t *testing.T) {
 	}
 }
 
+// TestHubShares: one channel has at most half of all subscribers, so that who
+// has its token does not keep out the others; in IPv6 a /64 is one address.
+func TestHubShares(t *testing.T) {
+	for _, tt := range []struct{ subscribers, share int }{{1, 1}, {2, 1}, {3, 2}, {50, 25}, {51, 26}} {
+		h := &Hub{Limits: Limits{Subscribers: tt.subscribers, PerAddress: 1000, Buffer: 1}}
+		var all []*Subscriber
+		try := func(channel string, want error) {
+			t.Helper()
+			s := &Subscriber{Channel: channel, Addr: netip.MustParseAddr("192.0.2.1"), Write: func() {}}
+			if err := h.Subscribe(s); err != want {
+				t.Fatalf("of %d, number %d of channel %s: %v, want %v", tt.subscribers, len(all)+1, channel, err, want)
+			} else if err == nil {
+				all = append(all, s)
+			}
+		}
+		for range tt.share {
+			try("a", nil)
+		}
+		if tt.subscribers > tt.share {
+			try("a", errPerChannel)
+			try("a", errPerChannel)
+		}
+		for range tt.subscribers - tt.share {
+			try("b", nil)
+		}
+		try("b", errSubscribers)
+		try("c", errSubscribers)
+		if h.Wants("c") {
+			t.Error("a channel is kept for a subscriber that was refused")
+		}
+		h.Leave(all[0], errPeerGone)
+		try("a", nil)
+		for _, s := range all {
+			h.Leave(s, errPeerGone)
+		}
+		empty(t, h)
+	}
+
+	h := &Hub{Limits: Limits{Subscribers: 100, PerAddress: 2, Buffer: 1}}
+	var all []*Subscriber
+	for _, tt := range []struct {
+		addr string
+		want error
+	}{
+		{"2001:db8::1", nil}, {"2001:db8::2", nil}, {"2001:db8::3", errPerAddress}, {"2001:db8:0:0:ffff:ffff:ffff:ffff", errPerAddress}, {"2001:db8::1%eth0", errPerAddress},
+		{"2001:db8:0:1::1", nil}, {"2001:db8:0:1::1", nil}, {"2001:db8:0:1::1", errPerAddress},
+		{"192.0.2.1", nil}, {"::ffff:192.0.2.1", nil}, {"192.0.2.1", errPerAddress}, {"::ffff:192.0.2.1", errPerAddress}, {"192.0.2.2", nil},
+	} {
+		s := &Subscriber{Channel: "c" + tt.addr[:3], Addr: netip.MustParseAddr(tt.addr), Write: func() {}}
+		if err := h.Subscribe(s); err != tt.want {
+			t.Errorf("%s: %v, want %v", tt.addr, err, tt.want)
+		} else if err == nil {
+			all = append(all, s)
+		}
+	}
+	for _, s := range all {
+		h.Leave(s, errPeerGone)
+	}
+	empty(t, h)
+}
+
 // TestHubLive: behind a bus a subscriber is live once its channel is
 // confirmed, and the bus hears of the first and the last subscriber.
 func TestHubLive(t *testing.T) {
@@ -1183,7 +1323,7 @@ func TestHubHammer(t *testing.T) {
 // pushHook is a GitHub push of 10 KiB as it was captured.
 func pushHook() *Webhook {
 	return &Webhook{
-		ID: newID("replica"), Method: "POST", Path: "/webhooks/github/push", Query: "?x=1", Body: githubBody(10 << 10), Time: wireTime,
+		ID: newID(testReplica), Method: "POST", Path: "/webhooks/github/push", Query: "?x=1", Body: githubBody(10 << 10), Time: wireTime,
 		Headers: endToEnd(headersOf("Accept: */*\nContent-Type: application/json\nUser-Agent: GitHub-Hookshot/044aadd\nX-GitHub-Delivery: 72d3162e-cc78-11e3-81ab-4c9367dc0958\nX-GitHub-Event: push\nX-GitHub-Hook-ID: 292430182\nX-Hub-Signature-256: sha256=d57c68ca6f92289e6987922ff26938930f6e66a2d161ef06abdf1859230aa23c")),
 	}
 }
@@ -1227,7 +1367,7 @@ func BenchmarkEncode(b *testing.B) {
 func BenchmarkDecode(b *testing.B) {
 	data := onlyMessage(b, eventOf("github", pushHook()).frame).data
 	duel(b, "event", 100, times(100, func() {
-		if _, err := decodeWebhook(data); err != nil {
+		if _, err := decodeWebhook("github", data); err != nil {
 			b.Fatal(err)
 		}
 	}), times(100, func() {

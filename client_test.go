@@ -315,8 +315,12 @@ func onWire(t testing.TB, req *http.Request) recorded {
 	return got
 }
 
+// below tells whether path is prefix or below it.
+func below(path, prefix string) bool { return path == prefix || strings.HasPrefix(path, prefix+"/") }
+
 // FuzzTargetURL: whatever originalUrl a stream holds, the request goes to the
-// target's host, in one request line, byte for byte below the base.
+// target's host, in one request line, byte for byte below the base and the
+// client's own channel.
 func FuzzTargetURL(f *testing.F) {
 	bases := []string{"http://target", "http://target/", "http://target/base/", "http://user:pass@target/a%20b/c"}
 	var clients, proxied []*Client
@@ -327,14 +331,15 @@ func FuzzTargetURL(f *testing.F) {
 	for _, tc := range pathCases {
 		f.Add(tc.path)
 		f.Add(tc.path + "?x=1;y=2&sig=%zz")
-		f.Add("http://evil" + tc.path)
+		f.Add("http://evil/webhooks/ci" + tc.path)
+		f.Add("/webhooks/ci" + tc.path + "?x")
 	}
 	for _, target := range []string{"//evil/x", "//\xe9/x?\xff", "//a|b[c]\"^`{}#%41?#", "//x?", "///evil", "http://evil//evil/x", "/\\evil", "/@evil/", "http:evil", "//evil:80/../x", "/x?//evil", "https://evil", "/x#frag", "/%2f%2fevil/x", "/;//evil"} {
 		f.Add(target)
 	}
 	f.Fuzz(func(t *testing.T, target string) {
 		data := append(appendLatin1([]byte(`{"id":"a","originalUrl":`), target), '}')
-		w, err := decodeWebhook(data)
+		w, err := decodeWebhook("ci", data)
 		if err != nil {
 			return
 		}
@@ -367,7 +372,7 @@ func FuzzTargetURL(f *testing.F) {
 			if sent != want {
 				t.Fatalf("%q: request target %q, want %q", target, line[1], want)
 			}
-			if path, _ := splitTarget(sent); !confined(c.base, strings.TrimPrefix(path, c.base)) {
+			if path, _, _ := strings.Cut(sent, "?"); !confined(c.base, strings.TrimPrefix(path, c.base)) || !below(path, c.base+"/webhooks/ci") {
 				t.Fatalf("%q: %q leaves %q", target, sent, c.base)
 			}
 		}
@@ -1967,9 +1972,9 @@ func TestHostileStream(t *testing.T) {
 		{"comments", strings.Repeat(":\r", 64<<10), 8, 0},
 		{"bad JSON", "data: {\n\ndata: null\n\ndata: []\n\ndata: {\"originalUrl\":5}\n\n", 1, 4},
 		{"huge retry", "retry: 999999999999999999999\nretry: 0\n\n", 1, 0},
-		{"outside the base", `data: {"originalUrl":"/../x"}` + "\n\n" + `data: {"originalUrl":"/%2e%2e/x"}` + "\n\n" + `data: {"originalUrl":"@evil/x"}` + "\n\n" + `data: {"originalUrl":"/x\\y"}` + "\n\n", 1, 4},
-		{"split requests", `data: {"originalUrl":"/x HTTP/1.1\r\nA: b"}` + "\n\n" + `data: {"originalUrl":"/x","method":"A B"}` + "\n\n" + `data: {"originalUrl":"/x","headers":{"a":"b\r\nc: d"}}` + "\n\n" + `data: {"originalUrl":"/x","headers":{"a\r\nb":"c"}}` + "\n\n", 1, 4},
-		{"ids for paths", `data: {"originalUrl":"/x","id":"../../other","respond":true,"timeout":9000}` + "\n\n", 1, 1},
+		{"outside the base", `data: {"originalUrl":"/webhooks/ci/../x"}` + "\n\n" + `data: {"originalUrl":"/webhooks/ci/%2e%2e/x"}` + "\n\n" + `data: {"originalUrl":"@evil/x"}` + "\n\n" + `data: {"originalUrl":"/webhooks/ci/x\\y"}` + "\n\n", 1, 4},
+		{"split requests", `data: {"originalUrl":"/webhooks/ci/x HTTP/1.1\r\nA: b"}` + "\n\n" + `data: {"originalUrl":"/webhooks/ci/x","method":"A B"}` + "\n\n" + `data: {"originalUrl":"/webhooks/ci/x","headers":{"a":"b\r\nc: d"}}` + "\n\n" + `data: {"originalUrl":"/webhooks/ci/x","headers":{"a\r\nb":"c"}}` + "\n\n", 1, 4},
+		{"ids for paths", `data: {"originalUrl":"/webhooks/ci/x","id":"../../other","respond":true,"timeout":9000}` + "\n\n", 1, 1},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			inWorld(t, func(t *testing.T, w *world) {
@@ -2212,7 +2217,7 @@ func BenchmarkReceive(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
-			if _, err := decodeWebhook(m.data); err != nil {
+			if _, err := decodeWebhook("github", m.data); err != nil {
 				b.Fatal(err)
 			}
 		}
