@@ -2726,6 +2726,41 @@ func TestHostileRedis(t *testing.T) {
 	}
 }
 
+// TestHostileRedisEverywhere: nor does nonsense end the process on the
+// connections that publish, at their beginning, or when it is well formed but
+// deeper or longer than anything that Redis has to say.
+func TestHostileRedisEverywhere(t *testing.T) {
+	for _, tt := range []struct{ name, command, text string }{
+		{"reply to a publish", "PUBLISH", "$9223372036854775807\r\n"},
+		{"reply to a question", "PUBSUB", "*9223372036854775807\r\n"},
+		{"reply to a token", "AUTH", "$9223372036854775807\r\n"},
+		{"reply without an end in its depth", "PUBLISH", strings.Repeat("*1\r\n", 16<<20)},
+		{"push without an end in its depth", "SUBSCRIBE", strings.Repeat("*1\r\n", 16<<20)},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var said atomic.Bool
+			f := newFakeRedis(t, func(command []string) string {
+				if command[0] == tt.command && said.CompareAndSwap(false, true) {
+					return tt.text
+				}
+				return ""
+			})
+			p := launch(t, []string{"RELAY_MODE=server", "REDIS_URL=redis://:token@" + f.addr()})
+			eventually(t, "redis is connected, or the end", func() bool {
+				return isClosed(p.exited) || said.Load() && len(p.stderr.lines("redis is connected")) > 0
+			})
+			if isClosed(p.exited) {
+				text := p.stderr.String()
+				t.Fatalf("exit code %d:\n%s", p.code(t), text[:min(len(text), 1500)])
+			}
+			p.cmd.Process.Signal(syscall.SIGTERM)
+			if code := p.code(t); code != 0 {
+				t.Errorf("exit code %d", code)
+			}
+		})
+	}
+}
+
 // BenchmarkReplicaLatency is the time from a publish at one replica to the
 // event in a subscriber's queue at another.
 func BenchmarkReplicaLatency(b *testing.B) {

@@ -2053,7 +2053,7 @@ func TestModes(t *testing.T) {
 func TestPrivateHeaders(t *testing.T) {
 	dropped := []string{
 		"X-Accel-Redirect: /internal/x", "X-Accel-Buffering: no", "X-Accel-Expires: 1", "X-Accel-Limit-Rate: 1", "X-Accel-Charset: utf-8", "x-ACCEL-anything: 1",
-		"X-Sendfile: /etc/passwd", "X-Sendfile-Type: x", "x-sendfile-temporary: 1",
+		"X-Sendfile: /etc/passwd", "X-Sendfile-Type: x", "X-SendFile2: 1", "x-sendfile-temporary: 1",
 		"Strict-Transport-Security: max-age=1", "Clear-Site-Data: \"*\"", "Alt-Svc: h3=\":1\"", "Service-Worker-Allowed: /", "Refresh: 0; url=http://evil.example/",
 	}
 	forBrowsers := []string{
@@ -3319,6 +3319,11 @@ func TestTokensHalfWritten(t *testing.T) {
 			write(t, file, "ci on")
 			look()
 			check("back and forth", map[string]bool{"without-end": true, "on": false, "one": false, "tw": false})
+			write(t, file, "ci")
+			look()
+			write(t, file, "ci on")
+			look()
+			check("over one that is broken", map[string]bool{"without-end": true, "on": false})
 			if n := len(r.log.lines("tokens file read again")); n != 2 {
 				t.Errorf("the file took force %d times, want 2", n)
 			}
