@@ -854,6 +854,50 @@ func TestDecodeHostile(t *testing.T) {
 	}
 }
 
+// inBothForms reads a webhook for a target, at a client of channel.
+var inBothForms = map[string]func(channel, target string) (*Webhook, error){
+	"HTTP": func(channel, target string) (*Webhook, error) {
+		return decodeWebhook(channel, testID, []byte("POST "+target+" HTTP/1.1\nContent-Length: 0\n\n"))
+	},
+	"legacy": func(channel, target string) (*Webhook, error) {
+		data, _ := json.Marshal(map[string]string{"originalUrl": target})
+		return decodeLegacy(channel, data)
+	},
+}
+
+// TestDecodeWebhookChannel: a client takes webhooks of its own channel alone,
+// whatever a server sends; its path is /webhooks/{channel} or below, and nothing
+// of what is refused is quoted.
+func TestDecodeWebhookChannel(t *testing.T) {
+	for target, ok := range map[string]bool{
+		"/webhooks/ci": true, "/webhooks/ci/": true, "/webhooks/ci?x": true, "/webhooks/ci/x://h/y": true, "http://h/webhooks/ci/x": true, "HTTPS://h/webhooks/ci": true,
+		"/": false, "/CANARY": false, "/admin/CANARY": false, "/webhooks": false, "/webhooks/": false, "/webhooks?/ci": false, "/webhooks//ci": false,
+		"/webhooks/CANARY": false, "/webhooks/other/CANARY": false, "/webhooks/cii": false, "/webhooks/c": false, "/webhooks/CI": false, "/webhooks/ci.": false,
+		"/webhooks/c%69/x": false, "/webhooks%2fci/x": false, "/%77ebhooks/ci/x": false, "/Webhooks/ci": false, "/webhooks/ci%2fx": false, "/webhooks/ci#x": false, "/webhooks/ci;x": false,
+		"//webhooks/ci": false, "//h/webhooks/ci": false, "///webhooks/ci": false, "/x/webhooks/ci": false, "/subscribe/ci": false,
+		"/webhooks/other/../ci/x": false, "/webhooks/ci/../other": false, "/webhooks/ci/..;/other": false, "/webhooks/./ci": false,
+		"http:/webhooks/ci?://h/CANARY": false, "zz:/webhooks/ci?://h/CANARY": false, "evil/webhooks/ci/x://h/CANARY": false, "http:/webhooks/ci": false, "http:webhooks/ci": false,
+		"http:///webhooks/ci": false, "http://h/webhooks/CANARY": false, "http://h/CANARY": false, "ftp://h/webhooks/ci": false, "webhooks/ci": false, "?/webhooks/ci": false, "": false, "*": false,
+	} {
+		for form, decode := range inBothForms {
+			w, err := decode("ci", target)
+			if (err == nil) != ok {
+				t.Errorf("%s %q: decoded %+v, %v, want accepted %t", form, target, w, err, ok)
+			}
+			if err != nil && strings.Contains(err.Error(), canary) {
+				t.Errorf("%s %q: error quotes the event: %v", form, target, err)
+			}
+		}
+	}
+	for _, channel := range []string{"", ".", "..", "*", "c/i", "c%69"} { // no client is of such a channel
+		for form, decode := range inBothForms {
+			if w, err := decode(channel, "/webhooks/"+channel+"/x"); err == nil {
+				t.Errorf("%s, channel %q: decoded %+v", form, channel, w)
+			}
+		}
+	}
+}
+
 // TestDecodeDefaults is what the absence of a field or a member means, and how
 // far the numbers of a stream are believed.
 func TestDecodeDefaults(t *testing.T) {
@@ -1430,6 +1474,67 @@ func TestHubLimits(t *testing.T) {
 	if err := new(Hub).Subscribe(&Subscriber{}); err == nil {
 		t.Error("a hub without limits took a subscriber")
 	}
+}
+
+// TestHubShares: one channel has at most half of all subscribers, so that who
+// has its token does not keep out the others; in IPv6 a /64 is one address.
+func TestHubShares(t *testing.T) {
+	for _, tt := range []struct{ subscribers, share int }{{1, 1}, {2, 1}, {3, 2}, {50, 25}, {51, 26}} {
+		h := &Hub{Limits: Limits{Subscribers: tt.subscribers, PerAddress: 1000, Buffer: 1}}
+		var all []*Subscriber
+		try := func(channel string, want error) {
+			t.Helper()
+			s := &Subscriber{Channel: channel, Addr: netip.MustParseAddr("192.0.2.1"), Write: func() {}}
+			if err := h.Subscribe(s); err != want {
+				t.Fatalf("of %d, number %d of channel %s: %v, want %v", tt.subscribers, len(all)+1, channel, err, want)
+			} else if err == nil {
+				all = append(all, s)
+			}
+		}
+		for range tt.share {
+			try("a", nil)
+		}
+		if tt.subscribers > tt.share {
+			try("a", errPerChannel)
+			try("a", errPerChannel)
+		}
+		for range tt.subscribers - tt.share {
+			try("b", nil)
+		}
+		try("b", errSubscribers)
+		try("c", errSubscribers)
+		if h.Wants("c") {
+			t.Error("a channel is kept for a subscriber that was refused")
+		}
+		h.Leave(all[0], errPeerGone)
+		try("a", nil)
+		for _, s := range all {
+			h.Leave(s, errPeerGone)
+		}
+		empty(t, h)
+	}
+
+	h := &Hub{Limits: Limits{Subscribers: 100, PerAddress: 2, Buffer: 1}}
+	var all []*Subscriber
+	for _, tt := range []struct {
+		addr string
+		want error
+	}{
+		{"2001:db8::1", nil}, {"2001:db8::2", nil}, {"2001:db8::3", errPerAddress}, {"2001:db8:0:0:ffff:ffff:ffff:ffff", errPerAddress}, {"2001:db8::1%eth0", errPerAddress},
+		{"2001:db8:0:1::1", nil}, {"2001:db8:0:1::1", nil}, {"2001:db8:0:1::1", errPerAddress},
+		{"192.0.2.1", nil}, {"::ffff:192.0.2.1", nil}, {"192.0.2.1", errPerAddress}, {"::ffff:192.0.2.1", errPerAddress}, {"192.0.2.2", nil},
+	} {
+		s := &Subscriber{Channel: "c" + tt.addr[:3], Addr: netip.MustParseAddr(tt.addr), Write: func() {}}
+		if err := h.Subscribe(s); err != tt.want {
+			t.Errorf("%s: %v, want %v", tt.addr, err, tt.want)
+		} else if err == nil {
+			all = append(all, s)
+		}
+	}
+	for _, s := range all {
+		h.Leave(s, errPeerGone)
+	}
+	empty(t, h)
 }
 
 // TestHubLive: behind a bus a subscriber is live once its channel is

@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net"
 	"net/http/httptest"
+	"os"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -252,5 +254,42 @@ func TestHealthOfServer(t *testing.T) {
 	}
 	if err := server.stop(); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestProbesComeThrough: connections to the health port that are only there do
+// not keep a probe out, and none stays after its answer.
+func TestProbesComeThrough(t *testing.T) {
+	server := startServer(t, probed...)
+	var conns []net.Conn
+	for range probeConnections + 50 {
+		conns = append(conns, connect(t, server.health))
+	}
+	half := connect(t, server.health)
+	io.WriteString(half, "GET /live HTTP/1.1\r\nHost: x\r\n") // a header without an end
+	for range 20 {
+		for _, page := range []string{"/live", "/ready", "/health", "/metrics"} {
+			conn := connect(t, server.health)
+			io.WriteString(conn, "GET "+page+" HTTP/1.1\r\nHost: x\r\n\r\n")
+			answer, err := io.ReadAll(conn) // comes to its end
+			if err != nil || !strings.HasPrefix(string(answer), "HTTP/1.1 200 OK\r\n") || !strings.Contains(string(answer), "\r\nConnection: close\r\n") {
+				t.Fatalf("%s: %.200q, %v", page, answer, err)
+			}
+		}
+	}
+	idle := 0
+	for _, conn := range conns {
+		conn.SetReadDeadline(time.Now().Add(time.Millisecond))
+		if _, err := conn.Read(make([]byte, 1)); errors.Is(err, os.ErrDeadlineExceeded) {
+			idle++
+		}
+	}
+	if idle > probeConnections/2 {
+		t.Errorf("%d idle connections of one address are open, there is space for %d in all", idle, probeConnections)
+	}
+	half.SetReadDeadline(time.Now().Add(patience))
+	begin := time.Now()
+	if _, err := io.ReadAll(half); errors.Is(err, os.ErrDeadlineExceeded) || time.Since(begin) > probeTime+5*time.Second {
+		t.Errorf("a header without an end is waited for: %v after %s", err, time.Since(begin))
 	}
 }

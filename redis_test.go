@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/ecdsa"
@@ -2503,6 +2504,226 @@ func BenchmarkRedisPublish(b *testing.B) {
 					}
 				}
 			})
+		})
+	}
+}
+
+// fakeRedis is a Redis that says what a test wants it to. It knows just what a
+// bus asks for, and is alone with one replica.
+type fakeRedis struct {
+	listener net.Listener
+	conns    sync.WaitGroup
+
+	mu      sync.Mutex
+	instead func(command []string) string // guarded by mu, like all below; "": the true reply
+	subs    map[net.Conn]map[string]bool
+	open    map[net.Conn]bool
+}
+
+func newFakeRedis(t testing.TB, instead func(command []string) string) *fakeRedis {
+	t.Helper()
+	f := &fakeRedis{listener: loopback(t), instead: instead, subs: map[net.Conn]map[string]bool{}, open: map[net.Conn]bool{}}
+	f.conns.Go(func() {
+		for {
+			conn, err := f.listener.Accept()
+			if err != nil {
+				return
+			}
+			f.mu.Lock()
+			f.open[conn] = true
+			f.mu.Unlock()
+			f.conns.Go(func() { f.serve(conn) })
+		}
+	})
+	t.Cleanup(func() {
+		f.listener.Close()
+		f.mu.Lock()
+		for conn := range f.open {
+			conn.Close()
+		}
+		f.mu.Unlock()
+		f.conns.Wait()
+	})
+	return f
+}
+
+func (f *fakeRedis) addr() string { return f.listener.Addr().String() }
+
+// bulk is an array in the protocol of Redis: strings, and integers as such.
+func bulk(values ...any) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "*%d\r\n", len(values))
+	for _, v := range values {
+		if n, ok := v.(int); ok {
+			fmt.Fprintf(&b, ":%d\r\n", n)
+		} else {
+			fmt.Fprintf(&b, "$%d\r\n%s\r\n", len(fmt.Sprint(v)), v)
+		}
+	}
+	return b.String()
+}
+
+func (f *fakeRedis) serve(conn net.Conn) {
+	defer func() {
+		f.mu.Lock()
+		delete(f.subs, conn)
+		delete(f.open, conn)
+		f.mu.Unlock()
+		conn.Close()
+	}()
+	r := bufio.NewReader(conn)
+	number := func(prefix byte) int {
+		line, _ := r.ReadString('\n')
+		if len(line) < 2 || line[0] != prefix {
+			return -1
+		}
+		n, err := strconv.Atoi(strings.TrimSpace(line[1:]))
+		if err != nil {
+			return -1
+		}
+		return n
+	}
+	for {
+		n := number('*')
+		if n < 1 {
+			return
+		}
+		command := make([]string, n)
+		for i := range command {
+			size := number('$')
+			if size < 0 {
+				return
+			}
+			b := make([]byte, size+2)
+			if _, err := io.ReadFull(r, b); err != nil {
+				return
+			}
+			command[i] = string(b[:size])
+		}
+		f.mu.Lock()
+		reply := f.reply(conn, command)
+		if f.instead != nil {
+			if other := f.instead(command); other != "" {
+				reply = other
+			}
+		}
+		_, err := io.WriteString(conn, reply)
+		f.mu.Unlock()
+		if err != nil {
+			return
+		}
+	}
+}
+
+// reply is what Redis says to command. It needs mu.
+func (f *fakeRedis) reply(conn net.Conn, command []string) string {
+	switch name := command[len(command)-1]; strings.ToUpper(command[0]) {
+	case "SUBSCRIBE":
+		if f.subs[conn] == nil {
+			f.subs[conn] = map[string]bool{}
+		}
+		f.subs[conn][name] = true
+		return bulk("subscribe", name, len(f.subs[conn]))
+	case "UNSUBSCRIBE":
+		delete(f.subs[conn], name)
+		return bulk("unsubscribe", name, len(f.subs[conn]))
+	case "PUBLISH":
+		n := 0
+		for sub, names := range f.subs {
+			if names[command[1]] {
+				io.WriteString(sub, bulk("message", command[1], command[2]))
+				n++
+			}
+		}
+		return fmt.Sprintf(":%d\r\n", n)
+	case "PUBSUB":
+		return bulk(name, 1)
+	case "ROLE":
+		return bulk("master", 0)
+	case "PING":
+		if f.subs[conn] != nil {
+			return bulk("pong", "")
+		}
+		return "+PONG\r\n"
+	default:
+		return "+OK\r\n"
+	}
+}
+
+// push says text on all connections that are subscribed.
+func (f *fakeRedis) push(text string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for conn := range f.subs {
+		io.WriteString(conn, text)
+	}
+}
+
+// nonsense is what no Redis says.
+var nonsense = map[string]string{
+	"a string longer than memory":  "$9223372036854775807\r\n",
+	"a length beyond 64 bits":      "$99999999999999999999\r\n",
+	"a length that turns negative": "$9223372036854775808\r\n",
+	"a negative array":             "*-5\r\n",
+	"a negative string":            "$-5\r\n",
+	"an array longer than memory":  "*9223372036854775807\r\n",
+	"an array beyond 64 bits":      "*99999999999999999999\r\n",
+	"a large array of large ones":  "*3\r\n$7\r\nmessage\r\n*9223372036854775807\r\n",
+	"no type":                      "hello\r\n",
+	"an empty line":                "\r\n",
+	"nothing but a type":           "$\r\n",
+	"an empty array":               "*0\r\n",
+	"a nil array":                  "*-1\r\n",
+	"a nil string":                 "$-1\r\n",
+	"a message without a channel":  "*1\r\n$7\r\nmessage\r\n",
+	"a message of numbers":         "*3\r\n$7\r\nmessage\r\n:1\r\n:2\r\n",
+	"a confirmation of nothing":    bulk("subscribe", "", 1),
+	"a confirmation of a stranger": bulk("subscribe", "bus:stranger", 1),
+	"unsubscribed from everything": bulk("unsubscribe", "bus:@all", 0),
+	"an error":                     "-ERR canary\r\n",
+	"an unknown push":              bulk("canary", "x", "y"),
+}
+
+// TestHostileRedis: whatever Redis says to the connection that listens, in place
+// of a confirmation or later, the process goes on and the bus works again as
+// soon as Redis does.
+func TestHostileRedis(t *testing.T) {
+	works := func(t *testing.T, bus *RedisBus, hub *Hub) {
+		t.Helper()
+		awaitBus(t, bus)
+		s := joinHub(t, hub, "works")
+		eventually(t, "an event comes through", func() bool {
+			bus.Publish(t.Context(), busEvent("works", 0))
+			return len(s.got) > 0
+		})
+	}
+	t.Run("confirmed twice", func(t *testing.T) {
+		f := newFakeRedis(t, func(command []string) string {
+			if name := command[len(command)-1]; command[0] == "SUBSCRIBE" && strings.HasSuffix(name, "@all") {
+				return strings.Repeat(bulk("subscribe", name, 1), 2)
+			}
+			return ""
+		})
+		bus, hub := startBus(t, f.addr(), testReplica)
+		works(t, bus, hub)
+		f.push(strings.Repeat(bulk("subscribe", "bus:@all", 1), 3))
+		works(t, bus, hub)
+	})
+	for name, text := range nonsense {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel() // some of it ends a session only with its time
+			var said atomic.Bool
+			f := newFakeRedis(t, func(command []string) string {
+				if command[0] == "SUBSCRIBE" && said.CompareAndSwap(false, true) {
+					return text
+				}
+				return ""
+			})
+			bus, hub := runBus(t, f.addr(), testReplica)
+			eventually(t, "it is said", said.Load)
+			works(t, bus, hub)
+			f.push(text)
+			works(t, bus, hub)
 		})
 	}
 }

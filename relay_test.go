@@ -1040,6 +1040,256 @@ func TestRawRoutes(t *testing.T) {
 	}
 }
 
+// reading is a relay whose every published event and every forwarded request
+// is looked at: one server, and one client of the channel demo whose target has
+// the base path /base.
+type reading struct {
+	*rig
+	addr      string
+	target    *target
+	published *spyBus
+	ends      int
+}
+
+// spyBus notes what is published.
+type spyBus struct {
+	*Hub
+	mu   sync.Mutex
+	seen []string // "channel originalUrl"
+}
+
+func (b *spyBus) Publish(ctx context.Context, e *Event) (int, error) {
+	var m struct{ OriginalURL string }
+	p := newParser(bytes.NewReader(e.frame))
+	event, err := p.next()
+	if err == nil {
+		err = json.Unmarshal(event.data, &m)
+	}
+	if err != nil {
+		return 0, err
+	}
+	b.mu.Lock()
+	b.seen = append(b.seen, e.Channel+" "+m.OriginalURL)
+	b.mu.Unlock()
+	return b.Hub.Publish(ctx, e)
+}
+
+func newReading(t testing.TB) *reading {
+	t.Helper()
+	l := loopback(t)
+	r := &reading{rig: newRig(t, l), addr: l.Addr().String(), target: newTarget(t, nil)}
+	r.published = &spyBus{Hub: r.hub}
+	r.bus = r.published
+	c := newClientOf(t, "http://"+r.addr+"/subscribe/demo/", r.target.url+"/base", "TARGET_CONCURRENCY=1")
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	running.Go(func() { c.Run(ctx) })
+	t.Cleanup(func() {
+		cancel()
+		running.Wait()
+	})
+	eventually(t, "the client is ready", func() bool { return c.Check(ctx) == nil })
+	return r
+}
+
+// http1 sends a request line and returns the status; 0 when there is no answer.
+func (r *reading) http1(t testing.TB, method, target string) int {
+	t.Helper()
+	conn, err := net.Dial("tcp", r.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(patience))
+	io.WriteString(conn, method+" "+target+" HTTP/1.1\r\nHost: relay\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+	conn.(*net.TCPConn).CloseWrite()
+	var answer []byte
+	for b := make([]byte, 4096); !bytes.Contains(answer, []byte("text/event-stream")); { // a stream is no webhook
+		n, err := conn.Read(b)
+		answer = append(answer, b[:n]...)
+		if err != nil {
+			break
+		}
+	}
+	resp, err := http.ReadResponse(bufio.NewReader(bytes.NewReader(answer)), &http.Request{Method: method})
+	if err != nil {
+		return 0
+	}
+	return resp.StatusCode
+}
+
+// http2 is http1 over HTTP/2, where target is :path, or, for CONNECT, :authority.
+func (r *reading) http2(t testing.TB, method, target string) int {
+	t.Helper()
+	conn, err := net.Dial("tcp", r.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := newHTTP2(conn)
+	defer h.close()
+	fields := []string{":method", method, ":scheme", "http", ":path", target, ":authority", "relay"}
+	if method == "CONNECT" {
+		fields = []string{":method", method, ":authority", target}
+	}
+	s := h.open(1, true, fields...)
+	select {
+	case <-s.done:
+	case <-time.After(patience):
+		t.Fatalf("no answer to %q %q", method, target)
+	}
+	h.close()
+	return s.outcome()
+}
+
+// arrived is what has reached the target, once a webhook that comes after it
+// all has; base and the channel are checked of each, and so is what was
+// published.
+func (r *reading) arrived(t testing.TB) (lines []string) {
+	t.Helper()
+	r.ends++
+	end := fmt.Sprintf("/webhooks/demo/end/%d", r.ends)
+	if status := r.http1(t, "POST", end); status != 200 {
+		t.Fatalf("the last webhook got %d", status)
+	}
+	for {
+		line := r.target.next(t).line
+		if line == "POST /base"+end+" HTTP/1.1" {
+			break
+		}
+		lines = append(lines, line)
+		parts := strings.Split(line, " ")
+		path, _, _ := strings.Cut(parts[min(1, len(parts)-1)], "?")
+		if len(parts) != 3 || !below(path, "/base/webhooks/demo") || !confined("/base/webhooks/demo", strings.TrimPrefix(path, "/base/webhooks/demo")) {
+			t.Errorf("the target got %q", line)
+		}
+	}
+	r.published.mu.Lock()
+	defer r.published.mu.Unlock()
+	for _, event := range r.published.seen {
+		channel, url, _ := strings.Cut(event, " ")
+		if path, _, _ := strings.Cut(url, "?"); !below(path, "/webhooks/"+channel) {
+			t.Errorf("on channel %q was published %q", channel, url)
+		}
+	}
+	r.published.seen = r.published.seen[:0]
+	return lines
+}
+
+// targets are request targets of every kind, and what becomes of them.
+var targets = []struct {
+	method, target string
+	status         int
+	path           string // of what is forwarded, below the base
+}{
+	{"POST", "/webhooks/demo", 200, "/webhooks/demo"},
+	{"POST", "/webhooks/demo/x?y", 200, "/webhooks/demo/x?y"},
+	{"POST", "http://h/webhooks/demo/x", 200, "/webhooks/demo/x"},
+	{"POST", "HTTPS://h/webhooks/demo", 200, "/webhooks/demo"},
+	{"POST", "http://h:1/webhooks/demo/x?y://z/w", 200, "/webhooks/demo/x?y://z/w"},
+	{"POST", "http://[::1]/webhooks/demo//x", 200, "/webhooks/demo//x"},
+	{"POST", "/webhooks/demo/http://h/x", 200, "/webhooks/demo/http://h/x"},
+	{"POST", "/webhooks/demo/x://h/admin", 200, "/webhooks/demo/x://h/admin"},
+	{"POST", "/webhooks/demo?/../../x", 200, "/webhooks/demo?/../../x"},
+	{"POST", "/webhooks/demo?://h/admin", 200, "/webhooks/demo?://h/admin"},
+	{"POST", "/webhooks/other/x", 200, ""},
+	{"POST", "/webhooks/demo2/x", 200, ""},
+	{"POST", "http://h/webhooks/other?/webhooks/demo", 200, ""},
+
+	{"GET", "http:/webhooks/demo?://h/admin/config", 400, ""},
+	{"POST", "http:/webhooks/demo/x://h/admin", 400, ""},
+	{"DELETE", "zz:/webhooks/demo?://h/api", 400, ""},
+	{"POST", "zz://h/webhooks/demo/x", 400, ""},
+	{"POST", "zz:/webhooks/demo", 400, ""},
+	{"POST", "https:/webhooks/demo", 400, ""},
+	{"POST", "http:webhooks/demo", 400, ""},
+	{"POST", "http:///webhooks/demo/x", 400, ""},
+	{"POST", "http://h", 400, ""},
+	{"POST", "http://h?/webhooks/demo/x", 400, ""},
+	{"POST", "http://h?://i/webhooks/demo/x", 400, ""},
+	{"POST", "ftp://h/webhooks/demo/x", 400, ""},
+	{"POST", "?/webhooks/demo", 400, ""},
+	{"POST", "webhooks/demo", 400, ""},
+	{"CONNECT", "evil/webhooks/demo/x://h/run", 400, ""},
+	{"CONNECT", "http://h/webhooks/demo/../x", 400, ""},
+	{"CONNECT", "h:80", 400, ""},
+	{"POST", "*", 404, ""},
+	{"OPTIONS", "*", 404, ""},
+	{"GET", "/webhooks%2Fde%6do/x", 404, ""},
+	{"GET", "/%77ebhooks/demo/x", 404, ""},
+	{"GET", "/webhooks/de%6do/x", 400, ""},
+	{"GET", "/webhooks/demo%2fx", 400, ""},
+	{"POST", "//webhooks/demo/x", 404, ""},
+	{"POST", "//h/webhooks/demo/x", 404, ""},
+	{"POST", "http://h//webhooks/demo/x", 404, ""},
+	{"POST", "/x?/webhooks/demo/x", 404, ""},
+	{"POST", "/x/webhooks/demo/x", 404, ""},
+	{"POST", "/./webhooks/demo/x", 404, ""},
+	{"POST", "/webhooks/./demo/x", 400, ""},
+	{"POST", "/webhooks/other/../demo/x", 400, ""},
+	{"POST", "/webhooks/demo/../other", 400, ""},
+	{"POST", "/webhooks/demo/../../admin", 400, ""},
+	{"POST", "/webhooks/demo/..%2f..%2fadmin", 400, ""},
+	{"POST", "/webhooks/demo/..;/admin", 400, ""},
+	{"POST", "/webhooks/demo/..#/admin", 400, ""},
+	{"POST", "/webhooks/demo#/x", 400, ""},
+	{"POST", "/webhooks/demo:/x", 400, ""},
+	{"POST", "/webhooks/demo\\..\\..\\admin", 400, ""},
+	{"POST", "http://h/webhooks/demo/../../admin", 400, ""},
+}
+
+// TestOneReading: a request target is read once. What reaches the target is
+// below the base and the channel that the request was routed to, byte for byte,
+// or it is refused.
+func TestOneReading(t *testing.T) {
+	r := newReading(t)
+	for name, ask := range map[string]func(testing.TB, string, string) int{"HTTP1": r.http1, "HTTP2": r.http2} {
+		t.Run(name, func(t *testing.T) {
+			for _, tt := range targets {
+				status := ask(t, tt.method, tt.target)
+				if name == "HTTP2" && status == 0 && !strings.HasPrefix(tt.target, "/") {
+					tt.status, tt.path = 0, "" // net/http takes no such path there
+				}
+				if status != tt.status {
+					t.Errorf("%s %s: status %d, want %d", tt.method, tt.target, status, tt.status)
+				}
+				var want []string
+				if tt.path != "" {
+					want = []string{tt.method + " /base" + tt.path + " HTTP/1.1"}
+				}
+				if got := r.arrived(t); !slices.Equal(got, want) {
+					t.Errorf("%s %s: the target got %q, want %q", tt.method, tt.target, got, want)
+				}
+			}
+		})
+	}
+}
+
+// FuzzRequestTarget: for any bytes as a request target, over HTTP/1.1 and
+// HTTP/2, what reaches the target is below its base and /webhooks/{channel}, and
+// the channel is the one it was published on.
+func FuzzRequestTarget(f *testing.F) {
+	for _, tt := range targets {
+		f.Add(tt.method, tt.target)
+	}
+	for _, tc := range pathCases {
+		f.Add("POST", "/webhooks/demo"+tc.path)
+		f.Add("POST", "http:/webhooks/demo?://h"+tc.path)
+	}
+	f.Add("POST", "/webhooks/demo/x HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\nPOST http:/webhooks/demo?://h/admin")
+	f.Add("GET", "/subscribe/demo")
+	f.Add("GET", "/webhooks/\xff/x")
+	f.Add("", "")
+	r := newReading(f)
+	f.Fuzz(func(t *testing.T, method, target string) {
+		if len(method)+len(target) > 8<<10 {
+			t.Skip("longer than a header may be, sooner or later")
+		}
+		r.http1(t, method, target)
+		r.http2(t, method, target)
+		r.arrived(t)
+	})
+}
+
 // TestTraversalIsRefusedByTheServer: no webhook may leave the target's base
 // path in any reading of its own path. What follows still works.
 func TestTraversalIsRefusedByTheServer(t *testing.T) {
@@ -1793,7 +2043,9 @@ var (
 func complaint(t testing.TB, env ...string) string {
 	t.Helper()
 	var log logBuffer
-	err := run(t.Context(), env, &log)
+	ctx, cancel := context.WithTimeout(t.Context(), patience) // what is no mistake runs
+	defer cancel()
+	err := run(ctx, env, &log)
 	e, ok := errors.AsType[configError](err)
 	if !ok {
 		t.Fatalf("%q: error %v, want one of configuration; log:\n%s", env, err, &log)

@@ -19,11 +19,13 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math/big"
 	"net"
 	"net/http"
 	"net/http/httputil"
 	"net/netip"
+	"net/textproto"
 	"net/url"
 	"os"
 	"os/exec"
@@ -444,7 +446,7 @@ func TestFloodOfWebhooks(t *testing.T) {
 			inBubble(t, func(t *testing.T) {
 				p := newPipes()
 				r := newRig(t, p, "RESPONSE_MODE="+mode, "RESPONSE_TIMEOUT=1s")
-				rt := p.transport(t, true)
+				rt := p.transport(t, false) // HTTP/2 would refuse some, which are sent again later
 				var senders sync.WaitGroup
 				for i := range 200 {
 					senders.Go(func() { post(t.Context(), rt, "POST", hooksURL+strconv.Itoa(i), "{}") })
@@ -1182,6 +1184,149 @@ func openHTTP2(t *testing.T, p *pipes, method, path, stop string) net.Conn {
 	return conn
 }
 
+// http2 is an HTTP/2 connection by hand, for what http.Transport would not send.
+type http2 struct {
+	conn net.Conn
+	over chan struct{} // closed at the end of the connection
+
+	mu       sync.Mutex
+	settings map[uint16]uint32 // guarded by mu, like all below; the server's
+	streams  map[uint32]*http2Stream
+}
+
+// http2Stream is one request and what became of it. The mutex of its http2
+// guards it until done is closed, and after that until the connection is.
+type http2Stream struct {
+	done   chan struct{} // closed with the end of the answer, or the first event of a stream
+	status int           // 200; 0: what the body says
+	body   []byte
+	reset  int // error code, -1 for none
+}
+
+// outcome is the status, which the relay's own errors repeat in the body; 0
+// when there was none.
+func (s *http2Stream) outcome() int {
+	if m := errorStatus.FindSubmatch(s.body); m != nil {
+		status, _ := strconv.Atoi(string(m[1]))
+		return status
+	}
+	return s.status
+}
+
+var errorStatus = regexp.MustCompile(`(?:"statusCode":|HTTP Error )(\d+)`)
+
+// newHTTP2 begins to speak on conn.
+func newHTTP2(conn net.Conn) *http2 {
+	h := &http2{conn: conn, over: make(chan struct{}), settings: map[uint16]uint32{}, streams: map[uint32]*http2Stream{}}
+	go h.read()
+	io.WriteString(conn, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+	conn.Write(frameHTTP2(4, 0, 0, nil))
+	return h
+}
+
+// close ends the connection and waits for its reader.
+func (h *http2) close() {
+	h.conn.Close()
+	<-h.over
+}
+
+// read collects what the server says until the connection ends.
+func (h *http2) read() {
+	defer func() {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		for _, s := range h.streams {
+			s.end()
+		}
+		close(h.over)
+	}()
+	r := bufio.NewReader(h.conn)
+	for head := make([]byte, 9); ; {
+		if _, err := io.ReadFull(r, head); err != nil {
+			return
+		}
+		payload := make([]byte, int(head[0])<<16|int(head[1])<<8|int(head[2]))
+		if _, err := io.ReadFull(r, payload); err != nil {
+			return
+		}
+		kind, flags := head[3], head[4]
+		if kind == 4 && flags&1 == 0 {
+			h.conn.Write(frameHTTP2(4, 1, 0, nil))
+		}
+		h.mu.Lock()
+		s := h.streams[binary.BigEndian.Uint32(head[5:])]
+		switch {
+		case kind == 4:
+			for ; len(payload) >= 6; payload = payload[6:] {
+				h.settings[binary.BigEndian.Uint16(payload)] = binary.BigEndian.Uint32(payload[2:])
+			}
+		case s == nil:
+		case kind == 0:
+			if s.body = append(s.body, payload...); bytes.Contains(s.body, []byte("event: ready\n")) {
+				s.end()
+			}
+		case kind == 1:
+			if len(payload) > 0 && payload[0] == 0x88 { // RFC 7541 appendix A
+				s.status = 200
+			}
+		case kind == 3 && len(payload) == 4:
+			s.reset = int(binary.BigEndian.Uint32(payload))
+			s.end()
+		}
+		if s != nil && kind <= 1 && flags&1 != 0 {
+			s.end()
+		}
+		h.mu.Unlock()
+	}
+}
+
+func (s *http2Stream) end() {
+	if !isClosed(s.done) {
+		close(s.done)
+	}
+}
+
+// open begins a request with pairs of names and values; end says that it has no body.
+func (h *http2) open(stream uint32, end bool, pairs ...string) *http2Stream {
+	s := &http2Stream{done: make(chan struct{}), reset: -1}
+	h.mu.Lock()
+	h.streams[stream] = s
+	h.mu.Unlock()
+	var fields []byte // literals without indexing (RFC 7541 section 6.2.2)
+	for i, text := range pairs {
+		if i%2 == 0 {
+			fields = append(fields, 0)
+		}
+		n := len(text)
+		if n < 127 {
+			fields = append(fields, byte(n))
+		} else {
+			fields = append(fields, 127)
+			for n -= 127; n >= 128; n >>= 7 {
+				fields = append(fields, byte(n)|128)
+			}
+			fields = append(fields, byte(n))
+		}
+		fields = append(fields, text...)
+	}
+	flags := byte(4)
+	if end {
+		flags |= 1
+	}
+	h.conn.Write(frameHTTP2(1, flags, stream, fields)) // an end of the connection shows to who reads
+	if isClosed(h.over) {
+		h.mu.Lock()
+		s.end()
+		h.mu.Unlock()
+	}
+	return s
+}
+
+// asked is a request as pairs of names and values.
+func asked(method, path string, more ...string) []string {
+	return append([]string{":method", method, ":scheme", "http", ":path", path, ":authority", "relay.test"}, more...)
+}
+
 // TestUnreadHTTP2 has a connection that takes nothing any more: its stream ends
 // all the same, and so does a server that is leaving.
 func TestUnreadHTTP2(t *testing.T) {
@@ -1216,6 +1361,233 @@ func TestUnreadHTTP2(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestStreamsAtOnce: an HTTP/2 connection has so many requests under way and
+// no more, each of them counts before its body has come, and all of it is given
+// back with the connection.
+func TestStreamsAtOnce(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		p := newPipes()
+		r := newRig(t, p)
+		h := newHTTP2(p.connect(t))
+		synctest.Wait()
+		const more = 10
+		var streams []*http2Stream
+		for i := range streamsAtOnce + more {
+			streams = append(streams, h.open(uint32(2*i+1), false, asked("POST", "/webhooks/ci")...))
+		}
+		synctest.Wait()
+		if n, size := r.Webhooks.Load(), r.held.Load(); n != streamsAtOnce || size != streamsAtOnce*requestCost {
+			t.Errorf("%d requests under way count for %d bytes, want %d and %d", n, size, streamsAtOnce, streamsAtOnce*requestCost)
+		}
+		h.mu.Lock()
+		if n := h.settings[3]; n != streamsAtOnce { // SETTINGS_MAX_CONCURRENT_STREAMS
+			t.Errorf("%d streams are announced, want %d", n, streamsAtOnce)
+		}
+		h.mu.Unlock()
+		for i, s := range streams {
+			if isClosed(s.done) != (i >= streamsAtOnce) {
+				t.Errorf("request %d has ended: %t", i, isClosed(s.done))
+			}
+		}
+		h.conn.Write(frameHTTP2(0, 1, 1, nil)) // the first one comes to its end, and makes place for another
+		<-streams[0].done
+		last := h.open(1001, true, asked("POST", "/webhooks/ci")...)
+		<-last.done
+		h.close()
+		if streams[0].outcome() != 200 || last.outcome() != 200 {
+			t.Errorf("the first got %d, one that came in its place %d", streams[0].outcome(), last.outcome())
+		}
+		for _, s := range streams[streamsAtOnce:] {
+			if s.reset != 1 { // PROTOCOL_ERROR: it had been told
+				t.Errorf("one too many was reset with %d", s.reset)
+			}
+		}
+		synctest.Wait()
+		if n := r.held.Load(); n != 0 {
+			t.Errorf("%d bytes are counted at the end", n)
+		}
+	})
+}
+
+// TestRequestsCost: what a request takes besides its bytes counts, whether it
+// has come to its end or not, and is held or not; above the budget there is 503
+// at once.
+func TestRequestsCost(t *testing.T) {
+	const fit = 10
+	budget := fmt.Sprintf("SERVER_HELD_BUFFER=%d", fit*requestCost+requestCost/2)
+	check := func(t *testing.T, r *rig, under int, reason int64) {
+		t.Helper()
+		synctest.Wait()
+		if n := r.held.Load(); n < int64(under)*requestCost || n > int64(under)*requestCost+requestCost/2 {
+			t.Errorf("%d bytes are counted for %d requests", n, under)
+		}
+		if n := r.Refused["budget"].Load(); n != reason || n != total(r.Refused) {
+			t.Errorf("%d refused for the budget, of %d, want %d", n, total(r.Refused), reason)
+		}
+	}
+	t.Run("unfinished HTTP1", func(t *testing.T) {
+		inBubble(t, func(t *testing.T) {
+			p := newPipes()
+			r := newRig(t, p, budget)
+			var conns []net.Conn
+			for range fit {
+				conn := p.connect(t)
+				io.WriteString(conn, "POST /webhooks/ci HTTP/1.1\r\nHost: relay\r\nContent-Length: 9\r\n\r\n")
+				conns = append(conns, conn)
+			}
+			check(t, r, fit, 0)
+			wantUnavailable(t, post(t.Context(), p.transport(t, false), "POST", hooksURL, ""), "too many requests wait")
+			check(t, r, fit, 1)
+			for _, conn := range conns {
+				conn.Close()
+			}
+			synctest.Wait()
+			if n := r.held.Load(); n != 0 {
+				t.Errorf("%d bytes are counted at the end", n)
+			}
+		})
+	})
+	t.Run("unfinished HTTP2", func(t *testing.T) {
+		inBubble(t, func(t *testing.T) {
+			p := newPipes()
+			r := newRig(t, p, budget)
+			h := newHTTP2(p.connect(t))
+			var streams []*http2Stream
+			for i := range 2 * fit {
+				streams = append(streams, h.open(uint32(2*i+1), false, asked("POST", "/webhooks/ci")...))
+				synctest.Wait()
+			}
+			check(t, r, fit, fit)
+			h.close()
+			for i, s := range streams {
+				if want := map[bool]int{true: 503}[i >= fit]; s.outcome() != want {
+					t.Errorf("request %d: status %d, want %d", i, s.outcome(), want)
+				}
+			}
+			synctest.Wait()
+			if n := r.held.Load(); n != 0 {
+				t.Errorf("%d bytes are counted at the end", n)
+			}
+		})
+	})
+	t.Run("held", func(t *testing.T) {
+		bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
+			r := newRig(t, p, budget, "RESPONSE_MODE=status")
+			told := make(chan outcome, fit)
+			for range fit {
+				go func() { told <- post(t.Context(), rt, "POST", hooksURL, "") }()
+			}
+			check(t, r, fit, 0)
+			if n, size := r.Held(); n != fit || size < fit*requestCost {
+				t.Errorf("%d requests of %d bytes are held", n, size)
+			}
+			begin := time.Now()
+			a := post(t.Context(), rt, "POST", hooksURL, "")
+			wantUnavailable(t, a, "too many requests wait")
+			if a.at != begin {
+				t.Errorf("told after %s", a.at.Sub(begin))
+			}
+			for range fit {
+				<-told
+			}
+			check(t, r, 0, 1)
+		})
+	})
+}
+
+// TestHeaderBounds: a header has so many bytes and so many values, in either
+// protocol; above that it is 431, before anything is kept of it.
+func TestHeaderBounds(t *testing.T) {
+	many := func(n int) (pairs []string) {
+		for range n {
+			pairs = append(pairs, "x-a", "")
+		}
+		return pairs
+	}
+	for _, tt := range []struct {
+		name     string
+		pairs    []string
+		h1, h2   int
+		relaysOn string // "": net/http's own answer, which is not counted
+	}{
+		{"as many values as may be", many(fieldLimit), 200, 431, ""}, // HTTP/2 counts 32 bytes more for each
+		{"one value too many", many(fieldLimit + 1), 431, 431, "size"},
+		{"values of HTTP/2", many(400), 200, 200, ""},
+		{"a long value", []string{"x-a", strings.Repeat("x", headerLimit-1<<10)}, 200, 200, ""},
+		{"a value too long", []string{"x-a", strings.Repeat("x", headerLimit+8<<10)}, 431, 0, ""}, // ends the connection, as it cannot be decoded
+		{"several values too long", []string{"x-a", strings.Repeat("x", headerLimit/2+4<<10), "x-b", strings.Repeat("x", headerLimit/2+4<<10)}, 431, 431, ""},
+		{"a name too long", []string{strings.Repeat("x", headerLimit+8<<10), "1"}, 431, 0, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T) {
+				p := newPipes()
+				r := newRig(t, p)
+				h := newHTTP2(p.connect(t))
+				s := h.open(1, true, asked("POST", "/webhooks/ci", tt.pairs...)...)
+				<-s.done
+				h.close()
+				if got := s.outcome(); got != tt.h2 {
+					t.Errorf("HTTP/2: status %d, want %d; %q, reset %d", got, tt.h2, s.body, s.reset)
+				}
+				var lines strings.Builder
+				for i := 0; i < len(tt.pairs); i += 2 {
+					lines.WriteString(tt.pairs[i] + ": " + tt.pairs[i+1] + "\r\n")
+				}
+				conn := p.connect(t)
+				go io.WriteString(conn, "POST /webhooks/ci HTTP/1.1\r\nHost: relay\r\n"+lines.String()+"\r\n") // it may not be read to its end
+				resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+				conn.Close()
+				if err != nil || resp.StatusCode != tt.h1 {
+					t.Errorf("HTTP/1: %v, %v, want %d", resp, err, tt.h1)
+				}
+				synctest.Wait()
+				if n := r.Refused["size"].Load(); n != map[string]int64{"size": 1}[tt.relaysOn] {
+					t.Errorf("%d refused for their size", n)
+				}
+			})
+		})
+	}
+}
+
+// TestSubscriberWithBody: what a subscriber sends after its header would lie in
+// buffers as long as its stream lasts, so that none with a body gets one.
+func TestSubscriberWithBody(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		p := newPipes()
+		r := newRig(t, p)
+		want := relayError(400, "no body expected")
+		h := newHTTP2(p.connect(t))
+		announced := h.open(1, false, asked("GET", "/subscribe/ci", "content-length", "5")...)
+		open := h.open(3, false, asked("GET", "/subscribe/ci/")...)
+		<-announced.done
+		<-open.done
+		bare := h.open(5, true, asked("GET", "/subscribe/ci/")...)
+		<-bare.done // with its first event
+		h.close()
+		for name, s := range map[string]*http2Stream{"with its length": announced, "without an end": open} {
+			if s.outcome() != 400 || string(s.body) != want {
+				t.Errorf("HTTP/2 %s: %d %q", name, s.outcome(), s.body)
+			}
+		}
+		if bare.outcome() != 200 {
+			t.Errorf("HTTP/2 without a body: %d %q", bare.outcome(), bare.body)
+		}
+		for _, framing := range []string{"Content-Length: 5\r\n\r\nhello", "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"} {
+			conn := p.connect(t)
+			time.AfterFunc(time.Minute, func() { conn.Close() }) // a stream has no end
+			go io.WriteString(conn, "GET /subscribe/ci HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n"+framing)
+			answer, _ := io.ReadAll(conn)
+			if !bytes.HasPrefix(answer, []byte("HTTP/1.1 400 ")) || !bytes.HasSuffix(answer, []byte(want)) {
+				t.Errorf("%q: got %q", framing, answer)
+			}
+		}
+		synctest.Wait()
+		if n, _ := r.hub.Count(); n != 0 || r.Rejected["body"].Load() != 4 || total(r.Rejected) != 4 {
+			t.Errorf("%d streams, %d refused for their body, of %d", n, r.Rejected["body"].Load(), total(r.Rejected))
+		}
+	})
 }
 
 // TestMethodsOverHTTP2: net/http takes anything for a method there; what is no
@@ -1695,6 +2067,157 @@ func TestModes(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestPrivateHeaders: in response mode nothing of an answer speaks to the
+// relay's proxy or changes a browser's mind about the relay's host; what it says
+// to the provider is kept as it is.
+func TestPrivateHeaders(t *testing.T) {
+	dropped := []string{
+		"X-Accel-Redirect: /internal/x", "X-Accel-Buffering: no", "X-Accel-Expires: 1", "X-Accel-Limit-Rate: 1", "X-Accel-Charset: utf-8", "x-ACCEL-anything: 1",
+		"X-Sendfile: /etc/passwd", "X-Sendfile-Type: x", "x-sendfile-temporary: 1",
+		"Strict-Transport-Security: max-age=1", "Clear-Site-Data: \"*\"", "Alt-Svc: h3=\":1\"", "Service-Worker-Allowed: /", "Refresh: 0; url=http://evil.example/",
+	}
+	forBrowsers := []string{
+		"Access-Control-Allow-Origin: https://a.example", "Access-Control-Allow-Credentials: true", "Access-Control-Allow-Headers: x", "Access-Control-Allow-Methods: POST",
+		"Access-Control-Expose-Headers: x", "Access-Control-Max-Age: 1",
+	}
+	kept := []string{
+		"Content-Type: text/html", "Location: /x", "ETag: \"e\"", "Vary: Origin", "Www-Authenticate: Basic", "Content-Security-Policy: default-src 'none'", "X-Accelerate: 1",
+		"X-Send: 1", "Strict-Transport: 1", "Alt-Svc-Other: 1", "Access-Controlled: 1", "Content-Disposition: attachment",
+	}
+	names := func(lines []string) (names []string) {
+		for _, line := range lines {
+			name, _, _ := strings.Cut(line, ":")
+			names = append(names, textproto.CanonicalMIMEHeaderKey(name))
+		}
+		return names
+	}
+	for _, tt := range []struct {
+		name          string
+		more, request []string
+		browser       bool
+		cache         string
+	}{
+		{"least", nil, nil, false, "no-store"},
+		{"for a browser", nil, []string{"Origin", "https://a.example"}, true, "no-store"},
+		{"for a browser that says null", nil, []string{"Origin", "null"}, true, "no-store"},
+		{"Cache-Control of the target", []string{"Cache-Control: max-age=60", "Cache-Control: public"}, nil, false, "max-age=60, public"},
+		{"nosniff of the target", []string{"X-Content-Type-Options: sniff", "X-Content-Type-Options: nosniff"}, nil, false, "no-store"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			lines := slices.Concat(dropped, forBrowsers, kept, tt.more)
+			relayTest(t, func(recorded) string { return says(200, "x", lines...) }, nil, func(t *testing.T, r *relay) {
+				r.client()
+				got := r.post(tt.request...)
+				if got.status != 200 || got.body != "x" {
+					t.Fatalf("got %+v", got)
+				}
+				for _, name := range names(dropped) {
+					if got.header[name] != nil {
+						t.Errorf("%s: %q", name, got.header[name])
+					}
+				}
+				for _, name := range names(forBrowsers) {
+					if (got.header[name] != nil) != tt.browser {
+						t.Errorf("%s: %q", name, got.header[name])
+					}
+				}
+				for _, name := range names(kept) {
+					if got.header[name] == nil {
+						t.Errorf("%s is missing", name)
+					}
+				}
+				if options := got.header["X-Content-Type-Options"]; !slices.Equal(options, []string{"nosniff"}) {
+					t.Errorf("X-Content-Type-Options: %q", options)
+				}
+				if cache := strings.Join(got.header["Cache-Control"], ", "); cache != tt.cache {
+					t.Errorf("Cache-Control: %q, want %q", cache, tt.cache)
+				}
+			})
+		})
+	}
+	t.Run("a report of anybody", func(t *testing.T) {
+		relayTest(t, nil, nil, func(t *testing.T, r *relay) {
+			client := listen(t, r.rt, streamURL, "X-Relay-Features", "respond", "X-Relay-Client", "c")
+			told := r.posted()
+			report := `{"status":200,"headers":{"x-accel-redirect":"/x","refresh":"0","ACCESS-control-allow-origin":"*","x-ok":"1"}}`
+			if status := r.report(client.next(t, 1).id, "c", report); status != 204 {
+				t.Fatalf("status %d", status)
+			}
+			got := <-told
+			if got.header.Get("X-Ok") != "1" || got.header["X-Accel-Redirect"] != nil || got.header["Refresh"] != nil || got.header["Access-Control-Allow-Origin"] != nil {
+				t.Errorf("got %+v", got)
+			}
+		})
+	})
+}
+
+// TestRefusalsAreCounted: every refusal of a subscriber and of a report is one
+// in the metrics, under its reason and no other.
+func TestRefusalsAreCounted(t *testing.T) {
+	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
+		r := newRig(t, p, "AUTH_TOKEN=secret", "SERVER_MAX_SUBSCRIBERS=1", "SUBSCRIBE_ALLOWED_IPS=192.0.2.0/24", "WEBHOOKS_ALLOWED_IPS=192.0.2.0/24",
+			"TRUSTED_PROXIES=192.0.2.1", "SERVER_MAX_PAYLOAD_SIZE_LIMIT=1kb", "SERVER_HELD_BUFFER=64kb")
+		sample := regexp.MustCompile(`(?m)^relay_(webhooks|subscribers)_refused_total\{reason="([a-z]+)"\} (\d+)$`)
+		counted := func() map[string]int {
+			counts := map[string]int{}
+			text := (&Health{Metrics: serverMetrics(r.Server, r.hub, nil, &door{})}).exposition()
+			for _, m := range sample.FindAllStringSubmatch(text, -1) {
+				counts[m[1]+" "+m[2]], _ = strconv.Atoi(m[3])
+			}
+			return counts
+		}
+		const ok = `{"status":200}`
+		reportURL := streamURL + "responses/" + testID
+		token, elsewhere := []string{"X-Auth-Token", "secret"}, []string{"X-Auth-Token", "secret", "X-Forwarded-For", "198.51.100.1"}
+		listen(t, rt, streamURL, token...)
+		steps := []struct {
+			method, url, body string
+			headers           []string
+			status            int
+			reason            string // "": nothing is counted
+		}{
+			{"GET", streamURL, "", nil, 401, "subscribers token"},
+			{"GET", streamURL, "", []string{"Authorization", "Bearer wrong"}, 401, "subscribers token"},
+			{"POST", reportURL, ok, []string{"X-Auth-Token", "wrong"}, 401, "subscribers token"},
+			{"GET", streamURL, "", elsewhere, 403, "subscribers address"},
+			{"POST", reportURL, ok, elsewhere, 403, "subscribers address"},
+			{"PUT", streamURL, "", token, 405, "subscribers method"},
+			{"GET", reportURL, "", token, 405, "subscribers method"},
+			{"GET", "http://relay.test/subscribe/c%40i", "", token, 400, "subscribers channel"},
+			{"GET", streamURL, "x", token, 400, "subscribers body"},
+			{"GET", streamURL, "", token, 503, "subscribers limit"},
+			{"POST", reportURL, ok, token, 404, ""},
+			{"POST", "http://relay.test/webhooks/c%40i", "", nil, 400, "webhooks channel"},
+			{"POST", hooksURL + "/%2e%2e", "", nil, 400, "webhooks path"},
+			{"POST", hooksURL, "", elsewhere, 403, "webhooks address"},
+			{"POST", hooksURL, strings.Repeat("x", 1025), nil, 413, "webhooks size"},
+			{"POST", hooksURL, "", nil, 200, ""},
+			{"GET", "http://relay.test/nowhere", "", nil, 404, ""},
+		}
+		before := counted()
+		if len(before) != len(webhookReasons)+len(subscriberReasons) {
+			t.Errorf("reasons %v", before)
+		}
+		for _, tt := range steps {
+			if got := post(t.Context(), rt, tt.method, tt.url, tt.body, tt.headers...); got.status != tt.status {
+				t.Errorf("%s %s: %+v, want %d", tt.method, tt.url, got, tt.status)
+			}
+			if tt.reason != "" {
+				before[tt.reason]++
+			}
+			if after := counted(); !maps.Equal(before, after) {
+				t.Fatalf("%s %s: counted %v, want %v", tt.method, tt.url, after, before)
+			}
+		}
+		for range 1000 {
+			post(t.Context(), rt, "GET", streamURL, "", "X-Auth-Token", "guess")
+		}
+		if before["subscribers token"] += 1000; !maps.Equal(before, counted()) {
+			t.Errorf("counted %v, want %v", counted(), before)
+		}
+	})
 }
 
 // TestHeadAnswer checks that a HEAD webhook gets headers without a body, on a
@@ -2768,6 +3291,102 @@ func TestTokensReload(t *testing.T) {
 			t.Error("a token is in the log")
 		}
 	})
+}
+
+// TestTokensHalfWritten: a tokens file whose last line is not complete may be
+// cut within a token, which would open the channel to a part of it. It takes no
+// force before two looks have found it the same, at the start and later.
+func TestTokensHalfWritten(t *testing.T) {
+	write := func(t *testing.T, file, text string) {
+		t.Helper()
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	allows := func(r *rig, token string) bool { return r.keys.Load().allows("ci", sha256.Sum256([]byte(token))) }
+	t.Run("reload", func(t *testing.T) {
+		file := tokensFile(t, "ci secret\n")
+		inBubble(t, func(t *testing.T) {
+			r := newRig(t, newPipes(), "AUTH_TOKENS_FILE="+file)
+			ctx, stop := context.WithCancel(t.Context())
+			var running sync.WaitGroup
+			running.Go(func() { r.Run(ctx) })
+			defer running.Wait()
+			defer stop()
+			time.Sleep(reloadInterval / 2)
+			look := func() {
+				time.Sleep(reloadInterval)
+				synctest.Wait()
+			}
+			check := func(what string, tokens map[string]bool) {
+				t.Helper()
+				for token, want := range tokens {
+					if allows(r, token) != want {
+						t.Errorf("%s: token %q opens the channel: %t", what, token, !want)
+					}
+				}
+			}
+			for _, cut := range []string{"ci n", "ci ne", "ci new-secr", "ci new-secret"} { // as a writer goes on
+				write(t, file, cut)
+				look()
+				check(cut, map[string]bool{"secret": true, "n": false, "ne": false, "new-secr": false, "new-secret": false})
+			}
+			write(t, file, "ci new-secret\n")
+			look()
+			check("complete", map[string]bool{"secret": false, "new-secret": true, "new-secr": false})
+
+			write(t, file, "ci without-end") // and nothing follows
+			look()
+			check("first look", map[string]bool{"new-secret": true, "without-end": false})
+			look()
+			check("second look", map[string]bool{"new-secret": false, "without-end": true})
+
+			// Two looks have to follow each other.
+			write(t, file, "ci on")
+			look()
+			write(t, file, "ci one\nci tw")
+			look()
+			write(t, file, "ci on")
+			look()
+			check("back and forth", map[string]bool{"without-end": true, "on": false, "one": false, "tw": false})
+			if n := len(r.log.lines("tokens file read again")); n != 2 {
+				t.Errorf("the file took force %d times, want 2", n)
+			}
+		})
+	})
+	t.Run("start", func(t *testing.T) {
+		file := tokensFile(t, "ci se")
+		inBubble(t, func(t *testing.T) {
+			for i, text := range []string{"ci secr", "ci secret\nci oth", "ci secret\nci other\n"} {
+				time.AfterFunc(time.Duration(2*i+1)*settleInterval/2, func() { os.WriteFile(file, []byte(text), 0o600) })
+			}
+			begin := time.Now()
+			r := newRig(t, newPipes(), "AUTH_TOKENS_FILE="+file)
+			if took := time.Since(begin); took != 3*settleInterval {
+				t.Errorf("begins after %s, want %s", took, 3*settleInterval)
+			}
+			for token, want := range map[string]bool{"secret": true, "other": true, "se": false, "secr": false, "oth": false} {
+				if allows(r, token) != want {
+					t.Errorf("token %q opens the channel: %t", token, !want)
+				}
+			}
+		})
+	})
+	for name, tt := range map[string]struct {
+		text string
+		took time.Duration
+	}{"start with all": {"ci secret\n", 0}, "start without an end": {"ci secret", settleInterval}} {
+		t.Run(name, func(t *testing.T) {
+			file := tokensFile(t, tt.text)
+			inBubble(t, func(t *testing.T) {
+				begin := time.Now()
+				r := newRig(t, newPipes(), "AUTH_TOKENS_FILE="+file)
+				if took := time.Since(begin); took != tt.took || !allows(r, "secret") {
+					t.Errorf("after %s, want %s; opens: %t", took, tt.took, allows(r, "secret"))
+				}
+			})
+		})
+	}
 }
 
 // TestTokenRevokedMeanwhile: a token that is revoked after it was looked at,
