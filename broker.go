@@ -1068,7 +1068,7 @@ const (
 	signalLeft    = "left"    // to all: Subscriber of Client on Channel is gone
 	signalGone    = "gone"    // from the bus: the replica From is gone, with all its subscribers
 	signalAgain   = "again"   // to all: the bus was away for From, what was told meanwhile may be lost
-	signalHand    = "hand"    // to one replica: hold Event of Channel, which is Data, from now on
+	signalHand    = "hand"    // to one replica: hold Event of Channel, which is Data, from now on; Client is whom it may be given to, as in Event.Only
 	signalJoined  = "joined"  // to all: one replica more, for the bus itself
 )
 

@@ -6,10 +6,10 @@
 //
 // # Endpoints of the server
 //
-//	ANY  /webhooks/{channel}[/…]                 a provider's webhook
-//	GET  /subscribe/{channel}[/]                 the event stream
-//	POST /subscribe/{channel}/responses/{id}     a client reports its target's answer
-//	GET  /                                       as /ready of the health service
+//	ANY  /webhooks/{channel}[/…]            a provider's webhook
+//	GET  /subscribe/{channel}[/]            the event stream
+//	POST /subscribe/{channel}/responses     a client reports on one or more events
+//	GET  /                                  as /ready of the health service
 //
 // Errors of the relay itself are JSON, {"statusCode":413,"message":"…"}. A
 // passing state is 503, 504 or 502, never a status on which providers disable
@@ -21,24 +21,100 @@
 //
 // Server-sent events (HTML standard, section 9.2). Each stream begins with one
 // ready, sent once the subscription is live on every replica; heartbeat comes
-// every interval; drain asks a client to open its next stream before it leaves
-// this one. A webhook is the unnamed event, one line of JSON:
+// every interval; drain says that the server will end this stream soon, after
+// all that is queued for it: a client opens its next stream at once and reads
+// this one to its end. A webhook is an HTTP message (RFC 9112) with LF for line
+// ends:
 //
-//	{"id":"…","method":"POST","originalUrl":"/webhooks/ci/push?x=1","path":"/webhooks/ci/push",
-//	 "query":{"x":"1"},"headers":{"content-type":"…","content-length":"2"},"body":"{}",
-//	 "timestamp":1700000000000,"respond":true,"timeout":9000}
+//	id: XCVB3M7JQ2N5K-2PLJ…
+//	event: webhook
+//	data: POST /webhooks/ci/push?x=1 HTTP/1.1
+//	data: Host: relay.example.com
+//	data: Content-Type: application/json
+//	data: Content-Length: 17
+//	data: X-Relay-Time: 1700000000000
+//	data: X-Relay-Respond: status; timeout=9000
+//	data:
+//	data: {"hello":"world"}
 //
-// originalUrl, path and header values hold one code point for each byte;
-// bodyBase64 stands for body when that is no text. respond, timeout (in
-// milliseconds) and mode are there only when the sender waits.
+// A body that is not UTF-8, has a CR, or has lines so short that their prefixes
+// cost more than base64 does, is one line of base64, marked X-Relay-Body: base64;
+// Content-Length counts what is in the message. Bytes above 0x7F before the body
+// stand for the code points of the same numbers. X-Relay-Time is when the webhook
+// came, in milliseconds; X-Relay-Respond is the response mode, and for how long
+// the sender waits, in milliseconds.
+//
+// That is for readers that send X-Relay-Features: http. All others get the legacy
+// form, an unnamed event with one line of JSON:
+//
+//	data: {"headers":{"content-type":"…","content-length":"2"},"originalUrl":"/webhooks/ci/push?x=1",
+//	       "path":"/webhooks/ci/push","query":{"x":"1"},"body":"{}","timestamp":1700000000000}
+//
+// bodyBase64 stands for body when that is not UTF-8. A client that sends
+// X-Relay-Features: respond and its name in X-Relay-Client reports; drain there
+// asks for that event.
+//
+// A report is an HTTP message too: HTTP/1.1 responses one after the other, each
+// with X-Relay-Event-Id and its own length. In accept 202 says that the client has
+// the event; otherwise it is the target's answer, or 502 or 504 with X-Relay-Error:
+// unreachable or timeout when there was none. 202 with X-Relay-Error: taken says
+// that the client's streams end, and that it will still report.
+//
+// # The life of a webhook
+//
+// Every webhook is held, by the replica that took it (its holder), until a client
+// has reported on it. The modes differ in when the provider is answered and when
+// the client reports:
+//
+//	accept    200 once the bus took the event       202 when the client begins to forward it
+//	status    the target's status                   when the target has answered
+//	response  the target's status, header and body  when the target has answered
+//
+// Replicas tell each other, in any order:
+//
+//	event    holder, to all with subscribers   the webhook, its round, whom it is for, its time left
+//	receipt  each of those, to the holder      event, round, the subscribers that were given it, with
+//	                                           the names of their clients
+//	report   the replica a client reports to,  event, channel, client, the report
+//	         to the holder, or to all when it
+//	         is gone
+//	ready    the replica of a stream, to all   channel, client: it is ready, or half of its queue is
+//	                                           free again
+//	left     the replica of a stream, to all   subscriber: its stream has ended
+//	again    a replica the bus was away for,   what it was told, or told, may be lost
+//	         to all
+//	hand     a leaving holder, to one other    an event of accept, to hold from now on
+//	gone     the bus, to its own replica       a replica that is no more
+//	joined   a replica, to all                 for the bus itself
+//
+// A hold knows who was given the event and who has settled; both only grow. A
+// client settles, by its name, with its report; its stream's end settles the
+// stream; a reader that cannot report is settled by the receipt. A subscriber
+// whose queue is full is not given it. Then, once every receipt has come:
+//
+//   - open: a client has it on a live stream. Wait.
+//   - done, in accept: a client has reported, and none broke less than ten seconds
+//     ago without; or only readers that cannot report were given it. In status and
+//     response: the first 2xx; otherwise, when nobody is left who could still say
+//     2xx, the best of the failures.
+//   - a client whose streams broke and that is back within ten seconds is given
+//     again what it has not reported, although others have it.
+//   - otherwise nobody has it: it waits, and is published again to whoever becomes
+//     ready, the oldest first and no further than the first that finds no space.
+//     New webhooks of the channel wait behind it.
+//
+// Time is over: in status and response after RESPONSE_TIMEOUT, with the best
+// failure, else 504 when a client was given it, else 503. In accept when no client
+// was there for SERVER_HOLD_TIME: the event is lost, counted and logged. Nothing
+// else loses it but a crash of its holder, or of the client that reported it. A
+// channel that nobody subscribed to within that time holds nothing in accept.
 //
 // # Guarantees
 //
 // A webhook accepted after a stream's ready is delivered to that stream. Method,
 // request target, end-to-end headers and body reach the target byte for byte.
-// Delivery is at least once; X-Relay-Event-Id is the same on every try. In the
-// modes status and response the provider's open request is the only queue, and
-// the provider learns what the target said. Payloads are never stored.
+// Delivery is at least once; X-Relay-Event-Id is the same on every try, and a
+// client forwards it once. Payloads are never stored.
 //
 // # Bounds
 //
@@ -52,14 +128,22 @@
 //	request header                       16 KiB and 4 of net/http, 10 s     431, or 400; connection closed
 //	values in a webhook's header         500                                431
 //	request body                         60 s                               400, connection closed
-//	bodies being read, events of         SERVER_HELD_BUFFER 256mb           503
-//	requests under way, their answers,
-//	and 16 KiB for each request
+//	rest of a refused body               16 MiB, 5 s                        connection closed
+//	webhooks held, being read or queued, SERVER_HELD_BUFFER 256mb           503; not given to a subscriber
+//	answers, 16 KiB for each request
+//	and 1 KiB for each hold
+//	the same, of one channel             half of it                         the same
+//	bodies being read                    half of it                         the one that stalled longest, for
+//	                                                                        1 s, gets 503; else the new one
+//	the same, of channels that may yet   a 32nd of it                       200, and gone: counted and logged
+//	get a first subscriber, in the first
+//	SERVER_HOLD_TIME after the start
 //	a held request                       RESPONSE_TIMEOUT 9s, at most 15m   504; 503 when nobody took it
-//	outcomes that come before the        1024 for a held event              not noted
-//	receipts of other replicas
-//	those receipts                       250 ms                             not waited for
-//	held events published again at once  128                                wait
+//	a hold of accept without a client    SERVER_HOLD_TIME 60s               lost: counted and logged
+//	receipts                             1 s                                not waited for
+//	a client whose streams broke         10 s                               not waited for
+//	subscribers remembered as gone       16384                              the oldest forgotten
+//	the bus taking a webhook             2 s, and 2.5 s once it is written  503
 //	answer to a provider                 70 s after its header; held:       connection closed
 //	                                     10 s after RESPONSE_TIMEOUT
 //	idle connection                      2 min                              closed
@@ -75,33 +159,42 @@
 //	                                     5000                               503
 //	subscribers of one channel           half of SERVER_MAX_SUBSCRIBERS     503
 //	becoming ready                       5 s                                503
-//	undelivered frames of a subscriber   SERVER_SUBSCRIBER_BUFFER 16mb      evicted; it reconnects. Held
-//	                                                                        events wait for space instead
-//	one write to a stream                60 s                               evicted; it reconnects
+//	undelivered events of a subscriber   SERVER_SUBSCRIBER_BUFFER 16mb      not given to it; they wait
+//	a write to a stream that takes       60 s                               evicted; it reconnects
+//	nothing
 //	body of a request for a stream       none                               400
 //	what a subscriber sends on           4 KiB                              stream closed
-//	report of a client                   8 MiB, 10 s                        400
+//	reports of one request               4 MiB, 10 s                        400
+//	one of them                          64 KiB and 500 values of header,   400
+//	                                     1 MiB of body
 //	reports being read                   64 MiB                             503; sent again
 //	tokens file                          1 MiB                              refused; the last good one stays
 //	tokens file with half a last line    two equal looks, 3 s apart,        not in force before
 //	                                     1 s at the start
-//	publish over Redis                   800 ms; 512 wait per connection;   503
-//	                                     one at a time above 256 KiB
-//	signals between replicas             16384 wait                         dropped; their holds time out
-//	silence of Redis                     2.5 s                              connected anew
+//	messages to Redis                    512 unanswered; one at a time      wait
+//	                                     above 256 KiB
+//	signals between replicas             16384 wait                         dropped; all is published again
+//	silence of Redis                     2.5 s and a last look of 0.1 s     connected anew
 //	lines of one message in the log      50 a second, above debug           left out; the next tells how many
 //	line or event at the client          64 MiB                             stream cut; it reconnects
-//	silence on a stream                  two heartbeats and 1 s; 20 s       stream cut; it reconnects
-//	                                     before ready
-//	streams that are being left          8                                  the oldest cut
+//	header of a webhook at the client    64 KiB and 508 values              refused, counted
+//	silence on a stream                  two heartbeats and 1 s, 20 s       stream cut; it reconnects
+//	                                     before ready, a last look of
+//	                                     0.25 s
+//	a stream that was asked to move      1 min after the next is ready      cut
+//	clocks of replicas that a stream     64                                 all forgotten
+//	compares
 //	connecting to source and target      10 s, and 10 s for TLS             tried again
 //	forwards at once                     TARGET_CONCURRENCY 32              the client stops reading
+//	forwards that wait to be tried       64 MiB, 4 KiB for each             they keep their place
+//	again or reported
 //	one attempt at the target            TARGET_TIMEOUT 30s                 tried again
 //	attempts at the target               TARGET_RETRY_WINDOW 60s            given up, logged
 //	answer of a target                   64 KiB header, 1 MiB body          unreachable; body left out
 //	body of a target that nobody wants   64 KiB, 500 ms                     connection closed
 //	redirects of a target                5                                  unreachable
-//	one try to report                    5 s                                tried again in the event's time
+//	requests with reports                4 at once, 5 s each                what waits goes into the next
+//	reports that nobody waits for        16384, 1 min                       the oldest dropped
 //	events remembered by a client        16384, 16 MiB, 15 min              the oldest forgotten
 package main
 
@@ -713,7 +806,7 @@ func settings(c *Config) []setting {
 		{"SERVER_MAX_SUBSCRIBERS_PER_ADDRESS", "5000", "server", "most streams at once from one remote address", integer(&l.PerAddress, 1, 10_000_000), nil},
 		{"SERVER_SUBSCRIBER_BUFFER", "16mb", "server", "undelivered bytes of one subscriber; what does not fit waits", size(&l.Buffer), nil},
 		{"SERVER_HELD_BUFFER", "256mb", "server", "bytes of all webhooks that are held, read or queued; one channel may take half", size(&c.HeldBuffer), nil},
-		{"SERVER_HOLD_TIME", "60s", "server", "how long a webhook of accept mode waits for a client when none is there", duration(&s.HoldTime, 0, maxDuration), nil},
+		{"SERVER_HOLD_TIME", "60s", "server", "how long a webhook of accept mode waits for a client when none is there", duration(&s.HoldTime, 5*time.Second, maxDuration), nil},
 		{"SERVER_STREAM_MAX_AGE", "", "server", "age at which streams are asked to move; none by default", duration(&s.StreamMaxAge, time.Second, maxDuration), nil},
 		{"SERVER_TLS_CERT_FILE", "", "server", "PEM certificate chain; re-read when it changes", text(&c.CertFile), nil},
 		{"SERVER_TLS_KEY_FILE", "", "server", "PEM private key", text(&c.KeyFile), nil},

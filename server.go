@@ -691,8 +691,9 @@ func (s *Server) first(ctx context.Context, h *hold) *refusal {
 	e := h.event
 	s.mu.Lock()
 	if len(h.line.waiting) > 0 && s.bus.Check(ctx) == nil {
+		defer s.mu.Unlock()
 		s.wait(h)
-		s.mu.Unlock()
+		s.heed(h)
 		return nil
 	}
 	h.round, h.publish = 1, true
@@ -719,9 +720,8 @@ func (s *Server) first(ctx context.Context, h *hold) *refusal {
 			s.deliverAgain(h.line, client)
 		}
 	}
-	if receivers == 0 && h.mode == modeAccept && !s.known(h) {
-		s.unheard(h)
-		s.end(h, nil)
+	if receivers == 0 {
+		s.heed(h)
 	}
 	return nil
 }
@@ -742,21 +742,20 @@ func (s *Server) published(h *hold, receivers int) {
 	s.weigh(h)
 }
 
-// known reports whether somebody may still come for h in accept mode: its
-// channel has or had subscribers, or, while a fresh replica cannot know, there
-// is space for strangers. It needs mu.
-func (s *Server) known(h *hold) bool {
-	now := time.Now()
-	if !h.line.seen.IsZero() && now.Sub(h.line.seen) < s.opts.HoldTime {
-		return true
+// heed ends h if in accept mode nobody will come for it: neither are there
+// subscribers for its channel, nor were there lately; or, while a fresh replica
+// cannot know that, there is no space left for strangers. It needs mu.
+func (s *Server) heed(h *hold) {
+	now, size := time.Now(), holdCost+int64(len(h.event.wire))
+	switch {
+	case h.mode != modeAccept, !h.line.seen.IsZero() && now.Sub(h.line.seen) < s.opts.HoldTime:
+	case now.Sub(s.began) < s.opts.HoldTime && s.strange+size <= s.budget.Limit/strangeShare:
+		h.strange = size
+		s.strange += size
+	default:
+		s.unheard(h)
+		s.end(h, nil)
 	}
-	size := holdCost + int64(len(h.event.wire))
-	if now.Sub(s.began) > s.opts.HoldTime || s.strange+size > s.budget.Limit/strangeShare {
-		return false
-	}
-	s.strange += size
-	h.strange = size
-	return true
 }
 
 // weigh ends h if it is done, and lets it wait for a subscriber if nobody has
@@ -1091,7 +1090,7 @@ func (s *Server) take(sig *Signal) {
 		e.release()
 		return
 	}
-	h := &hold{event: e, mode: modeAccept}
+	h := &hold{event: e, mode: modeAccept, readers: sig.Client != ""}
 	s.keep(h)
 	h.line.seen = time.Now()
 	s.wait(h)
@@ -1300,11 +1299,13 @@ func (s *Server) handOver(peers []string, end time.Time) {
 	s.mu.Unlock()
 	for _, h := range left {
 		e, taken := h.event, 0
-		for _, peer := range peers {
-			taken, _ = s.bus.Send(ctx, Signal{Kind: signalHand, To: peer, From: s.opts.Replica, Channel: e.Channel, Event: e.ID, Data: e.message()})
-			if taken > 0 {
-				break
-			}
+		hand := Signal{Kind: signalHand, From: s.opts.Replica, Channel: e.Channel, Event: e.ID, Data: e.message()}
+		if h.readers {
+			hand.Client = onlyReporters // legacy readers have it
+		}
+		for i := 0; i < len(peers) && taken == 0; i++ {
+			hand.To = peers[i]
+			taken, _ = s.bus.Send(ctx, hand)
 		}
 		s.mu.Lock()
 		if taken == 0 && s.holds[e.ID] == h {
