@@ -1055,21 +1055,19 @@ type reading struct {
 type spyBus struct {
 	*Hub
 	mu   sync.Mutex
-	seen []string // "channel originalUrl"
+	seen []string // "channel target"
 }
 
 func (b *spyBus) Publish(ctx context.Context, e *Event) (int, error) {
-	var m struct{ OriginalURL string }
-	p := newParser(bytes.NewReader(e.frame))
+	p := newParser(bytes.NewReader(block(e.chunk)))
 	event, err := p.next()
-	if err == nil {
-		err = json.Unmarshal(event.data, &m)
-	}
 	if err != nil {
 		return 0, err
 	}
+	line, _, _ := strings.Cut(string(event.data), "\n")
+	_, target, _ := strings.Cut(strings.TrimSuffix(line, " HTTP/1.1"), " ")
 	b.mu.Lock()
-	b.seen = append(b.seen, e.Channel+" "+m.OriginalURL)
+	b.seen = append(b.seen, e.Channel+" "+target)
 	b.mu.Unlock()
 	return b.Hub.Publish(ctx, e)
 }
