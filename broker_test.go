@@ -1346,6 +1346,7 @@ func TestHubReceipt(t *testing.T) {
 	named, legacy := &Subscriber{Channel: "a", Client: "e"}, &Subscriber{Channel: "a"}
 	everybody := []*Subscriber{one, two, named, legacy}
 	for _, s := range everybody {
+		s.Write = func() {}
 		if err := h.Subscribe(s); err != nil {
 			t.Fatal(err)
 		}

@@ -115,7 +115,7 @@ relay_c 0
 // stands together under its own help and type, once, and counters say so by
 // their name.
 func TestMetrics(t *testing.T) {
-	hub := &Hub{}
+	hub := &Hub{Budget: &Budget{}}
 	server, err := NewServer(ServerOptions{}, hub, hub, nil)
 	if err != nil {
 		t.Fatal(err)
