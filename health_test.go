@@ -227,7 +227,7 @@ func TestHealthOfServer(t *testing.T) {
 	send(t, "POST", "http://"+server.addr+"/webhooks/canary", "{}")
 	send(t, "POST", "http://"+server.addr+"/webhooks/can@ary", "{}")
 	_, metrics := get("/metrics")
-	for _, sample := range []string{"relay_webhooks_total 2\n", "relay_webhooks_refused_total{reason=\"channel\"} 1\n", "relay_webhooks_unheard_total 1\n"} {
+	for _, sample := range []string{"relay_webhooks_total 2\n", "relay_webhooks_refused_total{reason=\"channel\"} 1\n", "relay_held_webhooks 1\n"} {
 		if !strings.Contains(metrics, sample) {
 			t.Errorf("no %q in\n%s", sample, metrics)
 		}

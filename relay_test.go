@@ -3594,7 +3594,7 @@ func families(names []string) []string {
 
 // TestReadmeMetrics holds the tables of metrics to the program's.
 func TestReadmeMetrics(t *testing.T) {
-	hub := &Hub{}
+	hub := &Hub{Budget: &Budget{}}
 	server, err := NewServer(ServerOptions{}, hub, hub, nil)
 	if err != nil {
 		t.Fatal(err)

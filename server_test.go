@@ -1699,7 +1699,7 @@ func TestShutdownMoves(t *testing.T) {
 // at once, and none is asked to move later than the jitter, which leaves most
 // of the handler timeout to follow.
 func TestDrainIsSpread(t *testing.T) {
-	for timeout, jitter := range map[string]time.Duration{"10s": moveJitter, "1s": 250 * time.Millisecond} {
+	for timeout, jitter := range map[string]time.Duration{"10s": moveJitter, "1s": 125 * time.Millisecond} {
 		t.Run(timeout, func(t *testing.T) {
 			bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
 				r := newRig(t, p, "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT="+timeout)
