@@ -1713,7 +1713,7 @@ func TestTargetsOverReplicas(t *testing.T) {
 // TestHeldBytesOverReplicas fills one replica's budget with requests whose client
 // is at the other: what comes then is refused at once, until senders hang up.
 func TestHeldBytesOverReplicas(t *testing.T) {
-	a, b := startReplicas(t, startRedis(t), "RESPONSE_MODE=status", "SERVER_HELD_BUFFER=400kb")
+	a, b := startReplicas(t, startRedis(t), "RESPONSE_MODE=status", "SERVER_HELD_BUFFER=840kb")
 	g := newGate(t, createdAnswer)
 	startClient(t, a.addr, "many", g.url)
 	ctx, hangUp := context.WithCancel(t.Context())

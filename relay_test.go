@@ -1075,9 +1075,11 @@ func (b *spyBus) Publish(ctx context.Context, e *Event) (int, error) {
 func newReading(t testing.TB) *reading {
 	t.Helper()
 	l := loopback(t)
-	r := &reading{rig: newRig(t, l), addr: l.Addr().String(), target: newTarget(t, nil)}
-	r.published = &spyBus{Hub: r.hub}
-	r.bus = r.published
+	r := &reading{addr: l.Addr().String(), target: newTarget(t, nil)}
+	r.rig = newRigOn(t, l, func(h *Hub) Bus {
+		r.published = &spyBus{Hub: h}
+		return r.published
+	})
 	c := newClientOf(t, "http://"+r.addr+"/subscribe/demo/", r.target.url+"/base", "TARGET_CONCURRENCY=1")
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
