@@ -714,18 +714,19 @@ func TestReportsBudget(t *testing.T) {
 		full, _ := r.budget.claim("other", 0)
 		full.add(r.budget.Limit)
 		defer full.end()
-		r.reports.Add(reportsLimit)
+		reading, _ := r.reports.claim("other", 0)
+		reading.add(reportsLimit)
 		if status := r.report(id, "c", Answer{Status: 204}); status != 503 {
 			t.Errorf("status %d above the limit", status)
 		}
-		r.reports.Add(-reportsLimit)
+		reading.end()
 		if status := r.report(id, "c", Answer{Status: 204}); status != 204 {
 			t.Errorf("status %d below it", status)
 		}
 		if got := <-told; got.status != 204 {
 			t.Errorf("the provider got %+v", got)
 		}
-		if n := r.reports.Load(); n != 0 {
+		if n := r.reports.Used(); n != 0 {
 			t.Errorf("%d bytes are counted at the end", n)
 		}
 	})
@@ -862,7 +863,7 @@ func TestLastChunk(t *testing.T) {
 	for _, tt := range []struct {
 		reason   error
 		complete bool
-	}{{errShutdown, true}, {errStreamAge, true}, {errRevoked, false}, {errSlow, false}, {errOverdue, false}} {
+	}{{errShutdown, true}, {errStreamAge, true}, {errMovedAway, true}, {errRevoked, false}, {errStuck, false}, {errReplaced, false}, {errOverdue, false}} {
 		inBubble(t, func(t *testing.T) {
 			p := newPipes()
 			r := newRig(t, p)
