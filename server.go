@@ -1824,7 +1824,7 @@ func (s *Server) serveResponse(w http.ResponseWriter, r *http.Request, st *strea
 	case <-r.Context().Done():
 		s.hub.Leave(st.sub, errPeerGone)
 	}
-	if reason := s.hub.Reason(st.sub); reason != errShutdown && reason != errStreamAge { // those come after the last write
+	if !finished(s.hub.Reason(st.sub)) {
 		out.SetWriteDeadline(past)
 	}
 	st.end()
@@ -1937,6 +1937,11 @@ func (st *stream) begin(out sink, abort func(), head []byte) {
 	st.write()
 }
 
+// finished reports whether a stream ended for reason after its last write.
+func finished(reason error) bool {
+	return reason == errShutdown || reason == errStreamAge || reason == errMovedAway
+}
+
 // end waits for the last write of a stream that the hub has ended.
 func (st *stream) end() {
 	s, sub := st.server, st.sub
@@ -1949,7 +1954,7 @@ func (st *stream) end() {
 	}
 	level, reason := slog.LevelInfo, s.hub.Reason(sub)
 	if conn, ok := st.out.(connSink); ok {
-		if st.chunked && (reason == errShutdown || reason == errStreamAge) { // all is written: the body is complete
+		if st.chunked && finished(reason) { // the body is complete
 			conn.SetWriteDeadline(time.Now().Add(lastChunkTime))
 			io.WriteString(conn, "0\r\n\r\n")
 		}
