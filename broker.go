@@ -397,6 +397,14 @@ func (e *Event) size() int64 {
 	return int64(len(e.chunk))
 }
 
+func headerValues(headers []Header) int {
+	n := 0
+	for _, h := range headers {
+		n += len(h.Values)
+	}
+	return n
+}
+
 func headerBytes(headers []Header) int {
 	n := 0
 	for _, h := range headers {

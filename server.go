@@ -1507,9 +1507,14 @@ func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel str
 		return
 	}
 	wanted := func(id string) bool { return replicaOf(id) != s.opts.Replica || s.waits(id) }
+	var away error // the bus does not take reports: only those are taken that wait here
 	for n := 0; ; n++ {
 		id, answer, err := list.next(wanted)
 		switch {
+		case err == io.EOF && away != nil:
+			s.log.Debug("reports not taken", "channel", channel, "err", away)
+			s.Rejected.refuse(w, r, errBus)
+			return
 		case err == io.EOF && n > 0:
 			w.WriteHeader(http.StatusNoContent)
 			return
@@ -1520,11 +1525,8 @@ func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel str
 			s.log.Warn("report refused", "channel", channel, "err", err)
 			s.Rejected.refuse(w, r, errReport)
 			return
-		}
-		if err := s.route(r.Context(), id, channel, client, answer); err != nil {
-			s.log.Debug("report not taken", "channel", channel, "event", id, "err", err)
-			s.Rejected.refuse(w, r, errBus)
-			return
+		case away == nil || replicaOf(id) == s.opts.Replica:
+			away = cmp.Or(s.route(r.Context(), id, channel, client, answer), away)
 		}
 	}
 }
