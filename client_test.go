@@ -2340,7 +2340,7 @@ func TestMemory(t *testing.T) {
 		if first, taken, a := m.begin("a", modeStatus); first || taken || a != nil {
 			t.Errorf("waits for a slot: %v, %v, %v", first, taken, a)
 		}
-		m.take("a")
+		m.take("a", func() {})
 		if first, taken, a := m.begin("a", modeStatus); first || !taken || a != nil {
 			t.Errorf("under way: %v, %v, %v", first, taken, a)
 		}
