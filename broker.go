@@ -297,14 +297,21 @@ func (e *Event) release() {
 }
 
 // newEvent encodes w for channel, which replica holds: the one encoding that
-// every subscriber on every replica gets.
-func newEvent(channel, replica string, w *Webhook, c *claim) *Event {
-	e := &Event{ID: w.ID, Channel: channel, Mode: w.Mode, Holder: replica, Round: 1, claim: c}
+// every subscriber on every replica gets. ok is false when the budget has no space
+// for it and its hold; a nil budget has.
+func newEvent(channel, replica string, w *Webhook, b *Budget) (e *Event, ok bool) {
+	text := isText(w.Body)
+	size := w.wireSize(text)
+	e = &Event{ID: w.ID, Channel: channel, Mode: w.Mode, Holder: replica, Round: 1}
+	if b != nil {
+		if e.claim, ok = b.claim(channel, int64(holdCost+size)); !ok {
+			return nil, false
+		}
+	}
 	if respond(w.Mode) {
 		e.Until = time.Now().Add(w.Timeout)
 	}
 	e.uses.Store(1)
-	size := w.wireSize()
 	recycled := wires.Get().(*[]byte)
 	if cap(*recycled) <= 2*size { // the budget counts bytes that are used
 		e.wire = (*recycled)[:0]
@@ -317,12 +324,16 @@ func newEvent(channel, replica string, w *Webhook, c *claim) *Event {
 		b = append(b, "id: "...)
 		b = append(b, w.ID...)
 		b = append(b, "\nevent: webhook\n"...)
-		b = w.appendMessage(b)
+		b = w.appendMessage(b, text)
 		return append(b, '\n')
 	})
 	e.chunk = e.wire[start:]
-	return e
+	e.claim.add(int64(len(e.wire) - size))
+	return e, true
 }
+
+// holdCost is how many bytes a hold takes besides its event.
+const holdCost = 1 << 10
 
 // again is e for one more delivery, with the bytes of the first: a client knows
 // from its time how old it is. It has no use of its own.
@@ -377,9 +388,9 @@ func (e *Event) chunkFor(http bool) []byte {
 func block(chunk []byte) []byte { return chunk[chunkHead : len(chunk)-chunkTail] }
 
 // wireSize is at least how many bytes the event of w takes.
-func (w *Webhook) wireSize() int {
+func (w *Webhook) wireSize(text bool) int {
 	n := 512 + 2*len(w.Path) + 2*len(w.Query) + 2*headerBytes(w.Headers)
-	if isText(w.Body) {
+	if text {
 		return n + len(w.Body) + len(linePrefix)*(bytes.Count(w.Body, []byte("\n"))+1)
 	}
 	return n + base64.StdEncoding.EncodedLen(len(w.Body))
@@ -501,7 +512,7 @@ const linePrefix = "data: "
 // appendMessage appends w as an HTTP message (RFC 9112) with LF for line ends,
 // each line as a data line. Bytes above 0x7F before the body stand for the code
 // points of the same numbers, because a stream is UTF-8.
-func (w *Webhook) appendMessage(b []byte) []byte {
+func (w *Webhook) appendMessage(b []byte, text bool) []byte {
 	b = append(append(append(b, linePrefix...), w.Method...), ' ')
 	b = appendLatin1(appendLatin1(b, w.Path), w.Query)
 	b = append(b, " HTTP/1.1\n"...)
@@ -511,7 +522,7 @@ func (w *Webhook) appendMessage(b []byte) []byte {
 			b = append(appendLatin1(b, v), '\n')
 		}
 	}
-	text, length := isText(w.Body), len(w.Body)
+	length := len(w.Body)
 	if !text {
 		b = append(b, "data: X-Relay-Body: base64\n"...)
 		length = base64.StdEncoding.EncodedLen(length)
@@ -1145,10 +1156,10 @@ type Budget struct {
 type claim struct {
 	budget  *Budget
 	channel string
-	bytes   int64         // guarded by budget.mu, like all below
-	place   *list.Element // in bodies; nil: no body is being read
-	moved   time.Time     // when the body was last seen to come
-	cut     func()        // makes the reading of the body fail
+	bytes   int64              // guarded by budget.mu, like all below
+	place   *list.Element      // in bodies; nil: no body is being read
+	moved   time.Time          // when the body was last seen to come
+	body    interface{ cut() } // its reading can be made to fail
 }
 
 // claim begins with n bytes for channel; ok is false, and there is no claim,
@@ -1211,13 +1222,13 @@ func (c *claim) end() {
 
 // read counts n bytes more of a body that is being read, and reports whether
 // there is space for them. A body that loses its place is cut.
-func (c *claim) read(n int, cut func()) bool {
+func (c *claim) read(n int, body interface{ cut() }) bool {
 	b, now := c.budget, time.Now()
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	switch {
-	case c.cut == nil: // its first bytes
-		c.cut, c.place = cut, b.bodies.PushBack(c)
+	case c.body == nil: // its first bytes
+		c.body, c.place = body, b.bodies.PushBack(c)
 		b.reading += c.bytes
 	case c.place == nil:
 		return false // it has lost its place
@@ -1233,7 +1244,7 @@ func (c *claim) read(n int, cut func()) bool {
 		}
 		stalled.readDone()
 		stalled.grow(-stalled.bytes)
-		stalled.cut()
+		stalled.body.cut()
 	}
 	return b.channels[c.channel] <= b.share()
 }
@@ -1256,7 +1267,7 @@ func (c *claim) readDone() {
 func (c *claim) set(n int64) bool {
 	c.budget.mu.Lock()
 	defer c.budget.mu.Unlock()
-	had := c.cut == nil || c.place != nil
+	had := c.body == nil || c.place != nil
 	c.readDone()
 	c.grow(n - c.bytes)
 	return had
@@ -1593,7 +1604,7 @@ func (s *Subscriber) Take(dst []*Event) (batch []*Event, space bool) {
 		s.batch += size
 		batch = append(batch, e)
 	}
-	if s.queue = slices.Delete(s.queue, 0, n); len(s.queue) == 0 {
+	if s.queue = slices.Delete(s.queue, 0, n); len(s.queue) == 0 && cap(s.queue) > 4 {
 		s.queue = nil // an idle stream costs little
 	}
 	if space = s.missed && s.bytes <= s.hub.Limits.Buffer/2; space {

@@ -31,7 +31,6 @@ const (
 	headerTimeout  = 10 * time.Second       // to send a request's header
 	headerLimit    = 16 << 10               // bytes of a request's header
 	requestCost    = 16 << 10               // bytes that a request takes besides those it brings
-	holdCost       = 1 << 10                // bytes that a hold takes besides its event
 	streamsAtOnce  = 50                     // requests under way on an HTTP/2 connection
 	bodyTimeout    = 60 * time.Second       // to send a request's body
 	replyTimeout   = 10 * time.Second       // to take an answer
@@ -512,16 +511,19 @@ func recycle(buf *bytes.Buffer) {
 type body struct {
 	io.Reader
 	claim *claim
-	cut   func() // makes Reader fail
+	w     http.ResponseWriter
 }
 
 func (b *body) Read(p []byte) (int, error) {
 	n, err := b.Reader.Read(p)
-	if n > 0 && !b.claim.read(n, b.cut) {
+	if n > 0 && !b.claim.read(n, b) {
 		return n, errBudget
 	}
 	return n, err
 }
+
+// cut makes Read fail, also one that waits.
+func (b *body) cut() { http.NewResponseController(b.w).SetReadDeadline(past) }
 
 // capture reads the request to its end and encodes it: the only copy that is
 // kept, and what counts from then on.
@@ -530,10 +532,7 @@ func (s *Server) capture(w http.ResponseWriter, r *http.Request, t *requestTarge
 	defer recycle(buf)
 	if r.ContentLength != 0 {
 		buf.Grow(int(min(max(r.ContentLength, 0), 16<<10)) + bytes.MinRead)
-		control := http.NewResponseController(w)
-		_, err := buf.ReadFrom(&body{
-			http.MaxBytesReader(w, r.Body, s.opts.MaxPayload), c, func() { control.SetReadDeadline(past) },
-		})
+		_, err := buf.ReadFrom(&body{http.MaxBytesReader(w, r.Body, s.opts.MaxPayload), c, w})
 		_, large := errors.AsType[*http.MaxBytesError](err)
 		switch had := c.set(requestCost); {
 		case large:
@@ -560,17 +559,14 @@ func (s *Server) capture(w http.ResponseWriter, r *http.Request, t *requestTarge
 	if r.Host != "" {
 		webhook.Headers = slices.Insert(webhook.Headers, 0, Header{"Host", []string{r.Host}})
 	}
-	size := int64(webhook.wireSize())
-	kept, ok := s.budget.claim(t.Channel, holdCost+size)
+	event, ok := newEvent(t.Channel, s.opts.Replica, webhook, s.budget)
 	if !ok {
 		return nil, errBudget
 	}
-	event := newEvent(t.Channel, s.opts.Replica, webhook, kept)
 	if len(event.chunk) >= lineLimit {
 		event.release()
 		return nil, errTooLarge
 	}
-	kept.add(int64(len(event.wire)) - size)
 	return event, nil
 }
 
@@ -1493,15 +1489,14 @@ func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel str
 	if _, _, ok := s.authorise(w, r, http.MethodPost, channel); !ok {
 		return
 	}
-	control := http.NewResponseController(w)
-	control.SetReadDeadline(time.Now().Add(reportTime)) // one that stalls keeps out others
+	http.NewResponseController(w).SetReadDeadline(time.Now().Add(reportTime)) // one that stalls keeps out others
 	claim, ok := s.reports.claim(channel, 0)
 	if !ok {
 		s.Rejected.refuse(w, r, errBudget)
 		return
 	}
 	defer claim.end()
-	client, list := clientName(r), newReports(&body{http.MaxBytesReader(w, r.Body, reportLimit), claim, func() { control.SetReadDeadline(past) }})
+	client, list := clientName(r), newReports(&body{http.MaxBytesReader(w, r.Body, reportLimit), claim, w})
 	if client == "" { // who does not name himself was given nothing that he could report on
 		s.Rejected.refuse(w, r, errReport)
 		return
@@ -1731,8 +1726,9 @@ type stream struct {
 	server    *Server
 	sub       *Subscriber
 	out       sink
-	chunked   bool // HTTP/1.1 on a hijacked connection
-	most      int  // bytes of one write
+	chunked   bool      // HTTP/1.1 on a hijacked connection
+	most      int       // bytes of one write
+	until     time.Time // the write deadline
 	heartbeat *time.Timer
 	ages      []*time.Timer // what happens at StreamMaxAge; empty without
 }
@@ -2008,9 +2004,13 @@ func (s *Server) askToMove(sub *Subscriber) {
 func (st *stream) send(p []byte) error {
 	for {
 		// The deadline first: whoever ends the subscriber sets Gone and then a
-		// deadline in the past, which must stay.
-		if err := st.out.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
-			return err
+		// deadline in the past, which must stay. Not every write moves it, as
+		// that costs as much as the rest of a small one.
+		if now := time.Now(); st.until.Sub(now) < writeTimeout {
+			st.until = now.Add(writeTimeout + writeTimeout/2)
+			if err := st.out.SetWriteDeadline(st.until); err != nil {
+				return err
+			}
 		}
 		if st.sub.Gone.Load() {
 			return errPeerGone
@@ -2029,6 +2029,7 @@ func (st *stream) send(p []byte) error {
 			return fmt.Errorf("write to stream: %w", err)
 		case len(p) == 0:
 			if st.most == pieceOverHTTP2 { // which resets a stream whose deadline passes, even an idle one
+				st.until = time.Time{}
 				return st.out.SetWriteDeadline(time.Time{})
 			}
 			return nil
