@@ -89,7 +89,19 @@ var hopByHop = map[string]bool{
 // may set those. Targets behind CGI or WSGI read "_" as "-".
 func relaysOwn(name string) bool {
 	const prefix = "x-relay-"
-	return len(name) >= len(prefix) && strings.EqualFold(strings.ReplaceAll(name[:len(prefix)], "_", "-"), prefix)
+	for i := range prefix {
+		switch {
+		case i == len(name):
+			return false
+		case prefix[i] == '-':
+			if name[i] != '-' && name[i] != '_' {
+				return false
+			}
+		case name[i]|0x20 != prefix[i]:
+			return false
+		}
+	}
+	return true
 }
 
 // endToEnd returns the fields of h that cross the relay, sorted by name:

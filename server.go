@@ -1873,12 +1873,16 @@ func (s *Server) abandon(sub *Subscriber, reason error) {
 	s.streams.Done()
 }
 
-// tellReady tells all replicas that sub can take events, and tellLeft that it is
-// gone.
+// tellReady tells all replicas that sub can take events; begun is its ID when its
+// stream begins. It stays out of write, which otherwise outgrows the stack that a
+// goroutine begins with.
+//
+//go:noinline
 func (s *Server) tellReady(sub *Subscriber, begun string) {
 	s.bus.Tell(Signal{Kind: signalReady, From: s.opts.Replica, Channel: sub.Channel, Subscriber: begun, Client: sub.Client})
 }
 
+// tellLeft tells all replicas that sub is gone.
 func (s *Server) tellLeft(sub *Subscriber) {
 	s.bus.Tell(Signal{Kind: signalLeft, From: s.opts.Replica, Channel: sub.Channel, Subscriber: sub.ID, Client: sub.Client})
 }
