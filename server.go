@@ -243,6 +243,9 @@ func (s *Server) Shutdown() {
 	}
 	s.await(near, func() bool { return s.settled(len(peers) > 0) })
 	close(s.giveUp)
+	if now, err := s.others(end); err == nil { // some may have come or gone meanwhile
+		peers = now
+	}
 	s.handOver(peers, end)
 	for _, wait := range []*sync.WaitGroup{&s.requests, &s.streams} { // an answer or a stream may be stuck in its connection, which our caller closes
 		select {
@@ -1138,7 +1141,8 @@ func (s *Server) take(sig *Signal) {
 		e.release()
 		return
 	}
-	h := &hold{event: e, mode: modeAccept, readers: sig.Client != ""}
+	orphan := sig.Client != "" // readers have it, and it would be done if no client had died
+	h := &hold{event: e, mode: modeAccept, readers: orphan, died: orphan}
 	s.keep(h)
 	h.line.seen = time.Now()
 	s.wait(h)
