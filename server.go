@@ -727,7 +727,12 @@ func (s *Server) first(h *hold) *refusal {
 			s.deliverAgain(h.line, client)
 		}
 	}
-	if receivers == 0 {
+	switch {
+	case receivers > 0:
+	case s.alone && s.holds[e.ID] == h:
+		s.end(h, errLeaving)
+		return errLeaving
+	default:
 		s.heed(h)
 	}
 	return nil

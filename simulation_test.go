@@ -90,6 +90,7 @@ type simWorld struct {
 	targets  map[string]*simTarget // by channel
 	posts    []*simPost
 	events   map[string]*simEvent // by id
+	left     map[string]time.Time // when the last stream of a replica and channel ended
 }
 
 // simPost is one webhook, which its sender posts once.
@@ -182,6 +183,8 @@ func (l simLog) Handle(_ context.Context, r slog.Record) error {
 	case "webhook lost":
 		e := l.w.event(fields["event"])
 		e.lost, e.by, e.when = fields["reason"], l.who, time.Now()
+	case "subscriber gone":
+		l.w.left[l.who+fields["channel"]] = time.Now()
 	case "webhook reached no subscriber":
 		e := l.w.event(fields["event"])
 		e.lost, e.by, e.when = "unheard", l.who, time.Now()
@@ -1193,7 +1196,7 @@ func newSimWorld(t *testing.T, seed uint64) *simWorld {
 		t: t, plan: rand.New(rand.NewPCG(seed, 1)), chances: rand.New(rand.NewPCG(seed, 2)), began: time.Now(),
 		modes:  byChannel[string]{Default: modeAccept, Named: map[string]string{"status": modeStatus, "response": modeResponse}},
 		buffer: 16 << 20, concurrency: 32, latency: 5 * time.Millisecond,
-		hosts: map[string]*simHost{}, targets: map[string]*simTarget{}, events: map[string]*simEvent{},
+		hosts: map[string]*simHost{}, targets: map[string]*simTarget{}, events: map[string]*simEvent{}, left: map[string]time.Time{},
 	}
 	w.redis = simRedis{w: w, delay: 5 * time.Millisecond, subs: map[string]map[*simSession]struct{}{}, lanes: map[string]time.Time{}}
 	w.front = w.newHost("front")
@@ -1526,13 +1529,16 @@ func (w *simWorld) excuse(p *simPost, e *simEvent) string {
 		alone := !slices.ContainsFunc(w.replicas, func(o *simReplica) bool {
 			return o != r && o.born.Before(e.when) && (o.gone.IsZero() || o.gone.After(r.leaves))
 		})
-		if alone && !r.leaves.IsZero() && p.ended.After(r.leaves.Add(20*time.Millisecond)) && clients == 0 {
+		if alone && !r.leaves.IsZero() && p.began.After(r.leaves.Add(20*time.Millisecond)) && p.began.After(w.left[r.name+p.channel]) {
 			return "it was accepted by the last replica, which was leaving, for nobody"
 		}
 		return ""
 	}
-	if strings.HasPrefix(e.lost, "shutting down") && w.kind < simNetwork {
-		return e.lost
+	if strings.HasPrefix(e.lost, "shutting down") {
+		if w.kind < simNetwork {
+			return e.lost
+		}
+		return ""
 	}
 	for _, c := range w.clients { // was there really nobody?
 		for _, in := range c.there {
