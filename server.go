@@ -1110,6 +1110,7 @@ func (s *Server) again(replica string) {
 		if own && !h.publish {
 			h.receipts = 0
 			s.wait(h)
+			wake(h.poke)
 		}
 	}
 	for _, l := range s.lines {
