@@ -1080,6 +1080,17 @@ func (s *Server) gone(replica string) {
 			s.left(id)
 		}
 	}
+	var ask []string // who has what it handed over: their reports may have gone with it
+	for id, h := range s.holds {
+		if replicaOf(id) == replica {
+			for _, p := range h.parties {
+				ask = append(ask, p.streams...)
+			}
+		}
+	}
+	for _, id := range ask {
+		s.lose(id)
+	}
 }
 
 // ready notes that a client may take what waits, and what it has missed.
@@ -1150,9 +1161,8 @@ func (s *Server) take(sig *Signal) {
 	orphan := sig.Client != "" // readers have it, and it would be done if no client had died
 	h := &hold{event: e, mode: modeAccept, readers: orphan, died: orphan}
 	s.keep(h)
-	h.line.seen = time.Now()
+	h.line.seen, h.line.tried = time.Now(), time.Now() // look publishes it a little later: a report may be on its way
 	s.wait(h)
-	s.deliverAgain(h.line, "")
 }
 
 // passOn hands on what came too late, when nothing is held here any more; it
