@@ -1297,7 +1297,7 @@ func (s *Server) look(now time.Time) {
 		}
 	}
 	for channel, l := range s.lines {
-		if !down {
+		if !down && !s.over {
 			s.drop(l, now)
 		}
 		switch {
@@ -1315,7 +1315,7 @@ func (s *Server) drop(l *line, now time.Time) {
 	for q, seen := range map[*waiting]time.Time{&l.waiting: l.seen, &l.orphans: l.clients} {
 		for len(*q) > 0 {
 			h := (*q)[0]
-			if h.mode != modeAccept || now.Sub(h.since) < s.opts.HoldTime || now.Sub(seen) < s.opts.HoldTime {
+			if h.mode != modeAccept || h.publish || h.receipts > 0 || now.Sub(h.since) < s.opts.HoldTime || now.Sub(seen) < s.opts.HoldTime {
 				break
 			}
 			s.lost(h, "no client came in time")
