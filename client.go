@@ -632,6 +632,8 @@ func (c *Client) forward(ctx context.Context, w *Webhook, received time.Time, sl
 		sleep(ctx, wait)
 		slot.back(len(w.Body))
 		if !slot.again(ctx) {
+			c.Failed.Add(1)
+			log.Error("webhook given up", "status", last.Status, "attempt", attempt, "err", context.Cause(ctx))
 			return last
 		}
 	}
