@@ -1529,7 +1529,8 @@ func (h *Hub) Deliver(e *Event) (given []Given) {
 		return nil
 	}
 	size := e.size()
-	var idle []*Subscriber
+	var few [fewWriters]*Subscriber
+	idle := few[:0] // whose writers must be started
 	for s := range c.subscribers {
 		switch {
 		case e.Only != "" && !s.Responds, e.Only != "" && e.Only != onlyReporters && e.Only != s.Client:
@@ -1553,7 +1554,7 @@ func (h *Hub) Deliver(e *Event) (given []Given) {
 			go s.run(nil)
 		}
 	} else {
-		go rouse(idle)
+		go rouse(slices.Clone(idle))
 	}
 	h.Delivered.Add(int64(len(given)))
 	return given
