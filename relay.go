@@ -161,7 +161,7 @@
 //	subscribers of one channel           half of SERVER_MAX_SUBSCRIBERS     503
 //	becoming ready                       5 s                                503
 //	undelivered events of a subscriber   SERVER_SUBSCRIBER_BUFFER 16mb      not given to it; they wait
-//	a write to a stream that takes       60 to 90 s                           evicted; it reconnects
+//	a write to a stream that takes       60 to 90 s                         evicted; it reconnects
 //	nothing
 //	body of a request for a stream       none                               400
 //	what a subscriber sends on           4 KiB                              stream closed

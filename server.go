@@ -242,6 +242,9 @@ func (s *Server) Shutdown() {
 	}
 	s.await(near, func() bool { return s.settled(len(peers) > 0) })
 	close(s.giveUp)
+	if now, err := s.others(end); err == nil { // some may have come or gone meanwhile
+		peers = now
+	}
 	s.handOver(peers, end)
 	for _, wait := range []*sync.WaitGroup{&s.requests, &s.streams} { // an answer or a stream may be stuck in its connection, which our caller closes
 		select {
@@ -720,7 +723,12 @@ func (s *Server) first(h *hold) *refusal {
 			s.deliverAgain(h.line, client)
 		}
 	}
-	if receivers == 0 {
+	switch {
+	case receivers > 0:
+	case s.alone && s.holds[e.ID] == h:
+		s.end(h, errLeaving)
+		return errLeaving
+	default:
 		s.heed(h)
 	}
 	return nil
@@ -1068,6 +1076,17 @@ func (s *Server) gone(replica string) {
 			s.left(id)
 		}
 	}
+	var ask []string // who has what it handed over: their reports may have gone with it
+	for id, h := range s.holds {
+		if replicaOf(id) == replica {
+			for _, p := range h.parties {
+				ask = append(ask, p.streams...)
+			}
+		}
+	}
+	for _, id := range ask {
+		s.lose(id)
+	}
 }
 
 // ready notes that a client may take what waits, and what it has missed.
@@ -1101,6 +1120,7 @@ func (s *Server) again(replica string) {
 		if own && !h.publish {
 			h.receipts = 0
 			s.wait(h)
+			wake(h.poke)
 		}
 	}
 	for _, l := range s.lines {
@@ -1137,11 +1157,11 @@ func (s *Server) take(sig *Signal) {
 		e.release()
 		return
 	}
-	h := &hold{event: e, mode: modeAccept, readers: sig.Client != ""}
+	orphan := sig.Client != "" // readers have it, and it would be done if no client had died
+	h := &hold{event: e, mode: modeAccept, readers: orphan, died: orphan}
 	s.keep(h)
-	h.line.seen = time.Now()
+	h.line.seen, h.line.tried = time.Now(), time.Now() // look publishes it a little later: a report may be on its way
 	s.wait(h)
-	s.deliverAgain(h.line, "")
 }
 
 // passOn hands on what came too late, when nothing is held here any more; it
@@ -1276,7 +1296,7 @@ func (s *Server) look(now time.Time) {
 		}
 	}
 	for channel, l := range s.lines {
-		if !down {
+		if !down && !s.over {
 			s.drop(l, now)
 		}
 		switch {
@@ -1294,7 +1314,7 @@ func (s *Server) drop(l *line, now time.Time) {
 	for q, seen := range map[*waiting]time.Time{&l.waiting: l.seen, &l.orphans: l.clients} {
 		for len(*q) > 0 {
 			h := (*q)[0]
-			if h.mode != modeAccept || now.Sub(h.since) < s.opts.HoldTime || now.Sub(seen) < s.opts.HoldTime {
+			if h.mode != modeAccept || h.publish || h.receipts > 0 || now.Sub(h.since) < s.opts.HoldTime || now.Sub(seen) < s.opts.HoldTime {
 				break
 			}
 			s.lost(h, "no client came in time")

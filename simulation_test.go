@@ -90,6 +90,7 @@ type simWorld struct {
 	targets  map[string]*simTarget // by channel
 	posts    []*simPost
 	events   map[string]*simEvent // by id
+	left     map[string]time.Time // when the last stream of a replica and channel ended
 }
 
 // simPost is one webhook, which its sender posts once.
@@ -113,6 +114,7 @@ type simEvent struct {
 	given  map[string][]string // client names ("": legacy) by publication
 	holder []string            // replicas that held it
 	lost   string              // the reason, when a replica said so
+	by     string              // who said it
 	when   time.Time
 	gaveUp bool // a client did
 }
@@ -180,10 +182,12 @@ func (l simLog) Handle(_ context.Context, r slog.Record) error {
 	switch r.Message {
 	case "webhook lost":
 		e := l.w.event(fields["event"])
-		e.lost, e.when = fields["reason"], time.Now()
+		e.lost, e.by, e.when = fields["reason"], l.who, time.Now()
+	case "subscriber gone":
+		l.w.left[l.who+fields["channel"]] = time.Now()
 	case "webhook reached no subscriber":
 		e := l.w.event(fields["event"])
-		e.lost, e.when = "unheard", time.Now()
+		e.lost, e.by, e.when = "unheard", l.who, time.Now()
 	case "webhook given up":
 		l.w.event(fields["event"]).gaveUp = true
 	}
@@ -537,6 +541,8 @@ func (s *simSession) confirmed(name string) {
 	}
 	b.mu.Unlock()
 	if begun {
+		b.count()
+		b.Tell(Signal{Kind: signalJoined, From: b.replica})
 		b.Tell(Signal{Kind: signalAgain, From: b.replica})
 	}
 }
@@ -607,7 +613,11 @@ func (s *simSession) receive(name string, data []byte) {
 			} else {
 				b.redis.w.note("%s hears %s subscriber=%s client=%s from=%s", b.replica, sig.Kind, sig.Subscriber, sig.Client, sig.From)
 			}
-			b.hub.OnSignal(sig)
+			if sig.Kind == signalJoined {
+				b.count()
+			} else {
+				b.hub.OnSignal(sig)
+			}
 		}
 		return
 	}
@@ -746,19 +756,23 @@ func (b *simBus) Run(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		}
-		if b.Check(ctx) != nil {
-			continue
+		if b.Check(ctx) == nil {
+			b.count()
 		}
-		now := b.redis.peers(b.replica)
-		b.mu.Lock()
-		before := b.peers
-		b.peers = now
-		b.mu.Unlock()
-		for name := range before {
-			if !now[name] {
-				b.redis.w.note("%s sees that %s is gone", b.replica, name)
-				b.hub.OnSignal(Signal{Kind: signalGone, From: name})
-			}
+	}
+}
+
+// count looks which replicas are there, and tells of those that are no more.
+func (b *simBus) count() {
+	now := b.redis.peers(b.replica)
+	b.mu.Lock()
+	before := b.peers
+	b.peers = now
+	b.mu.Unlock()
+	for name := range before {
+		if !now[name] {
+			b.redis.w.note("%s sees that %s is gone", b.replica, name)
+			b.hub.OnSignal(Signal{Kind: signalGone, From: name})
 		}
 	}
 }
@@ -778,6 +792,8 @@ type simReplica struct {
 	over   atomic.Bool   // nobody may stop it any more
 	ended  chan struct{} // closed when nothing of it is left
 	finish func()
+
+	born, stopped, leaves, gone time.Time // guarded by w.mu: when it started, was asked to stop, began to shut down, and left the bus
 }
 
 func (w *simWorld) startReplica() *simReplica {
@@ -805,10 +821,12 @@ func (w *simWorld) startReplica() *simReplica {
 	r.finish = func() {
 		cancel()
 		parts.Wait()
+		r.note(&r.gone)
 		r.host.crash()
 		close(r.ended)
 	}
 	w.mu.Lock()
+	r.born = time.Now()
 	w.replicas = append(w.replicas, r)
 	w.mu.Unlock()
 	w.note("%s starts", r.name)
@@ -822,7 +840,9 @@ func (r *simReplica) stop(delay time.Duration) {
 	}
 	r.w.note("%s is stopped, delay %v", r.name, delay)
 	r.server.Drain()
+	r.note(&r.stopped)
 	time.Sleep(delay)
+	r.note(&r.leaves)
 	finish, cancel := context.WithTimeout(context.Background(), simHandler)
 	defer cancel()
 	r.server.Shutdown()
@@ -840,6 +860,7 @@ func (r *simReplica) crash() {
 		return
 	}
 	r.w.note("%s crashes", r.name)
+	r.note(&r.stopped)
 	r.dead.Store(true)
 	r.bus.mu.Lock()
 	r.bus.dead = true
@@ -849,6 +870,19 @@ func (r *simReplica) crash() {
 	r.server.Shutdown()
 	r.web.Close()
 	r.finish()
+}
+
+func (r *simReplica) note(at *time.Time) {
+	r.w.mu.Lock()
+	defer r.w.mu.Unlock()
+	*at = time.Now()
+}
+
+// last reports whether r was stopped when no other replica was there. It needs w.mu.
+func (r *simReplica) last(at time.Time) bool {
+	return !r.stopped.IsZero() && r.stopped.Before(at) && !slices.ContainsFunc(r.w.replicas, func(o *simReplica) bool {
+		return o != r && o.born.Add(time.Second).Before(at) && (o.stopped.IsZero() || o.stopped.After(at))
+	})
 }
 
 // up lists the replicas that nobody has stopped.
@@ -1162,7 +1196,7 @@ func newSimWorld(t *testing.T, seed uint64) *simWorld {
 		t: t, plan: rand.New(rand.NewPCG(seed, 1)), chances: rand.New(rand.NewPCG(seed, 2)), began: time.Now(),
 		modes:  byChannel[string]{Default: modeAccept, Named: map[string]string{"status": modeStatus, "response": modeResponse}},
 		buffer: 16 << 20, concurrency: 32, latency: 5 * time.Millisecond,
-		hosts: map[string]*simHost{}, targets: map[string]*simTarget{}, events: map[string]*simEvent{},
+		hosts: map[string]*simHost{}, targets: map[string]*simTarget{}, events: map[string]*simEvent{}, left: map[string]time.Time{},
 	}
 	w.redis = simRedis{w: w, delay: 5 * time.Millisecond, subs: map[string]map[*simSession]struct{}{}, lanes: map[string]time.Time{}}
 	w.front = w.newHost("front")
@@ -1487,11 +1521,24 @@ func (w *simWorld) excuse(p *simPost, e *simEvent) string {
 		return ""
 	case e.lost == "":
 		return "nobody knows why"
-	case strings.HasPrefix(e.lost, "shutting down"):
-		if w.kind >= simNetwork {
-			return ""
+	}
+	for _, r := range w.replicas {
+		if r.name != e.by || !r.last(e.when) {
+			continue
 		}
-		return e.lost
+		alone := !slices.ContainsFunc(w.replicas, func(o *simReplica) bool {
+			return o != r && o.born.Before(e.when) && (o.gone.IsZero() || o.gone.After(r.leaves))
+		})
+		if alone && !r.leaves.IsZero() && p.began.After(r.leaves.Add(20*time.Millisecond)) && p.began.After(w.left[r.name+p.channel]) {
+			return "it was accepted by the last replica, which was leaving, for nobody"
+		}
+		return ""
+	}
+	if strings.HasPrefix(e.lost, "shutting down") {
+		if w.kind < simNetwork {
+			return e.lost
+		}
+		return ""
 	}
 	for _, c := range w.clients { // was there really nobody?
 		for _, in := range c.there {
