@@ -878,21 +878,21 @@ func TestRedisDown(t *testing.T) {
 	f.only(t, "before")
 
 	r.stop()
-	postRefused(t, server, "down", time.Second)
+	postRefused(t, server, "down", busTimeout+time.Second)
 	eventually(t, "/ready is 503", func() bool { return probeStatus(t, server, "/ready") == 503 })
 	if got := probeStatus(t, server, "/live"); got != 200 {
 		t.Errorf("/live is %d", got)
 	}
 	server.wait("redis is down")
 	logged := len(server.log.String())
-	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 8}}
+	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 100}}
 	defer client.CloseIdleConnections()
 	payload := bytes.Repeat([]byte("x"), 32<<10)
 	flood := func(n int) {
 		var wg sync.WaitGroup
-		for range 8 {
+		for range 100 { // each waits for the bus to come back
 			wg.Go(func() {
-				for range n / 8 {
+				for range n / 100 {
 					resp, err := client.Post(webhookURL(server, "down", "x"), "text/plain", bytes.NewReader(payload))
 					if err != nil {
 						t.Error(err)
@@ -908,11 +908,11 @@ func TestRedisDown(t *testing.T) {
 		}
 		wg.Wait()
 	}
-	flood(80) // connections and pools have their size then
+	flood(100) // connections and pools have their size then
 	before := heapInUse()
-	flood(2000)
+	flood(300)
 	if grown := heapInUse() - before; grown > 4<<20 {
-		t.Errorf("heap grew by %d bytes over 2000 refused webhooks of %d", grown, len(payload))
+		t.Errorf("heap grew by %d bytes over 300 refused webhooks of %d", grown, len(payload))
 	}
 	if more := server.log.String()[logged:]; more != "" {
 		t.Errorf("logged while down:\n%s", more)
@@ -952,7 +952,7 @@ func TestRedisDownAtStart(t *testing.T) {
 	r := startRedis(t)
 	r.stop()
 	server := startServer(t, "REDIS_URL="+r.url, "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0", "LOG_LEVEL=info")
-	postRefused(t, server, "early", time.Second)
+	postRefused(t, server, "early", busTimeout+time.Second)
 	if ready, live := probeStatus(t, server, "/ready"), probeStatus(t, server, "/live"); ready != 503 || live != 200 {
 		t.Errorf("/ready is %d, want 503; /live is %d, want 200", ready, live)
 	}
@@ -1052,10 +1052,8 @@ func TestRedisFrozen(t *testing.T) {
 	working("1")
 
 	r.freeze()
-	postRefused(t, server, "frozen", time.Second)
-	for range 10 {
-		postRefused(t, server, "frozen", 100*time.Millisecond)
-	}
+	postRefused(t, server, "frozen", silenceTimeout+lookTime+time.Second) // once it is written, nobody could say otherwise
+	postRefused(t, server, "frozen", busTimeout+time.Second)
 	if got := probeStatus(t, server, "/ready"); got != 503 {
 		t.Errorf("/ready is %d", got)
 	}
@@ -1081,10 +1079,8 @@ func TestRedisFrozen(t *testing.T) {
 	if n := f.readies.Load(); n != 1 {
 		t.Errorf("%d ready events on one stream", n)
 	}
-	for msg, want := range map[string]int{"redis is silent": 3, "redis answers again": 2, "redis is down": 1, "redis is connected": 2} {
-		if n := len(server.log.lines(msg)); n != want {
-			t.Errorf("logged %d times that %s, want %d", n, msg, want)
-		}
+	if down, up := len(server.log.lines("redis is down")), len(server.log.lines("redis is connected")); down < 2 || down > 3 || up != down+1 {
+		t.Errorf("logged down %d times, want 2 or 3; connected %d times, want once more", down, up)
 	}
 }
 
@@ -1150,7 +1146,7 @@ func TestRedisTLS(t *testing.T) {
 		if got := probeStatus(t, p, "/ready"); got != 503 {
 			t.Errorf("%s: /ready is %d", name, got)
 		}
-		postRefused(t, p, "sealed", time.Second)
+		postRefused(t, p, "sealed", busTimeout+time.Second)
 		if p.stop() != nil {
 			t.Errorf("%s: run returned %v", name, p.err)
 		}
@@ -1876,7 +1872,7 @@ func TestHeldOverRedisRestart(t *testing.T) {
 	r.stop()
 	for _, p := range []*program{a, b} {
 		p.wait("redis is down")
-		postRefused(t, p, "busy", 200*time.Millisecond) // never held: nobody knows for how long
+		postRefused(t, p, "busy", busTimeout+time.Second) // never held: nobody knows for how long
 	}
 	g.open()
 	for _, told := range local { // their client's replica holds them: no bus between
@@ -2109,9 +2105,9 @@ func TestReplicasWaitForEachOther(t *testing.T) {
 			way := newLink(t, r.addr)
 			var first *RedisBus
 			if kind == "old" {
-				first, _ = startBus(t, r.addr, "FIRST")
+				first, _ = startBus(t, r.addr, "FIRSTAAAAAAAA")
 			}
-			_, hub := startBus(t, way.addr(), "SECOND")
+			_, hub := startBus(t, way.addr(), "SECONDAAAAAAA")
 			var streams []hubStream
 			for i := range 60 { // more subscriptions than one write holds
 				streams = append(streams, joinLive(t, hub, strings.Repeat("long", 25)+strconv.Itoa(i)))
@@ -2121,7 +2117,7 @@ func TestReplicasWaitForEachOther(t *testing.T) {
 			way.route(r.addr)
 			if kind == "new" {
 				door := newLink(t, "")
-				first, _ = runBus(t, door.addr(), "FIRST")
+				first, _ = runBus(t, door.addr(), "FIRSTAAAAAAAA")
 				eventually(t, "it has tried and failed", func() bool { return door.tried.Load() > 2 })
 				defer door.route("")
 				door.route(r.addr)
@@ -2129,7 +2125,7 @@ func TestReplicasWaitForEachOther(t *testing.T) {
 			r.restart()
 			eventually(t, "both are back, one of them in part", func() bool {
 				n := len(r.channels())
-				return r.subscriptions("bus:@FIRST") == 1 && 3 < n && n < len(streams)
+				return r.subscriptions("bus:@FIRSTAAAAAAAA") == 1 && 3 < n && n < len(streams)
 			})
 			if first.Check(t.Context()) == nil {
 				t.Error("the first replica is ready before the second is subscribed")
@@ -2685,8 +2681,14 @@ func (f *fakeRedis) reply(conn net.Conn, command []string) string {
 			}
 		}
 		return fmt.Sprintf(":%d\r\n", n)
-	case "PUBSUB":
-		return bulk(name, 1)
+	case "PUBSUB": // CHANNELS
+		var all []any
+		for _, names := range f.subs {
+			for name := range names {
+				all = append(all, name)
+			}
+		}
+		return bulk(all...)
 	case "ROLE":
 		return bulk("master", 0)
 	case "PING":
