@@ -1855,8 +1855,8 @@ func TestOverdue(t *testing.T) {
 		}
 		sent := time.Now()
 		send("late", 5*time.Second, 9*time.Second)
-		w.until("two reports", func() bool { return w.Reports.Load() == 2 })
-		report := w.reported()[1]
+		w.until("three reports", func() bool { return w.Reports.Load() == 3 })
+		report := w.reported()[2]
 		if list := readReports(t, report.body); len(list) != 1 || list[0].id != "late" || list[0].Err != answerTimeout {
 			t.Errorf("reported %+v", list)
 		}

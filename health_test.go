@@ -180,7 +180,7 @@ func TestMetricsOfHeld(t *testing.T) {
 				}
 			}
 		}
-		listeners := []*listener{listen(t, rt, streamURL, features...), listen(t, rt, streamURL, features...)}
+		listeners := []*listener{listen(t, rt, streamURL, features...), listen(t, rt, streamURL, "X-Relay-Features", "http, respond, drain", "X-Relay-Client", "other")}
 		told := make(chan outcome)
 		hold := func(ctx context.Context) { go func() { told <- post(ctx, rt, "POST", hooksURL, "x") }() }
 		time.Sleep(5 * time.Second)
