@@ -339,7 +339,12 @@ type listener struct {
 }
 
 // features is what our own client says with its streams and reports.
-var features = []string{"X-Relay-Features", "http, respond, drain", "X-Relay-Client", "ours"}
+var features = featuresOf("ours")
+
+// featuresOf is what our client with a name says of itself.
+func featuresOf(name string) []string {
+	return []string{"X-Relay-Features", "http, respond, drain", "X-Relay-Client", name}
+}
 
 // listen opens the stream at url, which ends with the test.
 func listen(t testing.TB, rt http.RoundTripper, url string, headers ...string) *listener {
@@ -696,6 +701,7 @@ func TestEncodedBudget(t *testing.T) {
 				if got := post(t.Context(), rt, "POST", hooksURL, strings.Repeat("x", 850<<10)); got.body == relayError(503, "too many requests wait") {
 					t.Errorf("got %+v", got)
 				}
+				synctest.Wait()
 				if _, n := r.Held(); n != 0 {
 					t.Errorf("%d bytes are counted at the end", n)
 				}
@@ -1181,7 +1187,7 @@ func TestEviction(t *testing.T) {
 		reason error
 	}{
 		{"token revoked", func(r *rig) { leaveAll(r.hub, errRevoked) }, 0, errRevoked},
-		{"write hangs", func(*rig) {}, writeTimeout, nil},
+		{"write hangs", func(*rig) {}, writeTimeout + writeTimeout/2, nil},
 		{"shutdown", func(r *rig) { go r.Shutdown() }, 10*time.Second - reserve/2, errOverdue},
 	}
 	stall := func(t *testing.T, p *pipes, rt *http.Transport, queued bool, do func(*rig), within time.Duration, reason error) {
@@ -1244,8 +1250,8 @@ func TestEventMemoryIsNotShared(t *testing.T) {
 	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
 		newRig(t, p)
 		var streams []*listener
-		for range 2 {
-			streams = append(streams, listen(t, rt, streamURL), listen(t, rt, streamURL, features...))
+		for _, name := range []string{"a", "b"} {
+			streams = append(streams, listen(t, rt, streamURL), listen(t, rt, streamURL, featuresOf(name)...))
 		}
 		stalled, _ := http.NewRequestWithContext(t.Context(), "GET", streamURL, nil)
 		resp, err := rt.RoundTrip(stalled)
@@ -1884,8 +1890,8 @@ func TestDrainIsSpread(t *testing.T) {
 			bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
 				r := newRig(t, p, "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT="+timeout)
 				var streams []*listener
-				for range 40 {
-					streams = append(streams, listen(t, rt, streamURL, features...))
+				for n := range 40 {
+					streams = append(streams, listen(t, rt, streamURL, featuresOf(strconv.Itoa(n))...))
 				}
 				synctest.Wait()
 				begin := time.Now()
@@ -2894,7 +2900,7 @@ func TestReports(t *testing.T) {
 			{"right, but late", "ci", "secret", ok, 204, ""},
 		}
 		for _, tt := range tests {
-			got := post(t.Context(), r.rt, "POST", "http://relay.test/subscribe/"+tt.channel+"/responses", tt.body, "Authorization", "Bearer "+tt.token)
+			got := post(t.Context(), r.rt, "POST", "http://relay.test/subscribe/"+tt.channel+"/responses", tt.body, "Authorization", "Bearer "+tt.token, "X-Relay-Client", "ours")
 			want := ""
 			if tt.message != "" {
 				want = relayError(tt.status, tt.message)
