@@ -1068,18 +1068,14 @@ func TestRedisFrozen(t *testing.T) {
 	if got := probeStatus(t, server, "/live"); got != 200 {
 		t.Errorf("/live is %d", got)
 	}
+	eventually(t, "the connections count as broken", func() bool { return len(server.log.lines("redis is down")) == 2 })
 	r.thaw()
 	working("3")
-
-	r.freeze() // for so long that the connections count as broken
-	server.wait("redis is down")
-	r.thaw()
-	working("4")
 	if n := f.readies.Load(); n != 1 {
 		t.Errorf("%d ready events on one stream", n)
 	}
-	if down, up := len(server.log.lines("redis is down")), len(server.log.lines("redis is connected")); down < 2 || down > 3 || up != down+1 {
-		t.Errorf("logged down %d times, want 2 or 3; connected %d times, want once more", down, up)
+	if down, up := len(server.log.lines("redis is down")), len(server.log.lines("redis is connected")); down != 2 || up != 3 {
+		t.Errorf("logged down %d times, want 2; connected %d times, want 3", down, up)
 	}
 }
 
@@ -1211,7 +1207,7 @@ func TestRedisRestartUnderLoad(t *testing.T) {
 			slowest := time.Duration(posts.slowest.Load())
 			t.Logf("accepted %d, refused and sent again %d, of these delivered twice %d, slowest answer %s",
 				len(posts.taken), posts.retried.Load(), len(repeated), slowest.Round(time.Millisecond))
-			if slowest > 2*time.Second { // nobody may hang
+			if slowest > busTimeout+silenceTimeout { // nobody may hang
 				t.Errorf("slowest answer took %s", slowest)
 			}
 			if n := posts.failed.Load(); n > 0 {
@@ -1654,9 +1650,9 @@ func TestClientKilledOverReplicas(t *testing.T) {
 			one := g.next(t)
 			first.cmd.Process.Kill()
 			<-first.exited
-			second := newTarget(t, func(recorded) string { return says(422, "taken over") }) // no success: it waits for all that have the event
+			second := newTarget(t, func(recorded) string { return says(201, "taken over") })
 			startClient(t, tt.takeOver.addr, channel, second.url)
-			if o := expectAnswer(t, told, 422); o.body != "taken over" {
+			if o := expectAnswer(t, told, 201); o.body != "taken over" {
 				t.Errorf("sender got %+v", o)
 			}
 			two := second.next(t)
@@ -1808,7 +1804,7 @@ func TestHeldOverRedisRestart(t *testing.T) {
 	r := startRedis(t)
 	a, b := startReplicas(t, r, "RESPONSE_MODE=status")
 	g := newGate(t, createdAnswer)
-	client := startClient(t, a.addr, "busy", g.url)
+	startClient(t, a.addr, "busy", g.url)
 	const each = 10
 	var local, remote, waiting []<-chan outcome
 	for i := range each {
@@ -1841,9 +1837,6 @@ func TestHeldOverRedisRestart(t *testing.T) {
 	}
 	if n := len(g.got); n != 2*each {
 		t.Errorf("target saw %d requests, want %d", n, 2*each)
-	}
-	if n := len(client.log.lines("stream ready")); n != 1 {
-		t.Errorf("the client had %d streams, want 1", n)
 	}
 }
 
