@@ -1750,7 +1750,7 @@ func TestHeldBytesOverReplicas(t *testing.T) {
 // hold it.
 func TestReportsOverReplicas(t *testing.T) {
 	a, b := startReplicas(t, startRedis(t), "RESPONSE_MODE=response", "AUTH_TOKENS_FILE="+tokensFile(t, "ci secret\nother else\n"))
-	f := openFeed(t, a, "ci", "X-Relay-Features", "http, respond", "X-Auth-Token", "secret")
+	f := openFeed(t, a, "ci", "X-Relay-Features", "http, respond", "X-Relay-Client", "ours", "X-Auth-Token", "secret")
 	told := postHeld(t, b, "ci", "x")
 	id := f.next(t).ID
 	report := func(p *program, channel, id, token, body string) int {
