@@ -202,7 +202,7 @@ var none = &subscription{}
 
 // follow keeps one stream alive until ctx ends, and never gives up before.
 func (c *Client) follow(ctx context.Context) {
-	ctx, cancel := context.WithCancel(ctx)
+	streaming, cancel := context.WithCancel(context.WithoutCancel(ctx)) // until it has parted
 	var streams sync.WaitGroup
 	defer streams.Wait()
 	defer cancel()
@@ -228,7 +228,7 @@ func (c *Client) follow(ctx context.Context) {
 		case <-c.probes:
 		case <-retry.C:
 			waiting = false
-			next = c.subscribe(ctx, &streams, current.done)
+			next = c.subscribe(streaming, &streams, current.done)
 		case <-next.ready:
 			backoff.Reset()
 			refused.Reset()
@@ -309,18 +309,20 @@ func (c *Client) subscribe(ctx context.Context, streams *sync.WaitGroup, before 
 		defer close(s.done)
 		defer s.cancel()
 		var watchdog *time.Timer
-		watchdog = time.AfterFunc(readyTimeout, func() {
+		watchdog = time.AfterFunc(time.Hour, func() {
 			if s.doubted.Swap(true) {
 				cancel(errSilent)
 			} else { // while the process stood still, the time proves nothing
 				watchdog.Reset(lookAgain)
 			}
 		})
+		watchdog.Reset(readyTimeout) // it resets itself, so it must be there first
 		defer watchdog.Stop()
 		s.err = c.read(ctx, s, watchdog)
 		if cause := context.Cause(ctx); cause == errSilent {
 			s.err = cause
 		}
+		c.source.CloseIdleConnections() // what broke a stream may have broken them
 	})
 	return s
 }
@@ -374,6 +376,7 @@ func (c *Client) read(ctx context.Context, s *subscription, watchdog *time.Timer
 				}
 			}
 			if err := c.take(&m, clocks); err != nil {
+				<-ctx.Done() // what was taken is told before the stream ends
 				return err
 			}
 		}
@@ -510,9 +513,14 @@ func (c *Client) take(m *message, clocks *clocks) error {
 		c.memory.forget(w.ID)
 		return c.taking.Err()
 	}
-	c.memory.take(w.ID)
-	if w.Mode == modeAccept {
-		c.reporter.taken(w.ID)
+	taken := c.memory.take(w.ID, func() {
+		if w.Mode == modeAccept {
+			c.reporter.taken(w.ID)
+		}
+	})
+	if !taken {
+		<-c.slots
+		return c.taking.Err()
 	}
 	c.forwards.Go(func() {
 		slot := &slot{c, true}
@@ -625,6 +633,8 @@ func (c *Client) forward(ctx context.Context, w *Webhook, received time.Time, sl
 		sleep(ctx, wait)
 		slot.back(len(w.Body))
 		if !slot.again(ctx) {
+			c.Failed.Add(1)
+			log.Error("webhook given up", "status", last.Status, "attempt", attempt, "err", context.Cause(ctx))
 			return last
 		}
 	}
@@ -687,6 +697,10 @@ func (c *Client) answer(ctx context.Context, w *Webhook, resp *http.Response) (A
 		return a, pause, nil
 	}
 	a.Headers = slices.DeleteFunc(endToEnd(resp.Header), func(h Header) bool { return checkHeaders([]Header{h}) != nil })
+	if headerBytes(a.Headers) > answerHeaders-1<<10 || headerValues(a.Headers) > fieldLimit { // no report has more
+		c.log.Warn("header of the target's answer is too large, it is left out", "event", w.ID, "status", a.Status)
+		a.Headers = nil
+	}
 	body, err := io.ReadAll(io.LimitReader(resp.Body, answerLimit+1))
 	switch {
 	case err != nil && !passing(a.Status):
@@ -823,10 +837,11 @@ func sleep(ctx context.Context, d time.Duration) bool {
 type reporter struct {
 	client *Client
 	mu     sync.Mutex
-	queue  []*report   // guarded by mu, like all below: somebody waits for them
-	lazy   []*report   // nobody does
-	delay  *time.Timer // set while lazy may wait for company
-	busy   int         // goroutines in send
+	queue  []*report     // guarded by mu, like all below: somebody waits for them
+	lazy   []*report     // nobody does
+	delay  *time.Timer   // set while lazy may wait for company
+	busy   int           // goroutines in send
+	idle   chan struct{} // closed when there are none; nil: nobody waits for that
 }
 
 // report is one answer on its way to the source.
@@ -878,6 +893,22 @@ func (r *reporter) flush() {
 	}
 	if r.queue, r.lazy = append(r.queue, r.lazy...), nil; len(r.queue) > 0 {
 		r.start()
+	}
+}
+
+// settle returns once all reports have arrived, or when ctx ends.
+func (r *reporter) settle(ctx context.Context) {
+	r.flush()
+	r.mu.Lock()
+	idle := make(chan struct{})
+	if r.idle = idle; r.busy == 0 {
+		close(idle)
+		r.idle = nil
+	}
+	r.mu.Unlock()
+	select {
+	case <-idle:
+	case <-ctx.Done():
 	}
 }
 
@@ -936,27 +967,29 @@ func (r *reporter) take() (batch []*report) {
 	}
 	batch = slices.Clone(r.queue[:n])
 	if r.queue = slices.Delete(r.queue, 0, n); n == 0 {
-		r.busy--
+		if r.busy--; r.busy == 0 && r.idle != nil {
+			close(r.idle)
+			r.idle = nil
+		}
 	}
 	return batch
 }
 
-// part tells, before the streams end for good, what is being forwarded for a
-// sender that waits: it will still be reported, and nobody else must get it.
+// part takes nothing more, and tells, before the streams end for good, what has
+// been taken: it will be forwarded, and nobody else must get it.
 func (c *Client) part() {
-	ids := c.memory.underWay()
-	if len(ids) == 0 {
-		return
-	}
-	var batch []*report
-	for _, id := range ids {
-		batch = append(batch, newReport(id, &Answer{Err: answerTaken}, time.Time{}))
-	}
 	ctx, cancel := context.WithTimeout(c.work, partingTime)
 	defer cancel()
-	if err := c.sendReports(ctx, batch); err != nil {
-		c.log.Warn("source does not know what is still being forwarded", "err", err)
+	var batch []*report
+	for _, id := range c.memory.close() {
+		batch = append(batch, newReport(id, &Answer{Err: answerTaken}, time.Time{}))
 	}
+	if len(batch) > 0 {
+		if err := c.sendReports(ctx, batch); err != nil {
+			c.log.Warn("source does not know what is still being forwarded", "err", err)
+		}
+	}
+	c.reporter.settle(ctx)
 }
 
 // sendReports sends one request with reports.
@@ -1017,7 +1050,10 @@ func (c *clocks) age(w *Webhook) time.Duration {
 		c.offset[replica] = view
 	}
 	if now.Sub(view.turned) > ageWindow {
-		view.least, view.before, view.turned = passed, view.least, now
+		if view.before = view.least; now.Sub(view.turned) > 2*ageWindow { // that says nothing of now
+			view.before = passed
+		}
+		view.least, view.turned = passed, now
 	}
 	view.least = min(view.least, passed)
 	return passed - min(view.least, view.before)
@@ -1031,6 +1067,7 @@ type memory struct {
 	entries map[string]*memoryEntry
 	order   []*memoryEntry // the answered ones, oldest first
 	bytes   int            // of order
+	closed  bool           // nothing is taken any more
 }
 
 // memoryEntry is guarded by memory.mu.
@@ -1057,19 +1094,29 @@ func (m *memory) begin(id, mode string) (first, taken bool, answer *Answer) {
 	return true, false, nil
 }
 
-// take notes that id is being forwarded.
-func (m *memory) take(id string) {
+// take notes that id is going to be forwarded, and calls told, unless m is closed:
+// then it is forgotten.
+func (m *memory) take(id string, told func()) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if e := m.entries[id]; e != nil {
-		e.taken = true
+	e := m.entries[id]
+	if e != nil && m.closed {
+		delete(m.entries, id)
+		return false
 	}
+	if e != nil { // otherwise it is of a legacy server
+		e.taken = true
+		told()
+	}
+	return true
 }
 
-// underWay lists what is being forwarded for a sender that waits.
-func (m *memory) underWay() (ids []string) {
+// close ends the taking of events, and returns what is being forwarded for a
+// sender that waits.
+func (m *memory) close() (ids []string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.closed = true
 	for id, e := range m.entries {
 		if e.taken && e.answer == nil && respond(e.mode) {
 			ids = append(ids, id)

@@ -906,6 +906,7 @@ func (s *session) keep(conn *link) error {
 // conn breaks or s ends; whoever waits then is told.
 func (s *session) work(conn *link) error {
 	ctx, fail := context.WithCancelCause(s.ctx)
+	defer fail(nil)
 	context.AfterFunc(ctx, func() { // ends blocked reads and writes
 		if s.ctx.Err() == nil {
 			conn.broken()

@@ -78,8 +78,9 @@
 //	report   the replica a client reports to,  event, channel, client, the report
 //	         to the holder, or to all when it
 //	         is gone
-//	ready    the replica of a stream, to all   channel, client: it is ready, or half of its queue is
-//	                                           free again
+//	ready    the replica of a stream, to all   channel, client: half of its queue is free again; with
+//	                                           a subscriber: it is ready, which ends its client's
+//	                                           streams that were not asked to move
 //	left     the replica of a stream, to all   subscriber: its stream has ended
 //	again    a replica the bus was away for,   what it was told, or told, may be lost
 //	         to all
@@ -160,7 +161,7 @@
 //	subscribers of one channel           half of SERVER_MAX_SUBSCRIBERS     503
 //	becoming ready                       5 s                                503
 //	undelivered events of a subscriber   SERVER_SUBSCRIBER_BUFFER 16mb      not given to it; they wait
-//	a write to a stream that takes       60 s                               evicted; it reconnects
+//	a write to a stream that takes       60 to 90 s                         evicted; it reconnects
 //	nothing
 //	body of a request for a stream       none                               400
 //	what a subscriber sends on           4 KiB                              stream closed
@@ -797,7 +798,7 @@ func settings(c *Config) []setting {
 		{"LOG_FORMAT", "", "both", "text or json; by default text on a terminal, else json", oneOf(&c.LogFormat, "text", "json"), nil},
 		{"HEALTH_SERVICE_PORT", "9000", "both", "port of /live, /ready, /health and /metrics", port(&c.HealthPort), nil},
 		{"HEALTH_SERVICE_DETECT_KUBERNETES", "true", "both", "outside Kubernetes, start the health service only when its port is set", boolean(&c.DetectKubernetes), nil},
-		{"HEALTH_SERVICE_SHUTDOWN_DELAY", "5000", "both", "server: time between turning unready and refusing webhooks, when the health service runs", duration(&c.ShutdownDelay, 0, maxDuration), nil},
+		{"HEALTH_SERVICE_SHUTDOWN_DELAY", "5000", "both", "server: time between turning unready and asking streams to move, when the health service runs", duration(&c.ShutdownDelay, 0, maxDuration), nil},
 		{"HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT", "10000", "both", "time to finish what is under way at the end", duration(&c.HandlerTimeout, time.Millisecond, maxDuration), nil},
 		{"SERVER_PORT", "3000", "server", "port for webhooks and streams", port(&c.Port), nil},
 		{"SERVER_MAX_PAYLOAD_SIZE_LIMIT", "3mb", "server", "largest webhook body", size(&s.MaxPayload), nil},

@@ -31,7 +31,6 @@ const (
 	headerTimeout  = 10 * time.Second       // to send a request's header
 	headerLimit    = 16 << 10               // bytes of a request's header
 	requestCost    = 16 << 10               // bytes that a request takes besides those it brings
-	holdCost       = 1 << 10                // bytes that a hold takes besides its event
 	streamsAtOnce  = 50                     // requests under way on an HTTP/2 connection
 	bodyTimeout    = 60 * time.Second       // to send a request's body
 	replyTimeout   = 10 * time.Second       // to take an answer
@@ -54,7 +53,8 @@ const (
 	tokensLimit    = 1 << 20                // bytes of the tokens file
 	reportTime     = 10 * time.Second       // to send reports, twice what a client takes for one try
 	reportLimit    = 4 << 20                // bytes of the reports of one request
-	reportsLimit   = 64 << 20               // bytes of all reports that are being read
+	reportsLimit   = 128 << 20              // bytes of all reports that are being read, shared as webhooks share theirs
+	passLimit      = 5                      // leaving replicas that hand an event to each other
 	departedLimit  = 16384                  // subscribers that are remembered as gone
 	chatterLimit   = 4 << 10                // bytes a subscriber may send after its request
 	lingerLimit    = 16 << 20               // bytes of a refused body that are read so that the answer arrives
@@ -97,15 +97,14 @@ type ServerOptions struct {
 // streams. It is an http.Handler; Run looks after what has a time, and Shutdown
 // ends it.
 type Server struct {
-	opts   ServerOptions
-	log    *slog.Logger
-	hub    *Hub
-	bus    Bus
-	budget *Budget
-	keys   atomic.Pointer[keyring]
-	began  time.Time // times that clients compare are counted from here
-
-	reports atomic.Int64 // bytes of reports that are being read
+	opts    ServerOptions
+	log     *slog.Logger
+	hub     *Hub
+	bus     Bus
+	budget  *Budget
+	reports *Budget // of reports that are being read
+	keys    atomic.Pointer[keyring]
+	began   time.Time // times that clients compare are counted from here
 
 	Webhooks, Unheard, Lost, Answered, Unanswered, Heartbeats atomic.Int64
 	Refused, Rejected                                         refusals // webhooks; subscribers and their reports
@@ -119,8 +118,10 @@ type Server struct {
 
 	mu       sync.Mutex
 	leaving  bool                // guarded by mu, like all below: no new streams
+	alone    bool                // no other replica will take what is held at the end
 	closed   bool                // no new webhooks
 	over     bool                // nothing is published again
+	heirs    []string            // replicas that may hold what was held here, once over
 	holds    map[string]*hold    // by event id
 	lines    map[string]*line    // by channel
 	having   map[string]*having  // by subscriber: who has events that are not settled
@@ -129,6 +130,7 @@ type Server struct {
 	awaited  []deadline          // receipts that are due, the earliest first
 	returns  []deadline          // clients whose time to come back ends, the earliest first
 	strange  int64               // bytes of holds of channels that are not known
+	unsure   time.Time           // since when it knows of all channels: its start, or the last time that it may not have been told of some
 	order    uint64              // of the newest hold
 	moving   []*Subscriber       // that were asked to move while the bus was away
 }
@@ -136,7 +138,7 @@ type Server struct {
 // NewServer wires a server to its hub and bus, and reads the tokens file.
 func NewServer(opts ServerOptions, hub *Hub, bus Bus, log *slog.Logger) (*Server, error) {
 	s := &Server{
-		opts: opts, log: log, hub: hub, bus: bus, budget: hub.Budget, began: time.Now(),
+		opts: opts, log: log, hub: hub, bus: bus, budget: hub.Budget, reports: &Budget{Limit: reportsLimit}, began: time.Now(), unsure: time.Now(),
 		giveUp: make(chan struct{}),
 		holds:  map[string]*hold{}, lines: map[string]*line{}, having: map[string]*having{}, departed: map[string]struct{}{},
 		Refused: newRefusals(webhookReasons), Rejected: newRefusals(subscriberReasons),
@@ -220,8 +222,9 @@ func (s *Server) Shutdown() {
 	last := min(reserve, s.opts.HandlerTimeout/4)
 	near := end.Add(-last)
 	s.draining.Store(true)
+	peers, err := s.others(near)
 	s.mu.Lock()
-	s.leaving = true
+	s.leaving, s.alone = true, err == nil && len(peers) == 0
 	s.mu.Unlock()
 	s.move(near)
 	cut := time.AfterFunc(time.Until(end.Add(-last/2)), func() {
@@ -234,14 +237,14 @@ func (s *Server) Shutdown() {
 	s.mu.Lock()
 	s.closed = true
 	s.mu.Unlock()
-	ctx, cancel := context.WithDeadline(context.Background(), near)
-	peers, err := s.bus.Peers(ctx)
-	cancel()
-	if err != nil {
+	if peers, err = s.others(near); err != nil {
 		s.log.Warn("other replicas are not known", "err", err)
 	}
 	s.await(near, func() bool { return s.settled(len(peers) > 0) })
 	close(s.giveUp)
+	if now, err := s.others(end); err == nil { // some may have come or gone meanwhile
+		peers = now
+	}
 	s.handOver(peers, end)
 	for _, wait := range []*sync.WaitGroup{&s.requests, &s.streams} { // an answer or a stream may be stuck in its connection, which our caller closes
 		select {
@@ -249,6 +252,13 @@ func (s *Server) Shutdown() {
 		case <-time.After(time.Until(end)):
 		}
 	}
+}
+
+// others are the names of the other replicas, if they are known before end.
+func (s *Server) others(end time.Time) ([]string, error) {
+	ctx, cancel := context.WithDeadline(context.Background(), end)
+	defer cancel()
+	return s.bus.Peers(ctx)
 }
 
 // await looks whether ok holds until it does, or until end.
@@ -444,8 +454,7 @@ func (s *Server) serveWebhook(w http.ResponseWriter, r *http.Request, t *request
 		return
 	}
 	defer s.requests.Done()
-	// A sender that closes its side after the request looks as if it had gone.
-	if err := s.first(context.WithoutCancel(r.Context()), h); err != nil {
+	if err := s.first(h); err != nil {
 		s.Refused.refuse(w, r, err)
 		return
 	}
@@ -505,16 +514,19 @@ func recycle(buf *bytes.Buffer) {
 type body struct {
 	io.Reader
 	claim *claim
-	cut   func() // makes Reader fail
+	w     http.ResponseWriter
 }
 
 func (b *body) Read(p []byte) (int, error) {
 	n, err := b.Reader.Read(p)
-	if n > 0 && !b.claim.read(n, b.cut) {
+	if n > 0 && !b.claim.read(n, b) {
 		return n, errBudget
 	}
 	return n, err
 }
+
+// cut makes Read fail, also one that waits.
+func (b *body) cut() { http.NewResponseController(b.w).SetReadDeadline(past) }
 
 // capture reads the request to its end and encodes it: the only copy that is
 // kept, and what counts from then on.
@@ -523,10 +535,7 @@ func (s *Server) capture(w http.ResponseWriter, r *http.Request, t *requestTarge
 	defer recycle(buf)
 	if r.ContentLength != 0 {
 		buf.Grow(int(min(max(r.ContentLength, 0), 16<<10)) + bytes.MinRead)
-		control := http.NewResponseController(w)
-		_, err := buf.ReadFrom(&body{
-			http.MaxBytesReader(w, r.Body, s.opts.MaxPayload), c, func() { control.SetReadDeadline(past) },
-		})
+		_, err := buf.ReadFrom(&body{http.MaxBytesReader(w, r.Body, s.opts.MaxPayload), c, w})
 		_, large := errors.AsType[*http.MaxBytesError](err)
 		switch had := c.set(requestCost); {
 		case large:
@@ -553,17 +562,14 @@ func (s *Server) capture(w http.ResponseWriter, r *http.Request, t *requestTarge
 	if r.Host != "" {
 		webhook.Headers = slices.Insert(webhook.Headers, 0, Header{"Host", []string{r.Host}})
 	}
-	size := int64(webhook.wireSize())
-	kept, ok := s.budget.claim(t.Channel, holdCost+size)
+	event, ok := newEvent(t.Channel, s.opts.Replica, webhook, s.budget)
 	if !ok {
 		return nil, errBudget
 	}
-	event := newEvent(t.Channel, s.opts.Replica, webhook, kept)
 	if len(event.chunk) >= lineLimit {
 		event.release()
 		return nil, errTooLarge
 	}
-	kept.add(int64(len(event.wire)) - size)
 	return event, nil
 }
 
@@ -595,7 +601,8 @@ type hold struct {
 	died     bool              // a client that was given it did not come back
 	given    bool              // a client that can report was given it
 	strange  int64             // bytes that count in Server.strange
-	place    int               // in line.waiting, from 1; 0: not there
+	queue    *waiting          // where it waits
+	place    int               // there, from 1; 0: it does not wait
 	poke     chan struct{}     // holds a token when the courier has something to look at
 }
 
@@ -610,7 +617,9 @@ type line struct {
 	channel string
 	holds   int                           // in Server.holds
 	seen    time.Time                     // when somebody was last known to subscribe
+	clients time.Time                     // when a client that can report was
 	waiting waiting                       // holds that nobody has, the oldest first
+	orphans waiting                       // those of them that readers have who cannot report, and a client that died had
 	missed  map[string]map[*hold]struct{} // by client whose streams broke: what it has not reported
 	back    []string                      // clients that are back, and are given what they missed
 	due     int                           // grows whenever somebody may take what waits
@@ -654,11 +663,12 @@ func (q *waiting) Pop() any {
 	return h
 }
 
-// begin enters h, unless the server takes nothing new.
+// begin enters h, unless the server takes nothing new: at its end, and before when
+// nobody is left who could get it.
 func (s *Server) begin(h *hold) *refusal {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.closed {
+	if s.closed || s.alone && !s.hub.Wants(h.event.Channel) {
 		return errLeaving
 	}
 	s.requests.Add(1)
@@ -687,32 +697,25 @@ func (s *Server) line(channel string) *line {
 
 // first publishes h for the first time, or lets it wait behind older ones that
 // nobody could take.
-func (s *Server) first(ctx context.Context, h *hold) *refusal {
+func (s *Server) first(h *hold) *refusal {
 	e := h.event
 	s.mu.Lock()
-	if len(h.line.waiting) > 0 && s.bus.Check(ctx) == nil {
+	if len(h.line.waiting) > 0 && s.bus.Check(context.Background()) == nil {
 		defer s.mu.Unlock()
 		s.wait(h)
 		s.heed(h)
 		return nil
 	}
-	h.round, h.publish = 1, true
+	h.round, h.publish = e.Round, true // as it is encoded already
 	s.mu.Unlock()
-	e.Round = h.round
 	e.use() // a fast client may settle it before the bus has answered
 	defer e.release()
-	ctx, cancel := context.WithTimeout(ctx, busTimeout)
-	defer cancel()
-	receivers, err := s.bus.Publish(ctx, e)
+	receivers, err := s.publish(e)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err != nil {
-		e.owner().kept.Store(true) // the bus may still write it
-		s.log.Debug("webhook not published", "channel", e.Channel, "event", e.ID, "err", err)
-		if h.open == 0 && !h.readers { // as far as anybody can tell nobody has it
-			s.end(h, errBus)
-			return errBus
-		}
+	if err != nil && h.open == 0 && !h.readers { // as far as anybody can tell nobody has it
+		s.end(h, errBus)
+		return errBus
 	}
 	s.published(h, receivers)
 	for client, p := range h.parties {
@@ -720,10 +723,31 @@ func (s *Server) first(ctx context.Context, h *hold) *refusal {
 			s.deliverAgain(h.line, client)
 		}
 	}
-	if receivers == 0 {
+	switch {
+	case receivers > 0:
+	case s.alone && s.holds[e.ID] == h:
+		s.end(h, errLeaving)
+		return errLeaving
+	default:
 		s.heed(h)
 	}
 	return nil
+}
+
+// publish hands e to the bus, within busTimeout. It does not listen to the sender:
+// one that closes its side after the request looks as if it had gone.
+func (s *Server) publish(e *Event) (receivers int, err error) {
+	ctx := context.Background()
+	if s.bus != Bus(s.hub) { // which takes no time
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, busTimeout)
+		defer cancel()
+	}
+	if receivers, err = s.bus.Publish(ctx, e); err != nil {
+		e.owner().kept.Store(true) // the bus may still write it
+		s.log.Debug("webhook not published", "channel", e.Channel, "event", e.ID, "err", err)
+	}
+	return receivers, err
 }
 
 // published notes that h was published to so many replicas. It needs mu.
@@ -743,13 +767,13 @@ func (s *Server) published(h *hold, receivers int) {
 }
 
 // heed ends h if in accept mode nobody will come for it: neither are there
-// subscribers for its channel, nor were there lately; or, while a fresh replica
-// cannot know that, there is no space left for strangers. It needs mu.
+// subscribers for its channel, nor were there lately; or, while it cannot know that,
+// there is no space left for strangers. It needs mu.
 func (s *Server) heed(h *hold) {
 	now, size := time.Now(), holdCost+int64(len(h.event.wire))
 	switch {
 	case h.mode != modeAccept, !h.line.seen.IsZero() && now.Sub(h.line.seen) < s.opts.HoldTime:
-	case now.Sub(s.began) < s.opts.HoldTime && s.strange+size <= s.budget.Limit/strangeShare:
+	case now.Sub(s.unsure) < s.opts.HoldTime && s.strange+size <= s.budget.Limit/strangeShare:
 		h.strange = size
 		s.strange += size
 	default:
@@ -780,13 +804,17 @@ func (s *Server) weigh(h *hold) {
 // need mu.
 func (s *Server) wait(h *hold) {
 	if h.place == 0 {
-		heap.Push(&h.line.waiting, h)
+		h.queue = &h.line.waiting
+		if h.readers {
+			h.queue = &h.line.orphans
+		}
+		heap.Push(h.queue, h)
 	}
 }
 
 func (s *Server) unwait(h *hold) {
 	if h.place > 0 {
-		heap.Remove(&h.line.waiting, h.place-1)
+		heap.Remove(h.queue, h.place-1)
 	}
 }
 
@@ -859,13 +887,17 @@ func (s *Server) signal(sig Signal) {
 	case signalReceipt:
 		s.receipt(&sig)
 	case signalReport:
-		if _, a, err := newReports(bytes.NewReader(sig.Data)).next(s.waits); err == nil {
+		if sig.To == s.opts.Replica && s.handedOver(sig.Event) {
+			sig.To, sig.From = "", s.opts.Replica
+			s.bus.Tell(sig)
+		} else if _, a, err := newReports(bytes.NewReader(sig.Data)).next(s.waits); err == nil {
 			s.reported(sig.Event, sig.Channel, sig.Client, &a)
 		}
 	case signalReady:
 		s.ready(&sig)
 	case signalLeft:
 		s.mu.Lock()
+		s.line(sig.Channel).seen = time.Now() // it stays known for a while
 		s.left(sig.Subscriber)
 		s.mu.Unlock()
 	case signalGone:
@@ -891,11 +923,15 @@ func (s *Server) receipt(sig *Signal) {
 	for _, g := range sig.Given {
 		switch {
 		case g.Client == "":
-			h.readers = true
+			if !h.readers {
+				s.unwait(h) // it may only go to clients now
+				h.readers = true
+			}
 		case h.settled[g.Client]: // its report was faster
 			h.given = true
 		default:
 			h.given = true
+			h.line.clients = time.Now()
 			s.give(h, g, sig.From)
 		}
 	}
@@ -950,6 +986,14 @@ func (s *Server) waits(id string) bool {
 	return s.holds[id] != nil
 }
 
+// handedOver reports whether the event id, which was held here, is not any more
+// because another replica may hold it now.
+func (s *Server) handedOver(id string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.over && s.holds[id] == nil
+}
+
 // reported gives a client's report to the hold that waits for it, if any.
 func (s *Server) reported(id, channel, client string, a *Answer) {
 	s.mu.Lock()
@@ -963,6 +1007,7 @@ func (s *Server) reported(id, channel, client string, a *Answer) {
 			h.busy = map[string]bool{}
 		}
 		h.busy[client] = true
+		s.weigh(h)
 		return
 	}
 	if h.done != nil && (h.best == nil || a.rank() < h.best.rank()) {
@@ -1025,19 +1070,36 @@ func (s *Server) comeBack(client string, events []string) {
 func (s *Server) gone(replica string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.unsure = time.Now() // nobody says which channels its subscribers had
 	for id, has := range s.having {
 		if has.replica == replica {
 			s.left(id)
 		}
 	}
+	var ask []string // who has what it handed over: their reports may have gone with it
+	for id, h := range s.holds {
+		if replicaOf(id) == replica {
+			for _, p := range h.parties {
+				ask = append(ask, p.streams...)
+			}
+		}
+	}
+	for _, id := range ask {
+		s.lose(id)
+	}
 }
 
 // ready notes that a client may take what waits, and what it has missed.
 func (s *Server) ready(sig *Signal) {
+	if sig.Client != "" && sig.Subscriber != "" {
+		s.hub.Replace(sig.Channel, sig.Client, sig.Subscriber)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	l := s.line(sig.Channel)
-	l.seen = time.Now()
+	if l.seen = time.Now(); sig.Client != "" {
+		l.clients = l.seen
+	}
 	s.deliverAgain(l, sig.Client)
 }
 
@@ -1048,6 +1110,7 @@ func (s *Server) again(replica string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	own := replica == s.opts.Replica
+	s.unsure = time.Now()
 	for id, has := range s.having {
 		if own || has.replica == replica {
 			s.lose(id) // it may well be there, and not have departed
@@ -1057,6 +1120,7 @@ func (s *Server) again(replica string) {
 		if own && !h.publish {
 			h.receipts = 0
 			s.wait(h)
+			wake(h.poke)
 		}
 	}
 	for _, l := range s.lines {
@@ -1072,6 +1136,9 @@ func (s *Server) again(replica string) {
 
 // take holds from now on what a replica that leaves has handed over.
 func (s *Server) take(sig *Signal) {
+	if s.passOn(sig) {
+		return
+	}
 	e, err := openEvent(sig.Channel, sig.Data)
 	if err != nil {
 		s.log.Warn("webhook that was handed over refused", "channel", sig.Channel, "err", err)
@@ -1090,11 +1157,30 @@ func (s *Server) take(sig *Signal) {
 		e.release()
 		return
 	}
-	h := &hold{event: e, mode: modeAccept, readers: sig.Client != ""}
+	orphan := sig.Client != "" // readers have it, and it would be done if no client had died
+	h := &hold{event: e, mode: modeAccept, readers: orphan, died: orphan}
 	s.keep(h)
-	h.line.seen = time.Now()
+	h.line.seen, h.line.tried = time.Now(), time.Now() // look publishes it a little later: a report may be on its way
 	s.wait(h)
-	s.deliverAgain(h.line, "")
+}
+
+// passOn hands on what came too late, when nothing is held here any more; it
+// reports whether that is so. sig.Round counts the replicas it came to before.
+func (s *Server) passOn(sig *Signal) bool {
+	s.mu.Lock()
+	over, heirs := s.over, slices.DeleteFunc(slices.Clone(s.heirs), func(name string) bool { return name == sig.From })
+	s.mu.Unlock()
+	switch {
+	case !over:
+	case len(heirs) > 0 && sig.Round < passLimit:
+		next := *sig
+		next.From, next.To, next.Round = s.opts.Replica, heirs[mathrand.N(len(heirs))], sig.Round+1
+		s.bus.Tell(next)
+	default:
+		s.Lost.Add(1)
+		s.log.Warn("webhook lost", "channel", sig.Channel, "event", sig.Event, "reason", "shutting down, and so is who handed it over")
+	}
+	return over
 }
 
 // deliverAgain sees that what waits in l is published again, and to client what
@@ -1104,7 +1190,7 @@ func (s *Server) deliverAgain(l *line, client string) {
 	if len(l.missed[client]) > 0 && !slices.Contains(l.back, client) {
 		l.back = append(l.back, client)
 	}
-	if !l.courier && !s.over && (len(l.waiting) > 0 || len(l.back) > 0) {
+	if !l.courier && !s.over && len(l.waiting)+len(l.orphans)+len(l.back) > 0 {
 		l.courier = true
 		l.tried = time.Now()
 		s.couriers.Go(func() { s.courier(l) })
@@ -1113,30 +1199,32 @@ func (s *Server) deliverAgain(l *line, client string) {
 
 // courier publishes again what waits in l, the oldest first and no further than
 // the first that nobody could take, so that a thousand holds are not published a
-// thousand times. It ends when nothing waits, or nobody has become ready since.
+// thousand times. It ends when nobody takes anything, or has become ready since.
 func (s *Server) courier(l *line) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for tried := -1; !s.over; {
-		if len(l.back) > 0 {
+	for more := true; more && !s.over; {
+		due := l.due
+		for len(l.back) > 0 {
 			client := l.back[0]
 			l.back = l.back[1:]
 			s.restore(l, client)
-			continue
 		}
-		if len(l.waiting) == 0 || tried == l.due {
-			break
-		}
-		due, h := l.due, l.waiting[0]
-		only := ""
-		if h.readers {
-			only = onlyReporters
-		}
-		if s.republish(h, only); h.place > 0 { // nobody could take it
-			tried = due
-		}
+		taken := s.offer(&l.waiting, "")
+		more = s.offer(&l.orphans, onlyReporters) || taken || l.due != due
 	}
 	l.courier = false
+}
+
+// offer publishes the oldest of q once more, and reports whether somebody took
+// it. It needs mu, which it gives up meanwhile.
+func (s *Server) offer(q *waiting, only string) bool {
+	if len(*q) == 0 || s.over {
+		return false
+	}
+	h := (*q)[0]
+	s.republish(h, only)
+	return h.place == 0 || h.queue != q
 }
 
 // restore gives client, which is back, what it has missed, until it can take no
@@ -1164,13 +1252,7 @@ func (s *Server) republish(h *hold, only string) {
 	e := h.event.again(s.opts.Replica, h.round, only)
 	e.use() // it may be settled meanwhile
 	s.mu.Unlock()
-	ctx, cancel := context.WithTimeout(context.Background(), busTimeout)
-	receivers, err := s.bus.Publish(ctx, e)
-	cancel()
-	if err != nil {
-		e.owner().kept.Store(true) // the bus may still write it
-		s.log.Debug("held webhook not published again", "channel", e.Channel, "event", e.ID, "err", err)
-	}
+	receivers, _ := s.publish(e)
 	e.release()
 	s.mu.Lock()
 	s.published(h, receivers)
@@ -1214,11 +1296,11 @@ func (s *Server) look(now time.Time) {
 		}
 	}
 	for channel, l := range s.lines {
-		if !down {
+		if !down && !s.over {
 			s.drop(l, now)
 		}
 		switch {
-		case len(l.waiting) > 0 && now.Sub(l.tried) >= retryInterval:
+		case len(l.waiting)+len(l.orphans) > 0 && now.Sub(l.tried) >= retryInterval:
 			s.deliverAgain(l, "")
 		case l.holds == 0 && !l.courier && now.Sub(l.seen) > s.opts.HoldTime:
 			delete(s.lines, channel)
@@ -1229,17 +1311,15 @@ func (s *Server) look(now time.Time) {
 // drop ends what has waited in l for SERVER_HOLD_TIME without a client. It needs
 // mu.
 func (s *Server) drop(l *line, now time.Time) {
-	for len(l.waiting) > 0 {
-		h := l.waiting[0]
-		since := h.since
-		if l.seen.After(since) {
-			since = l.seen
+	for q, seen := range map[*waiting]time.Time{&l.waiting: l.seen, &l.orphans: l.clients} {
+		for len(*q) > 0 {
+			h := (*q)[0]
+			if h.mode != modeAccept || h.publish || h.receipts > 0 || now.Sub(h.since) < s.opts.HoldTime || now.Sub(seen) < s.opts.HoldTime {
+				break
+			}
+			s.lost(h, "no client came in time")
+			s.end(h, nil)
 		}
-		if h.mode != modeAccept || now.Sub(since) < s.opts.HoldTime {
-			return
-		}
-		s.lost(h, "no client came in time")
-		s.end(h, nil)
 	}
 }
 
@@ -1264,7 +1344,7 @@ func (s *Server) waitsFor(channel string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	l := s.lines[channel]
-	return l != nil && (len(l.waiting) > 0 || l.courier)
+	return l != nil && (len(l.waiting)+len(l.orphans) > 0 || l.courier)
 }
 
 // settled reports whether nothing is held that can still be settled here: that a
@@ -1287,16 +1367,21 @@ func (s *Server) handOver(peers []string, end time.Time) {
 	ctx, cancel := context.WithDeadline(context.Background(), end)
 	defer cancel()
 	s.mu.Lock()
-	s.over = true
+	s.over, s.heirs = true, peers
 	var left []*hold
 	for _, h := range s.holds {
-		if h.done == nil {
+		switch {
+		case h.done != nil:
+		case len(h.settled) > 0: // only one that broke may want it, too; another replica would give it to all
+			s.end(h, nil)
+		default:
 			h.event.use()
 			left = append(left, h)
 		}
 	}
 	slices.SortFunc(left, func(a, b *hold) int { return cmp.Compare(a.order, b.order) })
 	s.mu.Unlock()
+	handed := 0
 	for _, h := range left {
 		e, taken := h.event, 0
 		hand := Signal{Kind: signalHand, From: s.opts.Replica, Channel: e.Channel, Event: e.ID, Data: e.message()}
@@ -1308,15 +1393,17 @@ func (s *Server) handOver(peers []string, end time.Time) {
 			taken, _ = s.bus.Send(ctx, hand)
 		}
 		s.mu.Lock()
-		if taken == 0 && s.holds[e.ID] == h {
+		if taken > 0 {
+			handed++
+		} else if s.holds[e.ID] == h {
 			s.lost(h, "shutting down, and no other replica took it")
 		}
 		s.end(h, nil)
 		s.mu.Unlock()
 		e.release()
 	}
-	if len(left) > 0 {
-		s.log.Info("holds handed over", "count", len(left), "peers", len(peers))
+	if handed > 0 {
+		s.log.Info("holds handed over", "count", handed)
 	}
 }
 
@@ -1423,13 +1510,26 @@ func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel str
 		return
 	}
 	http.NewResponseController(w).SetReadDeadline(time.Now().Add(reportTime)) // one that stalls keeps out others
-	b := &reportBody{Reader: http.MaxBytesReader(w, r.Body, reportLimit), all: &s.reports}
-	defer b.end()
-	client, list := clientName(r), newReports(b)
+	claim, ok := s.reports.claim(channel, 0)
+	if !ok {
+		s.Rejected.refuse(w, r, errBudget)
+		return
+	}
+	defer claim.end()
+	client, list := clientName(r), newReports(&body{http.MaxBytesReader(w, r.Body, reportLimit), claim, w})
+	if client == "" { // who does not name himself was given nothing that he could report on
+		s.Rejected.refuse(w, r, errReport)
+		return
+	}
 	wanted := func(id string) bool { return replicaOf(id) != s.opts.Replica || s.waits(id) }
+	var away error // the bus does not take reports: only those are taken that wait here
 	for n := 0; ; n++ {
 		id, answer, err := list.next(wanted)
 		switch {
+		case err == io.EOF && away != nil:
+			s.log.Debug("reports not taken", "channel", channel, "err", away)
+			s.Rejected.refuse(w, r, errBus)
+			return
 		case err == io.EOF && n > 0:
 			w.WriteHeader(http.StatusNoContent)
 			return
@@ -1440,45 +1540,28 @@ func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel str
 			s.log.Warn("report refused", "channel", channel, "err", err)
 			s.Rejected.refuse(w, r, errReport)
 			return
-		}
-		if err := s.route(r.Context(), id, channel, client, answer); err != nil {
-			s.log.Debug("report not taken", "channel", channel, "event", id, "err", err)
-			s.Rejected.refuse(w, r, errBus)
-			return
+		case away == nil || replicaOf(id) == s.opts.Replica:
+			away = cmp.Or(s.route(r.Context(), id, channel, client, answer), away)
 		}
 	}
 }
-
-// reportBody reads reports, whose bytes count in all while they are being read.
-type reportBody struct {
-	io.Reader
-	all  *atomic.Int64
-	part int64
-}
-
-func (b *reportBody) Read(p []byte) (int, error) {
-	n, err := b.Reader.Read(p)
-	b.part += int64(n)
-	if b.all.Add(int64(n)) > reportsLimit {
-		return n, errBudget
-	}
-	return n, err
-}
-
-func (b *reportBody) end() { b.all.Add(-b.part) }
 
 // route brings an answer to the replica that holds its event, here or elsewhere;
 // when that is gone, to whoever has taken it over.
 func (s *Server) route(ctx context.Context, id, channel, client string, a Answer) error {
-	if replicaOf(id) == s.opts.Replica {
-		s.reported(id, channel, client, &a)
-		return nil
+	to := replicaOf(id)
+	if to == s.opts.Replica {
+		if !s.handedOver(id) {
+			s.reported(id, channel, client, &a)
+			return nil
+		}
+		to = ""
 	}
 	var data bytes.Buffer
 	a.appendReport(&data, id)
-	sig := Signal{Kind: signalReport, To: replicaOf(id), From: s.opts.Replica, Channel: channel, Event: id, Client: client, Data: data.Bytes()}
+	sig := Signal{Kind: signalReport, To: to, From: s.opts.Replica, Channel: channel, Event: id, Client: client, Data: data.Bytes()}
 	receivers, err := s.bus.Send(ctx, sig)
-	if err == nil && receivers == 0 {
+	if err == nil && receivers == 0 && to != "" {
 		sig.To = ""
 		_, err = s.bus.Send(ctx, sig)
 	}
@@ -1663,8 +1746,9 @@ type stream struct {
 	server    *Server
 	sub       *Subscriber
 	out       sink
-	chunked   bool // HTTP/1.1 on a hijacked connection
-	most      int  // bytes of one write
+	chunked   bool      // HTTP/1.1 on a hijacked connection
+	most      int       // bytes of one write
+	until     time.Time // the write deadline
 	heartbeat *time.Timer
 	ages      []*time.Timer // what happens at StreamMaxAge; empty without
 }
@@ -1758,7 +1842,7 @@ func (s *Server) serveResponse(w http.ResponseWriter, r *http.Request, st *strea
 	case <-r.Context().Done():
 		s.hub.Leave(st.sub, errPeerGone)
 	}
-	if reason := s.hub.Reason(st.sub); reason != errShutdown && reason != errStreamAge { // those come after the last write
+	if !finished(s.hub.Reason(st.sub)) {
 		out.SetWriteDeadline(past)
 	}
 	st.end()
@@ -1809,12 +1893,16 @@ func (s *Server) abandon(sub *Subscriber, reason error) {
 	s.streams.Done()
 }
 
-// tellReady tells all replicas that sub can take events, and tellLeft that it is
-// gone.
-func (s *Server) tellReady(sub *Subscriber) {
-	s.bus.Tell(Signal{Kind: signalReady, From: s.opts.Replica, Channel: sub.Channel, Subscriber: sub.ID, Client: sub.Client})
+// tellReady tells all replicas that sub can take events; begun is its ID when its
+// stream begins. It stays out of write, which otherwise outgrows the stack that a
+// goroutine begins with.
+//
+//go:noinline
+func (s *Server) tellReady(sub *Subscriber, begun string) {
+	s.bus.Tell(Signal{Kind: signalReady, From: s.opts.Replica, Channel: sub.Channel, Subscriber: begun, Client: sub.Client})
 }
 
+// tellLeft tells all replicas that sub is gone.
 func (s *Server) tellLeft(sub *Subscriber) {
 	s.bus.Tell(Signal{Kind: signalLeft, From: s.opts.Replica, Channel: sub.Channel, Subscriber: sub.ID, Client: sub.Client})
 }
@@ -1867,8 +1955,13 @@ func (st *stream) begin(out sink, abort func(), head []byte) {
 			time.AfterFunc(age+2*s.opts.HandlerTimeout, func() { s.hub.Leave(sub, errOverdue) }),
 		}
 	}
-	s.tellReady(sub)
+	s.tellReady(sub, sub.ID)
 	st.write()
+}
+
+// finished reports whether a stream ended for reason after its last write.
+func finished(reason error) bool {
+	return reason == errShutdown || reason == errStreamAge || reason == errMovedAway
 }
 
 // end waits for the last write of a stream that the hub has ended.
@@ -1883,7 +1976,7 @@ func (st *stream) end() {
 	}
 	level, reason := slog.LevelInfo, s.hub.Reason(sub)
 	if conn, ok := st.out.(connSink); ok {
-		if st.chunked && (reason == errShutdown || reason == errStreamAge) { // all is written: the body is complete
+		if st.chunked && finished(reason) { // the body is complete
 			conn.SetWriteDeadline(time.Now().Add(lastChunkTime))
 			io.WriteString(conn, "0\r\n\r\n")
 		}
@@ -1925,6 +2018,7 @@ func (s *Server) AskToMove() {
 // askToMove sends drain to a client that knows it.
 func (s *Server) askToMove(sub *Subscriber) {
 	if sub.Drains {
+		sub.Moving.Store(true)
 		s.hub.Push(sub, drainEvent)
 	}
 }
@@ -1934,9 +2028,13 @@ func (s *Server) askToMove(sub *Subscriber) {
 func (st *stream) send(p []byte) error {
 	for {
 		// The deadline first: whoever ends the subscriber sets Gone and then a
-		// deadline in the past, which must stay.
-		if err := st.out.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
-			return err
+		// deadline in the past, which must stay. Not every write moves it, as
+		// that costs as much as the rest of a small one.
+		if now := time.Now(); st.until.Sub(now) < writeTimeout {
+			st.until = now.Add(writeTimeout + writeTimeout/2)
+			if err := st.out.SetWriteDeadline(st.until); err != nil {
+				return err
+			}
 		}
 		if st.sub.Gone.Load() {
 			return errPeerGone
@@ -1955,6 +2053,7 @@ func (st *stream) send(p []byte) error {
 			return fmt.Errorf("write to stream: %w", err)
 		case len(p) == 0:
 			if st.most == pieceOverHTTP2 { // which resets a stream whose deadline passes, even an idle one
+				st.until = time.Time{}
 				return st.out.SetWriteDeadline(time.Time{})
 			}
 			return nil
@@ -1973,7 +2072,7 @@ func (st *stream) write() {
 	for dst := few[:0]; ; {
 		batch, space := sub.Take(dst)
 		if space {
-			s.tellReady(sub)
+			s.tellReady(sub, "")
 		}
 		if len(batch) == 0 {
 			return
