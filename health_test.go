@@ -190,7 +190,7 @@ func TestMetricsOfHeld(t *testing.T) {
 			hold(t.Context())
 			id := listeners[0].next(t, n).webhook(t).ID
 			check("held", n-1, 0, 4)
-			post(t.Context(), rt, "POST", reportsURL, reportOf(id, Answer{Status: 200}))
+			listeners[0].report(t, rt, id, Answer{Status: 200})
 			if got := <-told; got.status != 200 {
 				t.Errorf("answer %+v, want 200", got)
 			}

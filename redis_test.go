@@ -1756,7 +1756,7 @@ func TestReportsOverReplicas(t *testing.T) {
 	report := func(p *program, channel, id, token, body string) int {
 		t.Helper()
 		status, _, _ := send(t, "POST", "http://"+p.addr+"/subscribe/"+channel+"/responses",
-			reportOf(id, Answer{Status: 202, Body: []byte(body)}), "X-Auth-Token", token)
+			reportOf(id, Answer{Status: 202, Body: []byte(body)}), "X-Auth-Token", token, "X-Relay-Client", "ours")
 		return status
 	}
 	for _, tt := range []struct {
