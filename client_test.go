@@ -2340,7 +2340,9 @@ func TestMemory(t *testing.T) {
 		if first, taken, a := m.begin("a", modeStatus); first || taken || a != nil {
 			t.Errorf("waits for a slot: %v, %v, %v", first, taken, a)
 		}
-		m.take("a", func() {})
+		if told := false; !m.take("a", func() { told = true }) || !told {
+			t.Error("not taken")
+		}
 		if first, taken, a := m.begin("a", modeStatus); first || !taken || a != nil {
 			t.Errorf("under way: %v, %v, %v", first, taken, a)
 		}

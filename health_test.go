@@ -180,7 +180,7 @@ func TestMetricsOfHeld(t *testing.T) {
 				}
 			}
 		}
-		listeners := []*listener{listen(t, rt, streamURL, features...), listen(t, rt, streamURL, featuresOf("other")...)}
+		listeners := []*listener{listen(t, rt, streamURL, features...), listen(t, rt, streamURL, features...)}
 		told := make(chan outcome)
 		hold := func(ctx context.Context) { go func() { told <- post(ctx, rt, "POST", hooksURL, "x") }() }
 		time.Sleep(5 * time.Second)
@@ -190,7 +190,7 @@ func TestMetricsOfHeld(t *testing.T) {
 			hold(t.Context())
 			id := listeners[0].next(t, n).webhook(t).ID
 			check("held", n-1, 0, 4)
-			post(t.Context(), rt, "POST", reportsURL, reportOf(id, Answer{Status: 200}), "X-Relay-Client", "ours")
+			listeners[0].report(t, rt, id, Answer{Status: 200})
 			if got := <-told; got.status != 200 {
 				t.Errorf("answer %+v, want 200", got)
 			}

@@ -1069,18 +1069,14 @@ func TestRedisFrozen(t *testing.T) {
 	if got := probeStatus(t, server, "/live"); got != 200 {
 		t.Errorf("/live is %d", got)
 	}
+	eventually(t, "the connections count as broken", func() bool { return len(server.log.lines("redis is down")) == 2 })
 	r.thaw()
 	working("3")
-
-	r.freeze() // for so long that the connections count as broken
-	server.wait("redis is down")
-	r.thaw()
-	working("4")
 	if n := f.readies.Load(); n != 1 {
 		t.Errorf("%d ready events on one stream", n)
 	}
-	if down, up := len(server.log.lines("redis is down")), len(server.log.lines("redis is connected")); down < 2 || down > 3 || up != down+1 {
-		t.Errorf("logged down %d times, want 2 or 3; connected %d times, want once more", down, up)
+	if down, up := len(server.log.lines("redis is down")), len(server.log.lines("redis is connected")); down != 2 || up != 3 {
+		t.Errorf("logged down %d times, want 2; connected %d times, want 3", down, up)
 	}
 }
 
@@ -1212,7 +1208,7 @@ func TestRedisRestartUnderLoad(t *testing.T) {
 			slowest := time.Duration(posts.slowest.Load())
 			t.Logf("accepted %d, refused and sent again %d, of these delivered twice %d, slowest answer %s",
 				len(posts.taken), posts.retried.Load(), len(repeated), slowest.Round(time.Millisecond))
-			if slowest > 2*time.Second { // nobody may hang
+			if slowest > busTimeout+silenceTimeout { // nobody may hang
 				t.Errorf("slowest answer took %s", slowest)
 			}
 			if n := posts.failed.Load(); n > 0 {
@@ -1655,9 +1651,9 @@ func TestClientKilledOverReplicas(t *testing.T) {
 			one := g.next(t)
 			first.cmd.Process.Kill()
 			<-first.exited
-			second := newTarget(t, func(recorded) string { return says(422, "taken over") }) // no success: it waits for all that have the event
+			second := newTarget(t, func(recorded) string { return says(201, "taken over") })
 			startClient(t, tt.takeOver.addr, channel, second.url)
-			if o := expectAnswer(t, told, 422); o.body != "taken over" {
+			if o := expectAnswer(t, told, 201); o.body != "taken over" {
 				t.Errorf("sender got %+v", o)
 			}
 			two := second.next(t)
@@ -1803,13 +1799,13 @@ func TestFormsOverReplicas(t *testing.T) {
 // hold it.
 func TestReportsOverReplicas(t *testing.T) {
 	a, b := startReplicas(t, startRedis(t), "RESPONSE_MODE=response", "AUTH_TOKENS_FILE="+tokensFile(t, "ci secret\nother else\n"))
-	f := openFeed(t, a, "ci", "X-Relay-Features", "http, respond", "X-Auth-Token", "secret")
+	f := openFeed(t, a, "ci", "X-Relay-Features", "http, respond", "X-Relay-Client", "ours", "X-Auth-Token", "secret")
 	told := postHeld(t, b, "ci", "x")
 	id := f.next(t).ID
 	report := func(p *program, channel, id, token, body string) int {
 		t.Helper()
 		status, _, _ := send(t, "POST", "http://"+p.addr+"/subscribe/"+channel+"/responses",
-			reportOf(id, Answer{Status: 202, Body: []byte(body)}), "X-Auth-Token", token)
+			reportOf(id, Answer{Status: 202, Body: []byte(body)}), "X-Auth-Token", token, "X-Relay-Client", "ours")
 		return status
 	}
 	for _, tt := range []struct {
@@ -1857,7 +1853,7 @@ func TestHeldOverRedisRestart(t *testing.T) {
 	r := startRedis(t)
 	a, b := startReplicas(t, r, "RESPONSE_MODE=status")
 	g := newGate(t, createdAnswer)
-	client := startClient(t, a.addr, "busy", g.url)
+	startClient(t, a.addr, "busy", g.url)
 	const each = 10
 	var local, remote, waiting []<-chan outcome
 	for i := range each {
@@ -1890,9 +1886,6 @@ func TestHeldOverRedisRestart(t *testing.T) {
 	}
 	if n := len(g.got); n != 2*each {
 		t.Errorf("target saw %d requests, want %d", n, 2*each)
-	}
-	if n := len(client.log.lines("stream ready")); n != 1 {
-		t.Errorf("the client had %d streams, want 1", n)
 	}
 }
 

@@ -329,22 +329,18 @@ type seen struct {
 
 // listener is one open stream whose events are collected.
 type listener struct {
-	resp  *http.Response
-	close context.CancelFunc
-	done  chan struct{} // closed at the end of the stream
+	client string // of no other one, unless its headers say so
+	resp   *http.Response
+	close  context.CancelFunc
+	done   chan struct{} // closed at the end of the stream
 
 	mu     sync.Mutex
 	events []seen // guarded by mu
 	ended  time.Time
 }
 
-// features is what our own client says with its streams and reports.
-var features = featuresOf("ours")
-
-// featuresOf is what our client with a name says of itself.
-func featuresOf(name string) []string {
-	return []string{"X-Relay-Features", "http, respond, drain", "X-Relay-Client", name}
-}
+// features is what our own client announces.
+var features = []string{"X-Relay-Features", "http, respond, drain"}
 
 // listen opens the stream at url, which ends with the test.
 func listen(t testing.TB, rt http.RoundTripper, url string, headers ...string) *listener {
@@ -354,12 +350,15 @@ func listen(t testing.TB, rt http.RoundTripper, url string, headers ...string) *
 	for i := 0; i+1 < len(headers); i += 2 {
 		req.Header.Add(headers[i], headers[i+1])
 	}
+	if strings.Contains(req.Header.Get("X-Relay-Features"), "respond") && req.Header["X-Relay-Client"] == nil {
+		req.Header.Set("X-Relay-Client", rand.Text())
+	}
 	resp, err := rt.RoundTrip(req)
 	if err != nil {
 		cancel()
 		t.Fatal(err)
 	}
-	l := &listener{resp: resp, close: cancel, done: make(chan struct{})}
+	l := &listener{client: req.Header.Get("X-Relay-Client"), resp: resp, close: cancel, done: make(chan struct{})}
 	t.Cleanup(func() {
 		cancel()
 		<-l.done
@@ -384,6 +383,13 @@ func listen(t testing.TB, rt http.RoundTripper, url string, headers ...string) *
 		}
 	}()
 	return l
+}
+
+// report says a of the event id, as the client of this stream, and returns the
+// status of that.
+func (l *listener) report(t testing.TB, rt http.RoundTripper, id string, a Answer) int {
+	t.Helper()
+	return post(t.Context(), rt, "POST", reportsURL, reportOf(id, a), "X-Relay-Client", l.client).status
 }
 
 // got are the events of such a name so far; a message is a webhook in either form.
@@ -720,12 +726,12 @@ func TestReportsBudget(t *testing.T) {
 		full, _ := r.budget.claim("other", 0)
 		full.add(r.budget.Limit)
 		defer full.end()
-		reading, _ := r.reports.claim("other", 0)
-		reading.add(reportsLimit)
+		all, _ := r.reports.claim("other", 0)
+		all.add(r.reports.Limit)
 		if status := r.report(id, "c", Answer{Status: 204}); status != 503 {
 			t.Errorf("status %d above the limit", status)
 		}
-		reading.end()
+		all.end()
 		if status := r.report(id, "c", Answer{Status: 204}); status != 204 {
 			t.Errorf("status %d below it", status)
 		}
@@ -1250,8 +1256,8 @@ func TestEventMemoryIsNotShared(t *testing.T) {
 	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
 		newRig(t, p)
 		var streams []*listener
-		for _, name := range []string{"a", "b"} {
-			streams = append(streams, listen(t, rt, streamURL), listen(t, rt, streamURL, featuresOf(name)...))
+		for range 2 {
+			streams = append(streams, listen(t, rt, streamURL), listen(t, rt, streamURL, features...))
 		}
 		stalled, _ := http.NewRequestWithContext(t.Context(), "GET", streamURL, nil)
 		resp, err := rt.RoundTrip(stalled)
@@ -1807,13 +1813,14 @@ func TestShutdown(t *testing.T) {
 		synctest.Wait()
 
 		// The report of a client is taken to the end.
-		for channel, report := range map[string]string{
-			"held": reportOf(held.got("message")[0].id, Answer{Status: 201}),
-			"ci":   reportOf(ours.got("message")[0].id, Answer{Status: 202}) + reportOf(ours.got("message")[1].id, Answer{Status: 202}),
-		} {
-			if got := post(t.Context(), rt, "POST", "http://relay.test/subscribe/"+channel+"/responses", report, features...); got.status != 204 {
-				t.Errorf("report: %+v", got)
+		for _, event := range ours.got("message") {
+			if got := ours.report(t, rt, event.id, Answer{Status: 202}); got != 204 {
+				t.Errorf("report: status %d", got)
 			}
+		}
+		report := post(t.Context(), rt, "POST", "http://relay.test/subscribe/held/responses", reportOf(held.got("message")[0].id, Answer{Status: 201}), "X-Relay-Client", held.client)
+		if report.status != 204 {
+			t.Errorf("report: %+v", report)
 		}
 		if a := <-answers; a.status != 201 || a.at.Sub(begin) != 2*time.Second {
 			t.Errorf("answered request: %+v after %s", a, a.at.Sub(begin))
@@ -1890,8 +1897,8 @@ func TestDrainIsSpread(t *testing.T) {
 			bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
 				r := newRig(t, p, "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT="+timeout)
 				var streams []*listener
-				for n := range 40 {
-					streams = append(streams, listen(t, rt, streamURL, featuresOf(strconv.Itoa(n))...))
+				for range 40 {
+					streams = append(streams, listen(t, rt, streamURL, features...))
 				}
 				synctest.Wait()
 				begin := time.Now()
@@ -2282,7 +2289,7 @@ func TestRefusalsAreCounted(t *testing.T) {
 			return counts
 		}
 		ok := reportOf(testID, Answer{Status: 200})
-		token, elsewhere := []string{"X-Auth-Token", "secret"}, []string{"X-Auth-Token", "secret", "X-Forwarded-For", "198.51.100.1"}
+		token, elsewhere := []string{"X-Auth-Token", "secret", "X-Relay-Client", "ours"}, []string{"X-Auth-Token", "secret", "X-Forwarded-For", "198.51.100.1"}
 		listen(t, rt, streamURL, token...)
 		steps := []struct {
 			method, url, body string
@@ -2404,8 +2411,8 @@ func TestAnswerIsNotRead(t *testing.T) {
 				synctest.Wait()
 				time.Sleep(after)
 				report := Answer{Status: 200, Body: make([]byte, answerLimit)}
-				if got := post(t.Context(), rt, "POST", reportsURL, reportOf(stream.next(t, 1).id, report), features...); got.status != 204 {
-					t.Fatalf("report: %+v", got)
+				if got := stream.report(t, rt, stream.next(t, 1).id, report); got != 204 {
+					t.Fatalf("report: status %d", got)
 				}
 				resp := <-answers
 				if resp == nil || resp.StatusCode != 200 {
@@ -2497,7 +2504,7 @@ func testHeldAreMoreThanTheQueue(t *testing.T, feature string, status int) {
 				t.Errorf("%s arrived again", m.id)
 			}
 			if feature != "" {
-				if r := post(t.Context(), rt, "POST", reportsURL, reportOf(m.id, Answer{Status: 204}), features...); r.status != 204 {
+				if r := post(t.Context(), rt, "POST", reportsURL, reportOf(m.id, Answer{Status: 204}), "X-Relay-Client", "ours"); r.status != 204 {
 					t.Errorf("report: %+v", r)
 				}
 			}
@@ -2558,7 +2565,7 @@ func TestHeldWhileBusIsBusy(t *testing.T) {
 		if d := e.at.Sub(freed); d > retryInterval+lookInterval {
 			t.Errorf("delivered after %s", d)
 		}
-		post(t.Context(), rt, "POST", reportsURL, reportOf(e.id, Answer{Status: 204}), features...)
+		l.report(t, rt, e.id, Answer{Status: 204})
 		if a := <-told; a.status != 204 {
 			t.Errorf("sender got %+v", a)
 		}
@@ -2828,8 +2835,8 @@ func TestSenderHangsUp(t *testing.T) {
 		if n, size := r.Held(); n != 0 || size != 0 {
 			t.Errorf("%d requests of %d bytes stay held", n, size)
 		}
-		if got := post(t.Context(), rt, "POST", reportsURL, reportOf(stream.got("message")[0].id, Answer{Status: 200}), features...); got.status != 204 {
-			t.Errorf("a report to nobody got %d", got.status)
+		if got := stream.report(t, rt, stream.got("message")[0].id, Answer{Status: 200}); got != 204 {
+			t.Errorf("a report to nobody got %d", got)
 		}
 		runtime.GC()
 		runtime.GC() // net/http pools what it wrote last, and a pool outlives one
@@ -2863,7 +2870,7 @@ func goroutines() (n int, stacks []byte) {
 // reaches the sender.
 func TestReports(t *testing.T) {
 	relayTest(t, nil, []string{"AUTH_TOKENS_FILE=" + tokensFile(t, "ci secret\nother else\n")}, func(t *testing.T, r *relay) {
-		stream := listen(t, r.rt, streamURL, append([]string{"X-Auth-Token", "secret"}, features...)...)
+		stream := listen(t, r.rt, streamURL, append([]string{"X-Auth-Token", "secret", "X-Relay-Client", "ours"}, features...)...)
 		answer := r.posted()
 		id := stream.next(t, 1).id
 		ok := reportOf(id, Answer{Status: 200, Headers: []Header{{"X-A", []string{"1"}}}, Body: []byte("answered")})
@@ -3196,7 +3203,7 @@ func TestNeverLive(t *testing.T) {
 		r.hub.Watch = nil
 		second := listen(t, rt, streamURL, features...)
 		synctest.Wait()
-		post(t.Context(), rt, "POST", reportsURL, reportOf(second.next(t, 1).id, Answer{Status: 500}), features...)
+		second.report(t, rt, second.next(t, 1).id, Answer{Status: 500})
 		if a := <-answer; a.status != 500 || a.at.Sub(begin) != liveTimeout {
 			t.Errorf("got %d after %s, want 500 after %s", a.status, a.at.Sub(begin), liveTimeout)
 		}
@@ -3316,7 +3323,7 @@ func TestTokensReload(t *testing.T) {
 		// A report that nobody waits for tells whether a token opens the channel.
 		opens := func(token string, want bool) {
 			t.Helper()
-			got := post(t.Context(), rt, "POST", reportsURL, reportOf(testID, Answer{Status: 200}), "X-Auth-Token", token)
+			got := post(t.Context(), rt, "POST", reportsURL, reportOf(testID, Answer{Status: 200}), "X-Auth-Token", token, "X-Relay-Client", "ours")
 			if status := map[bool]int{true: 204, false: 401}[want]; got.status != status {
 				t.Errorf("token %q gets %d, want %d", token, got.status, status)
 			}
@@ -3636,7 +3643,7 @@ func TestAddressLists(t *testing.T) {
 				if status == 204 && request[0] == 'G' {
 					continue // it would be a stream
 				}
-				answer := raw(t, l.Addr().String(), request+" HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n"+tt.headers+"Content-Length: "+strconv.Itoa(len(report))+"\r\n\r\n"+report)
+				answer := raw(t, l.Addr().String(), request+" HTTP/1.1\r\nHost: relay\r\nConnection: close\r\nX-Relay-Client: ours\r\n"+tt.headers+"Content-Length: "+strconv.Itoa(len(report))+"\r\n\r\n"+report)
 				want := "HTTP/1.1 " + strconv.Itoa(status)
 				if !strings.HasPrefix(answer, want) || status == 403 && !strings.HasSuffix(answer, relayError(403, "address not allowed")) || strings.Contains(answer, "canary") {
 					t.Errorf("%s: got %q, want %q", request, answer, want)
@@ -3667,7 +3674,7 @@ func TestTokenForms(t *testing.T) {
 		{"ci", "X: y", false},
 		{"unknown", "X-Auth-Token: secret", false},
 	} {
-		answer := raw(t, l.Addr().String(), "POST /subscribe/"+tt.channel+"/responses HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n"+tt.header+"\r\nContent-Length: "+strconv.Itoa(len(report))+"\r\n\r\n"+report)
+		answer := raw(t, l.Addr().String(), "POST /subscribe/"+tt.channel+"/responses HTTP/1.1\r\nHost: relay\r\nConnection: close\r\nX-Relay-Client: ours\r\n"+tt.header+"\r\nContent-Length: "+strconv.Itoa(len(report))+"\r\n\r\n"+report)
 		if tt.ok != strings.HasPrefix(answer, "HTTP/1.1 204") {
 			t.Errorf("%s with %q got %q", tt.channel, tt.header, answer)
 		}
