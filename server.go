@@ -1553,6 +1553,11 @@ func (s *Server) route(ctx context.Context, id, channel, client string, a Answer
 		}
 		to = ""
 	}
+	if err := s.bus.Check(ctx); err != nil {
+		return err // it comes again, and others may wait behind it
+	}
+	ctx, cancel := context.WithTimeout(ctx, busTimeout)
+	defer cancel()
 	var data bytes.Buffer
 	a.appendReport(&data, id)
 	sig := Signal{Kind: signalReport, To: to, From: s.opts.Replica, Channel: channel, Event: id, Client: client, Data: data.Bytes()}
