@@ -1310,7 +1310,7 @@ func TestHubDelivers(t *testing.T) {
 		if got := took(s); !slices.Equal(got, []string{"1", "2", "3", "4", "5"}) {
 			t.Errorf("order %q", got)
 		}
-		if s.bytes != 0 || s.queue != nil {
+		if s.bytes != 0 || len(s.queue) != 0 {
 			t.Errorf("%d bytes counted, queue %v, after all was taken", s.bytes, s.queue)
 		}
 	}
@@ -1470,7 +1470,7 @@ func TestHubDropsWhatIsOver(t *testing.T) {
 			h.Deliver(e)
 		}
 		time.Sleep(2 * time.Second)
-		if got := took(s); !slices.Equal(got, []string{"1", "3"}) || s.bytes != 0 || s.queue != nil {
+		if got := took(s); !slices.Equal(got, []string{"1", "3"}) || s.bytes != 0 || len(s.queue) != 0 {
 			t.Errorf("took %q, %d bytes are counted", got, s.bytes)
 		}
 	})

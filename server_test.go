@@ -1035,7 +1035,7 @@ func TestEviction(t *testing.T) {
 		reason error
 	}{
 		{"token revoked", func(r *rig) { leaveAll(r.hub, errRevoked) }, 0, errRevoked},
-		{"write hangs", func(*rig) {}, writeTimeout, nil},
+		{"write hangs", func(*rig) {}, writeTimeout * 3 / 2, nil},
 		{"shutdown", func(r *rig) { go r.Shutdown() }, 10*time.Second - reserve/2, errOverdue},
 	}
 	stall := func(t *testing.T, p *pipes, rt *http.Transport, queued bool, do func(*rig), within time.Duration, reason error) {
@@ -3036,7 +3036,7 @@ func TestNeverLive(t *testing.T) {
 		r := newRig(t, p, "RESPONSE_MODE=status")
 		r.hub.Watch = func(string) {} // nothing becomes live by itself
 		never := make(chan outcome, 1)
-		go func() { never <- post(t.Context(), rt, "GET", streamURL, "", features...) }()
+		go func() { never <- post(t.Context(), rt, "GET", streamURL, "", append([]string{"X-Relay-Client", "never"}, features...)...) }()
 		synctest.Wait()
 		begin := time.Now()
 		answer := make(chan outcome, 1)
