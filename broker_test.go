@@ -1326,7 +1326,7 @@ func TestHubDelivers(t *testing.T) {
 		if got := took(s); !slices.Equal(got, []string{"1", "2", "3", "4", "5"}) {
 			t.Errorf("order %q", got)
 		}
-		if s.bytes != 0 || s.queue != nil {
+		if s.bytes != 0 || len(s.queue) != 0 {
 			t.Errorf("%d bytes counted, queue %v, after all was taken", s.bytes, s.queue)
 		}
 	}

@@ -1193,7 +1193,7 @@ func TestEviction(t *testing.T) {
 		reason error
 	}{
 		{"token revoked", func(r *rig) { leaveAll(r.hub, errRevoked) }, 0, errRevoked},
-		{"write hangs", func(*rig) {}, writeTimeout + writeTimeout/2, nil},
+		{"write hangs", func(*rig) {}, writeTimeout * 3 / 2, nil},
 		{"shutdown", func(r *rig) { go r.Shutdown() }, 10*time.Second - reserve/2, errOverdue},
 	}
 	stall := func(t *testing.T, p *pipes, rt *http.Transport, queued bool, do func(*rig), within time.Duration, reason error) {
@@ -3188,10 +3188,10 @@ func TestHoldVerdict(t *testing.T) {
 }
 
 // TestNeverLive checks that a stream which was given a held event and never
-// began is out of account, as one that ended is.
+// began counts as one that ended: its client may come back for a while.
 func TestNeverLive(t *testing.T) {
 	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
-		r := newRig(t, p, "RESPONSE_MODE=status")
+		r := newRig(t, p, "RESPONSE_MODE=status", "RESPONSE_TIMEOUT=1m")
 		r.hub.Watch = func(string) {} // nothing becomes live by itself
 		never := make(chan outcome, 1)
 		go func() { never <- post(t.Context(), rt, "GET", streamURL, "", append([]string{"X-Relay-Client", "never"}, features...)...) }()
@@ -3204,8 +3204,9 @@ func TestNeverLive(t *testing.T) {
 		second := listen(t, rt, streamURL, features...)
 		synctest.Wait()
 		second.report(t, rt, second.next(t, 1).id, Answer{Status: 500})
-		if a := <-answer; a.status != 500 || a.at.Sub(begin) != liveTimeout {
-			t.Errorf("got %d after %s, want 500 after %s", a.status, a.at.Sub(begin), liveTimeout)
+		a := <-answer
+		if took := a.at.Sub(begin); a.status != 500 || took < liveTimeout+returnTime || took > liveTimeout+returnTime+lookInterval {
+			t.Errorf("got %d after %s, want 500 after %s", a.status, took, liveTimeout+returnTime)
 		}
 	})
 }
