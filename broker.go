@@ -89,7 +89,19 @@ var hopByHop = map[string]bool{
 // may set those. Targets behind CGI or WSGI read "_" as "-".
 func relaysOwn(name string) bool {
 	const prefix = "x-relay-"
-	return len(name) >= len(prefix) && strings.EqualFold(strings.ReplaceAll(name[:len(prefix)], "_", "-"), prefix)
+	for i := range prefix {
+		switch {
+		case i == len(name):
+			return false
+		case prefix[i] == '-':
+			if name[i] != '-' && name[i] != '_' {
+				return false
+			}
+		case name[i]|0x20 != prefix[i]:
+			return false
+		}
+	}
+	return true
 }
 
 // endToEnd returns the fields of h that cross the relay, sorted by name:
@@ -297,14 +309,21 @@ func (e *Event) release() {
 }
 
 // newEvent encodes w for channel, which replica holds: the one encoding that
-// every subscriber on every replica gets.
-func newEvent(channel, replica string, w *Webhook, c *claim) *Event {
-	e := &Event{ID: w.ID, Channel: channel, Mode: w.Mode, Holder: replica, Round: 1, claim: c}
+// every subscriber on every replica gets. ok is false when the budget has no space
+// for it and its hold; a nil budget has.
+func newEvent(channel, replica string, w *Webhook, b *Budget) (e *Event, ok bool) {
+	text := isText(w.Body)
+	size := w.wireSize(text)
+	e = &Event{ID: w.ID, Channel: channel, Mode: w.Mode, Holder: replica, Round: 1}
+	if b != nil {
+		if e.claim, ok = b.claim(channel, int64(holdCost+size)); !ok {
+			return nil, false
+		}
+	}
 	if respond(w.Mode) {
 		e.Until = time.Now().Add(w.Timeout)
 	}
 	e.uses.Store(1)
-	size := w.wireSize()
 	recycled := wires.Get().(*[]byte)
 	if cap(*recycled) <= 2*size { // the budget counts bytes that are used
 		e.wire = (*recycled)[:0]
@@ -317,12 +336,16 @@ func newEvent(channel, replica string, w *Webhook, c *claim) *Event {
 		b = append(b, "id: "...)
 		b = append(b, w.ID...)
 		b = append(b, "\nevent: webhook\n"...)
-		b = w.appendMessage(b)
+		b = w.appendMessage(b, text)
 		return append(b, '\n')
 	})
 	e.chunk = e.wire[start:]
-	return e
+	e.claim.add(int64(len(e.wire) - size))
+	return e, true
 }
+
+// holdCost is how many bytes a hold takes besides its event.
+const holdCost = 1 << 10
 
 // again is e for one more delivery, with the bytes of the first: a client knows
 // from its time how old it is. It has no use of its own.
@@ -377,9 +400,9 @@ func (e *Event) chunkFor(http bool) []byte {
 func block(chunk []byte) []byte { return chunk[chunkHead : len(chunk)-chunkTail] }
 
 // wireSize is at least how many bytes the event of w takes.
-func (w *Webhook) wireSize() int {
+func (w *Webhook) wireSize(text bool) int {
 	n := 512 + 2*len(w.Path) + 2*len(w.Query) + 2*headerBytes(w.Headers)
-	if isText(w.Body) {
+	if text {
 		return n + len(w.Body) + len(linePrefix)*(bytes.Count(w.Body, []byte("\n"))+1)
 	}
 	return n + base64.StdEncoding.EncodedLen(len(w.Body))
@@ -395,6 +418,14 @@ func (e *Event) size() int64 {
 		return 0
 	}
 	return int64(len(e.chunk))
+}
+
+func headerValues(headers []Header) int {
+	n := 0
+	for _, h := range headers {
+		n += len(h.Values)
+	}
+	return n
 }
 
 func headerBytes(headers []Header) int {
@@ -493,7 +524,7 @@ const linePrefix = "data: "
 // appendMessage appends w as an HTTP message (RFC 9112) with LF for line ends,
 // each line as a data line. Bytes above 0x7F before the body stand for the code
 // points of the same numbers, because a stream is UTF-8.
-func (w *Webhook) appendMessage(b []byte) []byte {
+func (w *Webhook) appendMessage(b []byte, text bool) []byte {
 	b = append(append(append(b, linePrefix...), w.Method...), ' ')
 	b = appendLatin1(appendLatin1(b, w.Path), w.Query)
 	b = append(b, " HTTP/1.1\n"...)
@@ -503,7 +534,7 @@ func (w *Webhook) appendMessage(b []byte) []byte {
 			b = append(appendLatin1(b, v), '\n')
 		}
 	}
-	text, length := isText(w.Body), len(w.Body)
+	length := len(w.Body)
 	if !text {
 		b = append(b, "data: X-Relay-Body: base64\n"...)
 		length = base64.StdEncoding.EncodedLen(length)
@@ -1137,10 +1168,10 @@ type Budget struct {
 type claim struct {
 	budget  *Budget
 	channel string
-	bytes   int64         // guarded by budget.mu, like all below
-	place   *list.Element // in bodies; nil: no body is being read
-	moved   time.Time     // when the body was last seen to come
-	cut     func()        // makes the reading of the body fail
+	bytes   int64              // guarded by budget.mu, like all below
+	place   *list.Element      // in bodies; nil: no body is being read
+	moved   time.Time          // when the body was last seen to come
+	body    interface{ cut() } // its reading can be made to fail
 }
 
 // claim begins with n bytes for channel; ok is false, and there is no claim,
@@ -1203,13 +1234,13 @@ func (c *claim) end() {
 
 // read counts n bytes more of a body that is being read, and reports whether
 // there is space for them. A body that loses its place is cut.
-func (c *claim) read(n int, cut func()) bool {
+func (c *claim) read(n int, body interface{ cut() }) bool {
 	b, now := c.budget, time.Now()
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	switch {
-	case c.cut == nil: // its first bytes
-		c.cut, c.place = cut, b.bodies.PushBack(c)
+	case c.body == nil: // its first bytes
+		c.body, c.place = body, b.bodies.PushBack(c)
 		b.reading += c.bytes
 	case c.place == nil:
 		return false // it has lost its place
@@ -1225,7 +1256,7 @@ func (c *claim) read(n int, cut func()) bool {
 		}
 		stalled.readDone()
 		stalled.grow(-stalled.bytes)
-		stalled.cut()
+		stalled.body.cut()
 	}
 	return b.channels[c.channel] <= b.share()
 }
@@ -1248,7 +1279,7 @@ func (c *claim) readDone() {
 func (c *claim) set(n int64) bool {
 	c.budget.mu.Lock()
 	defer c.budget.mu.Unlock()
-	had := c.cut == nil || c.place != nil
+	had := c.body == nil || c.place != nil
 	c.readDone()
 	c.grow(n - c.bytes)
 	return had
@@ -1297,6 +1328,7 @@ type hubChannel struct {
 	live        bool          // the bus confirmed its subscription
 	confirmed   chan struct{} // closed while live; Subscriber.Live of all that came since it was made
 	subscribers map[*Subscriber]struct{}
+	named       map[string][]*Subscriber // of subscribers, by client
 }
 
 // Subscriber is one live stream and its queue, bounded by bytes. Whoever
@@ -1314,6 +1346,7 @@ type Subscriber struct {
 	ID      string
 	Live    <-chan struct{} // closed once every replica's events reach it
 	Gone    atomic.Bool     // set before abort is called
+	Moving  atomic.Bool     // its client was asked to open another stream
 	Writers sync.WaitGroup  // Write under way; nobody is added once Gone is set
 
 	hub     *Hub
@@ -1341,6 +1374,7 @@ var (
 	errRevoked     = errors.New("evicted: token revoked")
 	errPeerGone    = errors.New("peer closed the stream")
 	errShutdown    = errors.New("shutting down")
+	errReplaced    = errors.New("its client has opened another stream")
 	errMovedAway   = errors.New("its client was asked to move")
 	errStreamAge   = errors.New("stream reached its age")
 	errOverdue     = errors.New("evicted: subscriber did not take its events in time")
@@ -1373,7 +1407,7 @@ func (h *Hub) Subscribe(s *Subscriber) error {
 	h.total++
 	h.addresses[neighbourhood(s.Addr)]++
 	if c == nil {
-		c = &hubChannel{confirmed: make(chan struct{}), subscribers: map[*Subscriber]struct{}{}}
+		c = &hubChannel{confirmed: make(chan struct{}), subscribers: map[*Subscriber]struct{}{}, named: map[string][]*Subscriber{}}
 		h.channels[s.Channel] = c
 		if h.Watch != nil {
 			h.Watch(s.Channel)
@@ -1382,6 +1416,9 @@ func (h *Hub) Subscribe(s *Subscriber) error {
 		}
 	}
 	c.subscribers[s] = struct{}{}
+	if s.Client != "" {
+		c.named[s.Client] = append(c.named[s.Client], s)
+	}
 	s.Live = c.confirmed
 	return nil
 }
@@ -1402,6 +1439,21 @@ func (h *Hub) Leave(s *Subscriber, reason error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.end(s, reason)
+}
+
+// Replace ends all streams of client on channel but id and those that it was asked
+// to leave: it opens another one unasked only when the one before is dead, which
+// the network may not tell for long.
+func (h *Hub) Replace(channel, client, id string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if c := h.channels[channel]; c != nil {
+		for _, s := range c.named[client] {
+			if s.ID != id && !s.Moving.Load() {
+				h.end(s, errReplaced)
+			}
+		}
+	}
 }
 
 // Finish ends s once all that is queued is written.
@@ -1448,6 +1500,9 @@ func (h *Hub) end(s *Subscriber, reason error) {
 		delete(h.addresses, near)
 	}
 	c := h.channels[s.Channel]
+	if c.named[s.Client] = slices.DeleteFunc(slices.Clone(c.named[s.Client]), func(other *Subscriber) bool { return other == s }); len(c.named[s.Client]) == 0 {
+		delete(c.named, s.Client)
+	}
 	if delete(c.subscribers, s); len(c.subscribers) == 0 {
 		delete(h.channels, s.Channel)
 		if h.Watch != nil {
@@ -1474,6 +1529,8 @@ func (h *Hub) Deliver(e *Event) (given []Given) {
 		return nil
 	}
 	size := e.size()
+	var few [fewWriters]*Subscriber
+	idle := few[:0] // whose writers must be started
 	for s := range c.subscribers {
 		switch {
 		case e.Only != "" && !s.Responds, e.Only != "" && e.Only != onlyReporters && e.Only != s.Client:
@@ -1483,15 +1540,59 @@ func (h *Hub) Deliver(e *Event) (given []Given) {
 			h.Full.Add(1)
 			continue
 		}
-		s.push(e)
+		if s.push(e) {
+			idle = append(idle, s)
+		}
 		g := Given{Subscriber: s.ID}
 		if s.Responds {
 			g.Client = s.Client
 		}
 		given = append(given, g)
 	}
+	if len(idle) <= fewWriters {
+		for _, s := range idle {
+			go s.run(nil)
+		}
+	} else {
+		go rouse(slices.Clone(idle))
+	}
 	h.Delivered.Add(int64(len(given)))
 	return given
+}
+
+// rouse starts the writers of many subscribers a few at a time: whatever else is
+// to run would wait for all of them. It ends with the last, and does not wait for
+// those that are stuck.
+func rouse(idle []*Subscriber) {
+	late := time.NewTimer(0)
+	for few := range slices.Chunk(idle, fewWriters) {
+		written := make(chan struct{}, len(few))
+		for _, s := range few {
+			go s.run(written)
+		}
+		late.Reset(writersTime)
+		for n := 0; n < len(few); n++ {
+			select {
+			case <-written:
+			case <-late.C:
+				n = len(few)
+			}
+		}
+	}
+}
+
+const (
+	fewWriters  = 64                   // that one event starts at once
+	writersTime = 2 * time.Millisecond // for them to write before the next are started
+)
+
+// run writes what is queued, and tells written, which has space.
+func (s *Subscriber) run(written chan<- struct{}) {
+	defer s.Writers.Done()
+	s.Write()
+	if written != nil {
+		written <- struct{}{}
+	}
 }
 
 // admit takes space for an event of another replica; without, all subscribers of
@@ -1515,21 +1616,23 @@ func (h *Hub) admit(e *Event, c *hubChannel) bool {
 func (h *Hub) Push(s *Subscriber, e *Event) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if s.reason == nil {
-		s.push(e)
+	if s.reason == nil && s.push(e) {
+		go s.run(nil)
 	}
 	return s.reason == nil
 }
 
-// push queues e and sees that somebody writes it. It needs hub.mu.
-func (s *Subscriber) push(e *Event) {
+// push queues e, and reports whether the caller must start run. It needs hub.mu.
+func (s *Subscriber) push(e *Event) bool {
 	e.use()
 	s.queue = append(s.queue, e)
 	s.bytes += e.size()
-	if !s.writing {
-		s.writing = true
-		s.Writers.Go(s.Write)
+	if s.writing {
+		return false
 	}
+	s.writing = true
+	s.Writers.Add(1)
+	return true
 }
 
 // burst is how many bytes Take hands out at once, beyond the first event.
@@ -1561,7 +1664,7 @@ func (s *Subscriber) Take(dst []*Event) (batch []*Event, space bool) {
 		s.batch += size
 		batch = append(batch, e)
 	}
-	if s.queue = slices.Delete(s.queue, 0, n); len(s.queue) == 0 {
+	if s.queue = slices.Delete(s.queue, 0, n); len(s.queue) == 0 && cap(s.queue) > 4 {
 		s.queue = nil // an idle stream costs little
 	}
 	if space = s.missed && s.bytes <= s.hub.Limits.Buffer/2; space {

@@ -309,18 +309,20 @@ func (c *Client) subscribe(ctx context.Context, streams *sync.WaitGroup, before 
 		defer close(s.done)
 		defer s.cancel()
 		var watchdog *time.Timer
-		watchdog = time.AfterFunc(readyTimeout, func() {
+		watchdog = time.AfterFunc(time.Hour, func() {
 			if s.doubted.Swap(true) {
 				cancel(errSilent)
 			} else { // while the process stood still, the time proves nothing
 				watchdog.Reset(lookAgain)
 			}
 		})
+		watchdog.Reset(readyTimeout) // it resets itself, so it must be there first
 		defer watchdog.Stop()
 		s.err = c.read(ctx, s, watchdog)
 		if cause := context.Cause(ctx); cause == errSilent {
 			s.err = cause
 		}
+		c.source.CloseIdleConnections() // what broke a stream may have broken them
 	})
 	return s
 }
@@ -511,12 +513,14 @@ func (c *Client) take(m *message, clocks *clocks) error {
 		c.memory.forget(w.ID)
 		return c.taking.Err()
 	}
-	if !c.memory.take(w.ID) {
+	taken := c.memory.take(w.ID, func() {
+		if w.Mode == modeAccept {
+			c.reporter.taken(w.ID)
+		}
+	})
+	if !taken {
 		<-c.slots
 		return c.taking.Err()
-	}
-	if w.Mode == modeAccept {
-		c.reporter.taken(w.ID)
 	}
 	c.forwards.Go(func() {
 		slot := &slot{c, true}
@@ -693,6 +697,10 @@ func (c *Client) answer(ctx context.Context, w *Webhook, resp *http.Response) (A
 		return a, pause, nil
 	}
 	a.Headers = slices.DeleteFunc(endToEnd(resp.Header), func(h Header) bool { return checkHeaders([]Header{h}) != nil })
+	if headerBytes(a.Headers) > answerHeaders-1<<10 || headerValues(a.Headers) > fieldLimit { // no report has more
+		c.log.Warn("header of the target's answer is too large, it is left out", "event", w.ID, "status", a.Status)
+		a.Headers = nil
+	}
 	body, err := io.ReadAll(io.LimitReader(resp.Body, answerLimit+1))
 	switch {
 	case err != nil && !passing(a.Status):
@@ -973,12 +981,8 @@ func (c *Client) part() {
 	ctx, cancel := context.WithTimeout(c.work, partingTime)
 	defer cancel()
 	var batch []*report
-	for id, mode := range c.memory.close() {
-		a := &Answer{Status: http.StatusAccepted}
-		if respond(mode) {
-			a = &Answer{Err: answerTaken}
-		}
-		batch = append(batch, newReport(id, a, time.Time{}))
+	for _, id := range c.memory.close() {
+		batch = append(batch, newReport(id, &Answer{Err: answerTaken}, time.Time{}))
 	}
 	if len(batch) > 0 {
 		if err := c.sendReports(ctx, batch); err != nil {
@@ -1046,7 +1050,10 @@ func (c *clocks) age(w *Webhook) time.Duration {
 		c.offset[replica] = view
 	}
 	if now.Sub(view.turned) > ageWindow {
-		view.least, view.before, view.turned = passed, view.least, now
+		if view.before = view.least; now.Sub(view.turned) > 2*ageWindow { // that says nothing of now
+			view.before = passed
+		}
+		view.least, view.turned = passed, now
 	}
 	view.least = min(view.least, passed)
 	return passed - min(view.least, view.before)
@@ -1087,35 +1094,35 @@ func (m *memory) begin(id, mode string) (first, taken bool, answer *Answer) {
 	return true, false, nil
 }
 
-// take notes that id is going to be forwarded, unless m is closed: then it is
-// forgotten.
-func (m *memory) take(id string) bool {
+// take notes that id is going to be forwarded, and calls told, unless m is closed:
+// then it is forgotten.
+func (m *memory) take(id string, told func()) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	e := m.entries[id]
-	switch {
-	case e == nil: // of a legacy server
-	case m.closed:
+	if e != nil && m.closed {
 		delete(m.entries, id)
-	default:
-		e.taken = true
+		return false
 	}
-	return !m.closed || e == nil
+	if e != nil { // otherwise it is of a legacy server
+		e.taken = true
+		told()
+	}
+	return true
 }
 
-// close ends the taking of events, and returns what is being forwarded, with its
-// mode.
-func (m *memory) close() map[string]string {
+// close ends the taking of events, and returns what is being forwarded for a
+// sender that waits.
+func (m *memory) close() (ids []string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.closed = true
-	modes := map[string]string{}
 	for id, e := range m.entries {
-		if e.taken && e.answer == nil {
-			modes[id] = e.mode
+		if e.taken && e.answer == nil && respond(e.mode) {
+			ids = append(ids, id)
 		}
 	}
-	return modes
+	return ids
 }
 
 // finish keeps the answer to id, which is under way.

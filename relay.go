@@ -78,8 +78,9 @@
 //	report   the replica a client reports to,  event, channel, client, the report
 //	         to the holder, or to all when it
 //	         is gone
-//	ready    the replica of a stream, to all   channel, client: it is ready, or half of its queue is
-//	                                           free again
+//	ready    the replica of a stream, to all   channel, client: half of its queue is free again; with
+//	                                           a subscriber: it is ready, which ends its client's
+//	                                           streams that were not asked to move
 //	left     the replica of a stream, to all   subscriber: its stream has ended
 //	again    a replica the bus was away for,   what it was told, or told, may be lost
 //	         to all
@@ -160,7 +161,7 @@
 //	subscribers of one channel           half of SERVER_MAX_SUBSCRIBERS     503
 //	becoming ready                       5 s                                503
 //	undelivered events of a subscriber   SERVER_SUBSCRIBER_BUFFER 16mb      not given to it; they wait
-//	a write to a stream that takes       60 s                               evicted; it reconnects
+//	a write to a stream that takes       60 to 90 s                         evicted; it reconnects
 //	nothing
 //	body of a request for a stream       none                               400
 //	what a subscriber sends on           4 KiB                              stream closed

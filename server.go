@@ -31,7 +31,6 @@ const (
 	headerTimeout  = 10 * time.Second       // to send a request's header
 	headerLimit    = 16 << 10               // bytes of a request's header
 	requestCost    = 16 << 10               // bytes that a request takes besides those it brings
-	holdCost       = 1 << 10                // bytes that a hold takes besides its event
 	streamsAtOnce  = 50                     // requests under way on an HTTP/2 connection
 	bodyTimeout    = 60 * time.Second       // to send a request's body
 	replyTimeout   = 10 * time.Second       // to take an answer
@@ -515,16 +514,19 @@ func recycle(buf *bytes.Buffer) {
 type body struct {
 	io.Reader
 	claim *claim
-	cut   func() // makes Reader fail
+	w     http.ResponseWriter
 }
 
 func (b *body) Read(p []byte) (int, error) {
 	n, err := b.Reader.Read(p)
-	if n > 0 && !b.claim.read(n, b.cut) {
+	if n > 0 && !b.claim.read(n, b) {
 		return n, errBudget
 	}
 	return n, err
 }
+
+// cut makes Read fail, also one that waits.
+func (b *body) cut() { http.NewResponseController(b.w).SetReadDeadline(past) }
 
 // capture reads the request to its end and encodes it: the only copy that is
 // kept, and what counts from then on.
@@ -533,10 +535,7 @@ func (s *Server) capture(w http.ResponseWriter, r *http.Request, t *requestTarge
 	defer recycle(buf)
 	if r.ContentLength != 0 {
 		buf.Grow(int(min(max(r.ContentLength, 0), 16<<10)) + bytes.MinRead)
-		control := http.NewResponseController(w)
-		_, err := buf.ReadFrom(&body{
-			http.MaxBytesReader(w, r.Body, s.opts.MaxPayload), c, func() { control.SetReadDeadline(past) },
-		})
+		_, err := buf.ReadFrom(&body{http.MaxBytesReader(w, r.Body, s.opts.MaxPayload), c, w})
 		_, large := errors.AsType[*http.MaxBytesError](err)
 		switch had := c.set(requestCost); {
 		case large:
@@ -563,17 +562,14 @@ func (s *Server) capture(w http.ResponseWriter, r *http.Request, t *requestTarge
 	if r.Host != "" {
 		webhook.Headers = slices.Insert(webhook.Headers, 0, Header{"Host", []string{r.Host}})
 	}
-	size := int64(webhook.wireSize())
-	kept, ok := s.budget.claim(t.Channel, holdCost+size)
+	event, ok := newEvent(t.Channel, s.opts.Replica, webhook, s.budget)
 	if !ok {
 		return nil, errBudget
 	}
-	event := newEvent(t.Channel, s.opts.Replica, webhook, kept)
 	if len(event.chunk) >= lineLimit {
 		event.release()
 		return nil, errTooLarge
 	}
-	kept.add(int64(len(event.wire)) - size)
 	return event, nil
 }
 
@@ -1095,6 +1091,9 @@ func (s *Server) gone(replica string) {
 
 // ready notes that a client may take what waits, and what it has missed.
 func (s *Server) ready(sig *Signal) {
+	if sig.Client != "" && sig.Subscriber != "" {
+		s.hub.Replace(sig.Channel, sig.Client, sig.Subscriber)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	l := s.line(sig.Channel)
@@ -1510,23 +1509,27 @@ func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel str
 	if _, _, ok := s.authorise(w, r, http.MethodPost, channel); !ok {
 		return
 	}
-	control := http.NewResponseController(w)
-	control.SetReadDeadline(time.Now().Add(reportTime)) // one that stalls keeps out others
+	http.NewResponseController(w).SetReadDeadline(time.Now().Add(reportTime)) // one that stalls keeps out others
 	claim, ok := s.reports.claim(channel, 0)
 	if !ok {
 		s.Rejected.refuse(w, r, errBudget)
 		return
 	}
 	defer claim.end()
-	client, list := clientName(r), newReports(&body{http.MaxBytesReader(w, r.Body, reportLimit), claim, func() { control.SetReadDeadline(past) }})
+	client, list := clientName(r), newReports(&body{http.MaxBytesReader(w, r.Body, reportLimit), claim, w})
 	if client == "" { // who does not name himself was given nothing that he could report on
 		s.Rejected.refuse(w, r, errReport)
 		return
 	}
 	wanted := func(id string) bool { return replicaOf(id) != s.opts.Replica || s.waits(id) }
+	var away error // the bus does not take reports: only those are taken that wait here
 	for n := 0; ; n++ {
 		id, answer, err := list.next(wanted)
 		switch {
+		case err == io.EOF && away != nil:
+			s.log.Debug("reports not taken", "channel", channel, "err", away)
+			s.Rejected.refuse(w, r, errBus)
+			return
 		case err == io.EOF && n > 0:
 			w.WriteHeader(http.StatusNoContent)
 			return
@@ -1537,11 +1540,8 @@ func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel str
 			s.log.Warn("report refused", "channel", channel, "err", err)
 			s.Rejected.refuse(w, r, errReport)
 			return
-		}
-		if err := s.route(r.Context(), id, channel, client, answer); err != nil {
-			s.log.Debug("report not taken", "channel", channel, "event", id, "err", err)
-			s.Rejected.refuse(w, r, errBus)
-			return
+		case away == nil || replicaOf(id) == s.opts.Replica:
+			away = cmp.Or(s.route(r.Context(), id, channel, client, answer), away)
 		}
 	}
 }
@@ -1746,8 +1746,9 @@ type stream struct {
 	server    *Server
 	sub       *Subscriber
 	out       sink
-	chunked   bool // HTTP/1.1 on a hijacked connection
-	most      int  // bytes of one write
+	chunked   bool      // HTTP/1.1 on a hijacked connection
+	most      int       // bytes of one write
+	until     time.Time // the write deadline
 	heartbeat *time.Timer
 	ages      []*time.Timer // what happens at StreamMaxAge; empty without
 }
@@ -1841,7 +1842,7 @@ func (s *Server) serveResponse(w http.ResponseWriter, r *http.Request, st *strea
 	case <-r.Context().Done():
 		s.hub.Leave(st.sub, errPeerGone)
 	}
-	if reason := s.hub.Reason(st.sub); reason != errShutdown && reason != errStreamAge { // those come after the last write
+	if !finished(s.hub.Reason(st.sub)) {
 		out.SetWriteDeadline(past)
 	}
 	st.end()
@@ -1892,12 +1893,16 @@ func (s *Server) abandon(sub *Subscriber, reason error) {
 	s.streams.Done()
 }
 
-// tellReady tells all replicas that sub can take events, and tellLeft that it is
-// gone.
-func (s *Server) tellReady(sub *Subscriber) {
-	s.bus.Tell(Signal{Kind: signalReady, From: s.opts.Replica, Channel: sub.Channel, Subscriber: sub.ID, Client: sub.Client})
+// tellReady tells all replicas that sub can take events; begun is its ID when its
+// stream begins. It stays out of write, which otherwise outgrows the stack that a
+// goroutine begins with.
+//
+//go:noinline
+func (s *Server) tellReady(sub *Subscriber, begun string) {
+	s.bus.Tell(Signal{Kind: signalReady, From: s.opts.Replica, Channel: sub.Channel, Subscriber: begun, Client: sub.Client})
 }
 
+// tellLeft tells all replicas that sub is gone.
 func (s *Server) tellLeft(sub *Subscriber) {
 	s.bus.Tell(Signal{Kind: signalLeft, From: s.opts.Replica, Channel: sub.Channel, Subscriber: sub.ID, Client: sub.Client})
 }
@@ -1950,8 +1955,13 @@ func (st *stream) begin(out sink, abort func(), head []byte) {
 			time.AfterFunc(age+2*s.opts.HandlerTimeout, func() { s.hub.Leave(sub, errOverdue) }),
 		}
 	}
-	s.tellReady(sub)
+	s.tellReady(sub, sub.ID)
 	st.write()
+}
+
+// finished reports whether a stream ended for reason after its last write.
+func finished(reason error) bool {
+	return reason == errShutdown || reason == errStreamAge || reason == errMovedAway
 }
 
 // end waits for the last write of a stream that the hub has ended.
@@ -1966,7 +1976,7 @@ func (st *stream) end() {
 	}
 	level, reason := slog.LevelInfo, s.hub.Reason(sub)
 	if conn, ok := st.out.(connSink); ok {
-		if st.chunked && (reason == errShutdown || reason == errStreamAge) { // all is written: the body is complete
+		if st.chunked && finished(reason) { // the body is complete
 			conn.SetWriteDeadline(time.Now().Add(lastChunkTime))
 			io.WriteString(conn, "0\r\n\r\n")
 		}
@@ -2008,6 +2018,7 @@ func (s *Server) AskToMove() {
 // askToMove sends drain to a client that knows it.
 func (s *Server) askToMove(sub *Subscriber) {
 	if sub.Drains {
+		sub.Moving.Store(true)
 		s.hub.Push(sub, drainEvent)
 	}
 }
@@ -2017,9 +2028,13 @@ func (s *Server) askToMove(sub *Subscriber) {
 func (st *stream) send(p []byte) error {
 	for {
 		// The deadline first: whoever ends the subscriber sets Gone and then a
-		// deadline in the past, which must stay.
-		if err := st.out.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
-			return err
+		// deadline in the past, which must stay. Not every write moves it, as
+		// that costs as much as the rest of a small one.
+		if now := time.Now(); st.until.Sub(now) < writeTimeout {
+			st.until = now.Add(writeTimeout + writeTimeout/2)
+			if err := st.out.SetWriteDeadline(st.until); err != nil {
+				return err
+			}
 		}
 		if st.sub.Gone.Load() {
 			return errPeerGone
@@ -2038,6 +2053,7 @@ func (st *stream) send(p []byte) error {
 			return fmt.Errorf("write to stream: %w", err)
 		case len(p) == 0:
 			if st.most == pieceOverHTTP2 { // which resets a stream whose deadline passes, even an idle one
+				st.until = time.Time{}
 				return st.out.SetWriteDeadline(time.Time{})
 			}
 			return nil
@@ -2056,7 +2072,7 @@ func (st *stream) write() {
 	for dst := few[:0]; ; {
 		batch, space := sub.Take(dst)
 		if space {
-			s.tellReady(sub)
+			s.tellReady(sub, "")
 		}
 		if len(batch) == 0 {
 			return
