@@ -1545,7 +1545,7 @@ func (w *simWorld) excuse(p *simPost, e *simEvent) string {
 		alone := !slices.ContainsFunc(w.replicas, func(o *simReplica) bool {
 			return o != r && o.born.Before(e.when) && (o.gone.IsZero() || o.gone.After(r.leaves))
 		})
-		if alone && !r.leaves.IsZero() && p.began.After(r.leaves.Add(20*time.Millisecond)) && p.began.After(w.left[r.name+p.channel]) {
+		if alone && w.kind < simNetwork && !r.leaves.IsZero() && p.began.After(r.leaves.Add(20*time.Millisecond)) && p.began.After(w.left[r.name+p.channel]) {
 			return "it was accepted by the last replica, which was leaving, for nobody"
 		}
 		return ""
