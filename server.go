@@ -1002,7 +1002,7 @@ func (s *Server) reported(id, channel, client string, a *Answer) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	h := s.holds[id]
-	if h == nil || h.event.Channel != channel {
+	if h == nil || h.event.Channel != channel || client == "" { // who does not name himself was given nothing to report on
 		return
 	}
 	if a.Err == answerTaken {
@@ -1528,10 +1528,6 @@ func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel str
 	}
 	defer claim.end()
 	client, list := clientName(r), newReports(&body{http.MaxBytesReader(w, r.Body, reportLimit), claim, w})
-	if client == "" { // who does not name himself was given nothing that he could report on
-		s.Rejected.refuse(w, r, errReport)
-		return
-	}
 	wanted := func(id string) bool { return replicaOf(id) != s.opts.Replica || s.waits(id) }
 	var away error // the bus does not take reports: only those are taken that wait here
 	for n := 0; ; n++ {
