@@ -44,6 +44,7 @@ const (
 	writeTimeout   = 60 * time.Second       // for one write to a stream: a full client may pause this long
 	lastChunkTime  = time.Second            // to write the end of a stream
 	liveTimeout    = 5 * time.Second        // until a new stream is subscribed on every replica
+	awayTimeout    = time.Second            // the same, while the bus is away
 	probeTimeout   = 2 * time.Second        // for a balancer's probe
 	moveTime       = 2 * time.Second        // for a client to follow a drain before its stream ends
 	moveJitter     = time.Second            // over which drain is spread at shutdown
@@ -1565,7 +1566,7 @@ func (s *Server) route(ctx context.Context, id, channel, client string, a Answer
 		to = ""
 	}
 	if err := s.bus.Check(ctx); err != nil {
-		return err // it comes again, and others may wait behind it
+		return err // the next try may find a replica that is well, and others may wait behind it
 	}
 	ctx, cancel := context.WithTimeout(ctx, busTimeout)
 	defer cancel()
@@ -1919,14 +1920,19 @@ func (s *Server) tellLeft(sub *Subscriber) {
 	s.bus.Tell(Signal{Kind: signalLeft, From: s.opts.Replica, Channel: sub.Channel, Subscriber: sub.ID, Client: sub.Client})
 }
 
-// awaitLive waits until the bus has confirmed the subscription.
+// awaitLive waits until the bus has confirmed the subscription; not for long while
+// the bus is away, as another replica may be well.
 func (s *Server) awaitLive(ctx context.Context, sub *Subscriber) bool {
+	patience := liveTimeout
+	if s.bus.Check(ctx) != nil {
+		patience = awayTimeout
+	}
 	select {
 	case <-sub.Live:
 		return true
 	case <-ctx.Done():
 	case <-s.giveUp:
-	case <-time.After(liveTimeout):
+	case <-time.After(patience):
 	}
 	return false
 }
