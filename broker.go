@@ -1536,6 +1536,8 @@ func (h *Hub) Deliver(e *Event) (given []Given) {
 		return nil
 	}
 	size := e.size()
+	var few [fewWriters]*Subscriber
+	idle := few[:0] // whose writers must be started
 	for s := range c.subscribers {
 		switch {
 		case e.Only != "" && !s.Responds, e.Only != "" && e.Only != onlyReporters && e.Only != s.Client:
@@ -1545,15 +1547,59 @@ func (h *Hub) Deliver(e *Event) (given []Given) {
 			h.Full.Add(1)
 			continue
 		}
-		s.push(e)
+		if s.push(e) {
+			idle = append(idle, s)
+		}
 		g := Given{Subscriber: s.ID}
 		if s.Responds {
 			g.Client = s.Client
 		}
 		given = append(given, g)
 	}
+	if len(idle) <= fewWriters {
+		for _, s := range idle {
+			go s.run(nil)
+		}
+	} else {
+		go rouse(slices.Clone(idle))
+	}
 	h.Delivered.Add(int64(len(given)))
 	return given
+}
+
+// rouse starts the writers of many subscribers a few at a time: whatever else is
+// to run would wait for all of them. It ends with the last, and does not wait for
+// those that are stuck.
+func rouse(idle []*Subscriber) {
+	late := time.NewTimer(0)
+	for few := range slices.Chunk(idle, fewWriters) {
+		written := make(chan struct{}, len(few))
+		for _, s := range few {
+			go s.run(written)
+		}
+		late.Reset(writersTime)
+		for n := 0; n < len(few); n++ {
+			select {
+			case <-written:
+			case <-late.C:
+				n = len(few)
+			}
+		}
+	}
+}
+
+const (
+	fewWriters  = 64                   // that one event starts at once
+	writersTime = 2 * time.Millisecond // for them to write before the next are started
+)
+
+// run writes what is queued, and tells written, which has space.
+func (s *Subscriber) run(written chan<- struct{}) {
+	defer s.Writers.Done()
+	s.Write()
+	if written != nil {
+		written <- struct{}{}
+	}
 }
 
 // admit takes space for an event of another replica; without, all subscribers of
@@ -1577,21 +1623,23 @@ func (h *Hub) admit(e *Event, c *hubChannel) bool {
 func (h *Hub) Push(s *Subscriber, e *Event) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if s.reason == nil {
-		s.push(e)
+	if s.reason == nil && s.push(e) {
+		go s.run(nil)
 	}
 	return s.reason == nil
 }
 
-// push queues e and sees that somebody writes it. It needs hub.mu.
-func (s *Subscriber) push(e *Event) {
+// push queues e, and reports whether the caller must start run. It needs hub.mu.
+func (s *Subscriber) push(e *Event) bool {
 	e.use()
 	s.queue = append(s.queue, e)
 	s.bytes += e.size()
-	if !s.writing {
-		s.writing = true
-		s.Writers.Go(s.Write)
+	if s.writing {
+		return false
 	}
+	s.writing = true
+	s.Writers.Add(1)
+	return true
 }
 
 // burst is how many bytes Take hands out at once, beyond the first event.

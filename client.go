@@ -312,13 +312,14 @@ func (c *Client) subscribe(ctx context.Context, streams *sync.WaitGroup, before 
 		defer close(s.done)
 		defer s.cancel()
 		var watchdog *time.Timer
-		watchdog = time.AfterFunc(readyTimeout, func() {
+		watchdog = time.AfterFunc(time.Hour, func() {
 			if s.doubted.Swap(true) {
 				cancel(errSilent)
 			} else { // while the process stood still, the time proves nothing
 				watchdog.Reset(lookAgain)
 			}
 		})
+		watchdog.Reset(readyTimeout) // it resets itself, so it must be there first
 		defer watchdog.Stop()
 		s.err = c.read(ctx, s, watchdog)
 		if cause := context.Cause(ctx); cause == errSilent {
@@ -635,6 +636,8 @@ func (c *Client) forward(ctx context.Context, w *Webhook, received time.Time, sl
 		sleep(ctx, wait)
 		slot.back(len(w.Body))
 		if !slot.again(ctx) {
+			c.Failed.Add(1)
+			log.Error("webhook given up", "status", last.Status, "attempt", attempt, "err", context.Cause(ctx))
 			return last
 		}
 	}

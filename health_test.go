@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net"
 	"net/http/httptest"
+	"os"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -113,14 +115,14 @@ relay_c 0
 // stands together under its own help and type, once, and counters say so by
 // their name.
 func TestMetrics(t *testing.T) {
-	hub := &Hub{}
+	hub := &Hub{Budget: &Budget{}}
 	server, err := NewServer(ServerOptions{}, hub, hub, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for role, metrics := range map[string][]Metric{
-		"server":            serverMetrics(server, hub, nil),
-		"server with Redis": serverMetrics(server, hub, &RedisBus{}),
+		"server":            serverMetrics(server, hub, nil, &door{}),
+		"server with Redis": serverMetrics(server, hub, &RedisBus{}, &door{}),
 		"client":            clientMetrics(&Client{}),
 	} {
 		t.Run(role, func(t *testing.T) {
@@ -145,8 +147,13 @@ func TestMetrics(t *testing.T) {
 					}
 				}
 			}
-			if len(kinds) != len(metrics) {
-				t.Errorf("%d families of %d metrics", len(kinds), len(metrics))
+			families := map[string]bool{}
+			for _, m := range metrics {
+				name, _, _ := strings.Cut(m.Name, "{")
+				families[name] = true
+			}
+			if len(kinds) != len(families) {
+				t.Errorf("%d families, want %d", len(kinds), len(families))
 			}
 		})
 	}
@@ -162,7 +169,7 @@ func TestMetricsOfHeld(t *testing.T) {
 		check := func(when string, answered, unanswered, heartbeats int) {
 			t.Helper()
 			synctest.Wait()
-			text := (&Health{Metrics: serverMetrics(r.Server, r.hub, nil)}).exposition()
+			text := (&Health{Metrics: serverMetrics(r.Server, r.hub, nil, &door{})}).exposition()
 			for _, sample := range []string{
 				fmt.Sprintf("\nrelay_webhooks_answered_total %d\n", answered),
 				fmt.Sprintf("\nrelay_webhooks_unanswered_total %d\n", unanswered),
@@ -183,7 +190,7 @@ func TestMetricsOfHeld(t *testing.T) {
 			hold(t.Context())
 			id := listeners[0].next(t, n).webhook(t).ID
 			check("held", n-1, 0, 4)
-			post(t.Context(), rt, "POST", streamURL+"responses/"+id, `{"status":200}`)
+			listeners[0].report(t, rt, id, Answer{Status: 200})
 			if got := <-told; got.status != 200 {
 				t.Errorf("answer %+v, want 200", got)
 			}
@@ -194,6 +201,7 @@ func TestMetricsOfHeld(t *testing.T) {
 			l.close()
 			<-l.done
 		}
+		synctest.Wait()
 		hold(t.Context())
 		if got := <-told; got.status != 503 {
 			t.Errorf("answer %+v, want 503", got)
@@ -220,7 +228,7 @@ func TestHealthOfServer(t *testing.T) {
 	send(t, "POST", "http://"+server.addr+"/webhooks/canary", "{}")
 	send(t, "POST", "http://"+server.addr+"/webhooks/can@ary", "{}")
 	_, metrics := get("/metrics")
-	for _, sample := range []string{"relay_webhooks_total 2\n", "relay_webhooks_refused_total 1\n", "relay_webhooks_unheard_total 1\n"} {
+	for _, sample := range []string{"relay_webhooks_total 2\n", "relay_webhooks_refused_total{reason=\"channel\"} 1\n", "relay_held_webhooks 1\n"} {
 		if !strings.Contains(metrics, sample) {
 			t.Errorf("no %q in\n%s", sample, metrics)
 		}
@@ -247,5 +255,42 @@ func TestHealthOfServer(t *testing.T) {
 	}
 	if err := server.stop(); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestProbesComeThrough: connections to the health port that are only there do
+// not keep a probe out, and none stays after its answer.
+func TestProbesComeThrough(t *testing.T) {
+	server := startServer(t, probed...)
+	var conns []net.Conn
+	for range probeConnections + 50 {
+		conns = append(conns, connect(t, server.health))
+	}
+	half := connect(t, server.health)
+	io.WriteString(half, "GET /live HTTP/1.1\r\nHost: x\r\n") // a header without an end
+	for range 20 {
+		for _, page := range []string{"/live", "/ready", "/health", "/metrics"} {
+			conn := connect(t, server.health)
+			io.WriteString(conn, "GET "+page+" HTTP/1.1\r\nHost: x\r\n\r\n")
+			answer, err := io.ReadAll(conn) // comes to its end
+			if err != nil || !strings.HasPrefix(string(answer), "HTTP/1.1 200 OK\r\n") || !strings.Contains(string(answer), "\r\nConnection: close\r\n") {
+				t.Fatalf("%s: %.200q, %v", page, answer, err)
+			}
+		}
+	}
+	idle := 0
+	for _, conn := range conns {
+		conn.SetReadDeadline(time.Now().Add(time.Millisecond))
+		if _, err := conn.Read(make([]byte, 1)); errors.Is(err, os.ErrDeadlineExceeded) {
+			idle++
+		}
+	}
+	if idle > probeConnections/2 {
+		t.Errorf("%d idle connections of one address are open, there is space for %d in all", idle, probeConnections)
+	}
+	half.SetReadDeadline(time.Now().Add(patience))
+	begin := time.Now()
+	if _, err := io.ReadAll(half); errors.Is(err, os.ErrDeadlineExceeded) || time.Since(begin) > probeTime+5*time.Second {
+		t.Errorf("a header without an end is waited for: %v after %s", err, time.Since(begin))
 	}
 }

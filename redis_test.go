@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/ecdsa"
@@ -31,6 +32,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/gomodule/redigo/redis"
 )
@@ -289,8 +291,8 @@ func subscribeAt(ctx context.Context, p *program, channel string, headers ...str
 				}
 			case "heartbeat":
 				f.heartbeats.Add(1)
-			case "message":
-				if w, err := decodeWebhook(m.data); err == nil {
+			case "message", "webhook":
+				if w, err := decodeOwn(m.name, m.id, m.data); err == nil {
 					f.webhooks <- w
 				}
 			}
@@ -876,21 +878,21 @@ func TestRedisDown(t *testing.T) {
 	f.only(t, "before")
 
 	r.stop()
-	postRefused(t, server, "down", time.Second)
+	postRefused(t, server, "down", busTimeout+time.Second)
 	eventually(t, "/ready is 503", func() bool { return probeStatus(t, server, "/ready") == 503 })
 	if got := probeStatus(t, server, "/live"); got != 200 {
 		t.Errorf("/live is %d", got)
 	}
 	server.wait("redis is down")
 	logged := len(server.log.String())
-	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 8}}
+	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 100}}
 	defer client.CloseIdleConnections()
 	payload := bytes.Repeat([]byte("x"), 32<<10)
 	flood := func(n int) {
 		var wg sync.WaitGroup
-		for range 8 {
+		for range 100 { // each waits for the bus to come back
 			wg.Go(func() {
-				for range n / 8 {
+				for range n / 100 {
 					resp, err := client.Post(webhookURL(server, "down", "x"), "text/plain", bytes.NewReader(payload))
 					if err != nil {
 						t.Error(err)
@@ -906,11 +908,11 @@ func TestRedisDown(t *testing.T) {
 		}
 		wg.Wait()
 	}
-	flood(80) // connections and pools have their size then
+	flood(100) // connections and pools have their size then
 	before := heapInUse()
-	flood(2000)
+	flood(300)
 	if grown := heapInUse() - before; grown > 4<<20 {
-		t.Errorf("heap grew by %d bytes over 2000 refused webhooks of %d", grown, len(payload))
+		t.Errorf("heap grew by %d bytes over 300 refused webhooks of %d", grown, len(payload))
 	}
 	if more := server.log.String()[logged:]; more != "" {
 		t.Errorf("logged while down:\n%s", more)
@@ -950,7 +952,7 @@ func TestRedisDownAtStart(t *testing.T) {
 	r := startRedis(t)
 	r.stop()
 	server := startServer(t, "REDIS_URL="+r.url, "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0", "LOG_LEVEL=info")
-	postRefused(t, server, "early", time.Second)
+	postRefused(t, server, "early", busTimeout+time.Second)
 	if ready, live := probeStatus(t, server, "/ready"), probeStatus(t, server, "/live"); ready != 503 || live != 200 {
 		t.Errorf("/ready is %d, want 503; /live is %d, want 200", ready, live)
 	}
@@ -1022,7 +1024,7 @@ func TestRedisBackoff(t *testing.T) {
 					tt.up(r, way)
 				}
 				refused := len(server.log.lines("redis is down")) + len(server.log.lines("redis is still down"))
-				return way.tried.Load() > (tries-1)*(1+pipeCount) || tt.up == nil && refused >= tries
+				return way.tried.Load() > (tries-1)*2 || tt.up == nil && refused >= tries
 			})
 			if took := time.Since(began); took < pauses || took > 5*pauses { // which is less than without a longest pause
 				t.Errorf("%d tries took %s, want %s and little more", tries, took, pauses)
@@ -1050,10 +1052,8 @@ func TestRedisFrozen(t *testing.T) {
 	working("1")
 
 	r.freeze()
-	postRefused(t, server, "frozen", time.Second)
-	for range 10 {
-		postRefused(t, server, "frozen", 100*time.Millisecond)
-	}
+	postRefused(t, server, "frozen", silenceTimeout+lookTime+time.Second) // once it is written, nobody could say otherwise
+	postRefused(t, server, "frozen", busTimeout+time.Second)
 	if got := probeStatus(t, server, "/ready"); got != 503 {
 		t.Errorf("/ready is %d", got)
 	}
@@ -1069,20 +1069,14 @@ func TestRedisFrozen(t *testing.T) {
 	if got := probeStatus(t, server, "/live"); got != 200 {
 		t.Errorf("/live is %d", got)
 	}
+	eventually(t, "the connections count as broken", func() bool { return len(server.log.lines("redis is down")) == 2 })
 	r.thaw()
 	working("3")
-
-	r.freeze() // for so long that the connections count as broken
-	server.wait("redis is down")
-	r.thaw()
-	working("4")
 	if n := f.readies.Load(); n != 1 {
 		t.Errorf("%d ready events on one stream", n)
 	}
-	for msg, want := range map[string]int{"redis is silent": 3, "redis answers again": 2, "redis is down": 1, "redis is connected": 2} {
-		if n := len(server.log.lines(msg)); n != want {
-			t.Errorf("logged %d times that %s, want %d", n, msg, want)
-		}
+	if down, up := len(server.log.lines("redis is down")), len(server.log.lines("redis is connected")); down != 2 || up != 3 {
+		t.Errorf("logged down %d times, want 2; connected %d times, want 3", down, up)
 	}
 }
 
@@ -1148,7 +1142,7 @@ func TestRedisTLS(t *testing.T) {
 		if got := probeStatus(t, p, "/ready"); got != 503 {
 			t.Errorf("%s: /ready is %d", name, got)
 		}
-		postRefused(t, p, "sealed", time.Second)
+		postRefused(t, p, "sealed", busTimeout+time.Second)
 		if p.stop() != nil {
 			t.Errorf("%s: run returned %v", name, p.err)
 		}
@@ -1214,7 +1208,7 @@ func TestRedisRestartUnderLoad(t *testing.T) {
 			slowest := time.Duration(posts.slowest.Load())
 			t.Logf("accepted %d, refused and sent again %d, of these delivered twice %d, slowest answer %s",
 				len(posts.taken), posts.retried.Load(), len(repeated), slowest.Round(time.Millisecond))
-			if slowest > 2*time.Second { // nobody may hang
+			if slowest > busTimeout+silenceTimeout { // nobody may hang
 				t.Errorf("slowest answer took %s", slowest)
 			}
 			if n := posts.failed.Load(); n > 0 {
@@ -1257,7 +1251,7 @@ func TestClientRestartUnderLoad(t *testing.T) {
 					t.Errorf("the client exited with %d", code)
 				}
 				eventually(t, "requests wait at both replicas", func() bool {
-					return min(metricOf(t, a, "relay_held_requests"), metricOf(t, b, "relay_held_requests")) >= 5
+					return min(metricOf(t, a, "relay_held_webhooks"), metricOf(t, b, "relay_held_webhooks")) >= 5
 				})
 				client = start(next)
 			}
@@ -1512,7 +1506,7 @@ func expectAnswer(t testing.TB, told <-chan outcome, status int) outcome {
 // awaitHeld waits until a replica holds n requests.
 func awaitHeld(t testing.TB, p *program, n int) {
 	t.Helper()
-	eventually(t, fmt.Sprintf("%d requests are held", n), func() bool { return metricOf(t, p, "relay_held_requests") == n })
+	eventually(t, fmt.Sprintf("%d requests are held", n), func() bool { return metricOf(t, p, "relay_held_webhooks") == n })
 }
 
 // gateTarget is a target that answers once it is opened.
@@ -1657,9 +1651,9 @@ func TestClientKilledOverReplicas(t *testing.T) {
 			one := g.next(t)
 			first.cmd.Process.Kill()
 			<-first.exited
-			second := newTarget(t, func(recorded) string { return says(422, "taken over") }) // no success: it waits for all that have the event
+			second := newTarget(t, func(recorded) string { return says(201, "taken over") })
 			startClient(t, tt.takeOver.addr, channel, second.url)
-			if o := expectAnswer(t, told, 422); o.body != "taken over" {
+			if o := expectAnswer(t, told, 201); o.body != "taken over" {
 				t.Errorf("sender got %+v", o)
 			}
 			two := second.next(t)
@@ -1712,7 +1706,7 @@ func TestTargetsOverReplicas(t *testing.T) {
 // TestHeldBytesOverReplicas fills one replica's budget with requests whose client
 // is at the other: what comes then is refused at once, until senders hang up.
 func TestHeldBytesOverReplicas(t *testing.T) {
-	a, b := startReplicas(t, startRedis(t), "RESPONSE_MODE=status", "SERVER_HELD_BUFFER=64kb")
+	a, b := startReplicas(t, startRedis(t), "RESPONSE_MODE=status", "SERVER_HELD_BUFFER=840kb")
 	g := newGate(t, createdAnswer)
 	startClient(t, a.addr, "many", g.url)
 	ctx, hangUp := context.WithCancel(t.Context())
@@ -1723,7 +1717,7 @@ func TestHeldBytesOverReplicas(t *testing.T) {
 	}
 	awaitHeld(t, b, len(gone))
 	eventually(t, "the target has them", func() bool { return len(g.got) == len(gone) })
-	if n := metricOf(t, b, "relay_held_bytes"); n < len(gone)*2500 || n > 64<<10 {
+	if n := metricOf(t, b, "relay_held_bytes"); n < len(gone)*(requestCost+2500) || n > 400<<10 {
 		t.Errorf("%d bytes are held", n)
 	}
 	large := strings.Repeat("x", 15000)
@@ -1752,29 +1746,80 @@ func TestHeldBytesOverReplicas(t *testing.T) {
 	expectAnswer(t, there, 201)
 }
 
+// TestFormsOverReplicas has a reader of each form at each replica. All get what
+// either replica took, as far as their form can tell it.
+func TestFormsOverReplicas(t *testing.T) {
+	a, b := startReplicas(t, startRedis(t), "SERVER_MAX_PAYLOAD_SIZE_LIMIT=3mb")
+	var feeds []*feed
+	for _, p := range []*program{a, b} {
+		feeds = append(feeds, openFeed(t, p, "ci", "X-Relay-Features", "http"), openFeed(t, p, "ci"))
+	}
+	bodies := payloads()
+	for _, piece := range []string{"\x01", "\n", "\r", "\"", "x"} { // each as large as may be
+		bodies = append(bodies, bytes.Repeat([]byte(piece), 3<<20))
+	}
+	for i, body := range bodies {
+		p := []*program{a, b}[i%2]
+		status, _, header := send(t, "PUT", webhookURL(p, "ci", "a%2Fb//c;d?x=1;y=2&sig=%zz"), string(body), "X-Latin1", everyByte[0x80:], "X-Dup", "b", "X-Dup", "a", "X-Empty", "")
+		if status != 200 {
+			t.Fatalf("body %d: status %d", i, status)
+		}
+		want := &Webhook{Method: "PUT", Path: "/webhooks/ci/a%2Fb//c;d", Query: "?x=1;y=2&sig=%zz", Body: body, Mode: modeAccept}
+		for n, f := range feeds {
+			got := f.next(t)
+			if n == 0 {
+				want.ID, want.Time = got.ID, got.Time
+			}
+			if id := header.Get("X-Relay-Event-Id"); id != "" && got.ID != id {
+				t.Errorf("event %q, its sender was told %q", got.ID, id)
+			}
+			want.Headers = got.Headers
+			if n%2 == 1 {
+				legacy := *want
+				if legacy.Method, legacy.Mode = "POST", ""; !utf8.Valid(body) {
+					legacy.Body = nil
+				}
+				sameWebhook(t, got, &legacy)
+			} else {
+				sameWebhook(t, got, want)
+			}
+			fields := map[string][]string{}
+			for _, h := range got.Headers {
+				fields[h.Name] = h.Values
+			}
+			if !slices.Equal(fields["X-Latin1"], []string{everyByte[0x80:]}) || !slices.Equal(fields["X-Dup"], []string{"b", "a"}) || !slices.Equal(fields["X-Empty"], []string{""}) {
+				t.Fatalf("reader %d got the headers %q", n, got.Headers)
+			}
+		}
+	}
+}
+
 // TestReportsOverReplicas forges reports of an event at both replicas. The
 // sender gets what the client reports that has it, at the replica that does not
 // hold it.
 func TestReportsOverReplicas(t *testing.T) {
 	a, b := startReplicas(t, startRedis(t), "RESPONSE_MODE=response", "AUTH_TOKENS_FILE="+tokensFile(t, "ci secret\nother else\n"))
-	f := openFeed(t, a, "ci", "X-Relay-Features", "respond", "X-Auth-Token", "secret")
+	f := openFeed(t, a, "ci", "X-Relay-Features", "http, respond", "X-Relay-Client", "ours", "X-Auth-Token", "secret")
 	told := postHeld(t, b, "ci", "x")
 	id := f.next(t).ID
 	report := func(p *program, channel, id, token, body string) int {
 		t.Helper()
-		status, _, _ := send(t, "POST", "http://"+p.addr+"/subscribe/"+channel+"/responses/"+id,
-			`{"status":202,"headers":{},"body":"`+body+`"}`, "X-Auth-Token", token)
+		status, _, _ := send(t, "POST", "http://"+p.addr+"/subscribe/"+channel+"/responses",
+			reportOf(id, Answer{Status: 202, Body: []byte(body)}), "X-Auth-Token", token, "X-Relay-Client", "ours")
 		return status
 	}
 	for _, tt := range []struct {
 		what, channel, id, token string
 		status                   int
 	}{
-		{"wrong id", "ci", replicaOf(id) + "-WRONG", "secret", 404},
-		{"unknown replica", "ci", "NOBODY-" + id, "secret", 404},
-		{"the name for everybody", "ci", "all-" + id, "secret", 404},
-		{"no replica in it at all", "ci", "x", "secret", 404},
-		{"wrong channel", "other", id, "else", 404},
+		{"wrong id", "ci", replicaOf(id) + "-WRONG", "secret", 400},
+		{"another event", "ci", newID(replicaOf(id)), "secret", 204},
+		{"unknown replica", "ci", newID(newReplica()), "secret", 204},
+		{"more than a replica", "ci", "NOBODY-" + id, "secret", 400},
+		{"the name for everybody", "ci", "all-" + id, "secret", 400},
+		{"the name for everybody, in the place of a replica", "ci", "all" + id[strings.IndexByte(id, '-'):], "secret", 400},
+		{"no replica in it at all", "ci", "x", "secret", 400},
+		{"wrong channel", "other", id, "else", 204},
 		{"wrong token", "ci", id, "else", 401},
 		{"no token", "ci", id, "", 401},
 	} {
@@ -1796,8 +1841,8 @@ func TestReportsOverReplicas(t *testing.T) {
 		t.Errorf("sender got %+v", o)
 	}
 	for i, p := range []*program{a, b} {
-		if status := report(p, "ci", id, "secret", "late"); status != 404 {
-			t.Errorf("report to replica %d when nobody waits any more: status %d, want 404", i, status)
+		if status := report(p, "ci", id, "secret", "late"); status != 204 {
+			t.Errorf("report to replica %d when nobody waits any more: status %d, want 204", i, status)
 		}
 	}
 }
@@ -1808,7 +1853,7 @@ func TestHeldOverRedisRestart(t *testing.T) {
 	r := startRedis(t)
 	a, b := startReplicas(t, r, "RESPONSE_MODE=status")
 	g := newGate(t, createdAnswer)
-	client := startClient(t, a.addr, "busy", g.url)
+	startClient(t, a.addr, "busy", g.url)
 	const each = 10
 	var local, remote, waiting []<-chan outcome
 	for i := range each {
@@ -1823,7 +1868,7 @@ func TestHeldOverRedisRestart(t *testing.T) {
 	r.stop()
 	for _, p := range []*program{a, b} {
 		p.wait("redis is down")
-		postRefused(t, p, "busy", 200*time.Millisecond) // never held: nobody knows for how long
+		postRefused(t, p, "busy", busTimeout+time.Second) // never held: nobody knows for how long
 	}
 	g.open()
 	for _, told := range local { // their client's replica holds them: no bus between
@@ -1841,9 +1886,6 @@ func TestHeldOverRedisRestart(t *testing.T) {
 	}
 	if n := len(g.got); n != 2*each {
 		t.Errorf("target saw %d requests, want %d", n, 2*each)
-	}
-	if n := len(client.log.lines("stream ready")); n != 1 {
-		t.Errorf("the client had %d streams, want 1", n)
 	}
 }
 
@@ -1964,7 +2006,7 @@ func startBus(t testing.TB, addr, replica string, onSignal ...func(Signal)) (*Re
 
 func busOptions(addr string) RedisOptions {
 	return RedisOptions{
-		URL: "redis://" + addr, Prefix: "bus:", MaxAttempts: -1,
+		Server: RedisServer{Addr: addr}, Prefix: "bus:", MaxAttempts: -1,
 		Backoff: Backoff{Initial: 5 * time.Millisecond, Max: 50 * time.Millisecond, Factor: 2},
 	}
 }
@@ -2001,7 +2043,7 @@ func joinHub(t testing.TB, hub *Hub, channel string) hubStream {
 	t.Helper()
 	s := hubStream{&Subscriber{Channel: channel}, make(chan *Event, 10000)}
 	s.Write = func() {
-		for batch := s.Take(nil); len(batch) > 0; batch = s.Take(batch) {
+		for batch, _ := s.Take(nil); len(batch) > 0; batch, _ = s.Take(batch) {
 			for _, e := range batch {
 				s.got <- e
 			}
@@ -2056,9 +2098,9 @@ func TestReplicasWaitForEachOther(t *testing.T) {
 			way := newLink(t, r.addr)
 			var first *RedisBus
 			if kind == "old" {
-				first, _ = startBus(t, r.addr, "FIRST")
+				first, _ = startBus(t, r.addr, "FIRSTAAAAAAAA")
 			}
-			_, hub := startBus(t, way.addr(), "SECOND")
+			_, hub := startBus(t, way.addr(), "SECONDAAAAAAA")
 			var streams []hubStream
 			for i := range 60 { // more subscriptions than one write holds
 				streams = append(streams, joinLive(t, hub, strings.Repeat("long", 25)+strconv.Itoa(i)))
@@ -2068,15 +2110,15 @@ func TestReplicasWaitForEachOther(t *testing.T) {
 			way.route(r.addr)
 			if kind == "new" {
 				door := newLink(t, "")
-				first, _ = runBus(t, door.addr(), "FIRST")
-				eventually(t, "it has tried and failed", func() bool { return door.tried.Load() > 1+pipeCount })
+				first, _ = runBus(t, door.addr(), "FIRSTAAAAAAAA")
+				eventually(t, "it has tried and failed", func() bool { return door.tried.Load() > 2 })
 				defer door.route("")
 				door.route(r.addr)
 			}
 			r.restart()
 			eventually(t, "both are back, one of them in part", func() bool {
 				n := len(r.channels())
-				return r.subscriptions("bus:@FIRST") == 1 && 3 < n && n < len(streams)
+				return r.subscriptions("bus:@FIRSTAAAAAAAA") == 1 && 3 < n && n < len(streams)
 			})
 			if first.Check(t.Context()) == nil {
 				t.Error("the first replica is ready before the second is subscribed")
@@ -2133,16 +2175,14 @@ func TestUnreadIsDelivered(t *testing.T) {
 // the small ones do not wait with it.
 func TestLargeEventsGoOneByOne(t *testing.T) {
 	r := startRedis(t)
-	bus, hub := startBus(t, r.addr, "ONE")
+	bus, hub := startBus(t, r.addr, testReplica)
 	s := joinLive(t, hub, "ci")
-	large, small := busEvent("ci", largeEvent), busEvent("ci", 100)
+	large, small := busEvent("ci", largeMessage), busEvent("ci", 100)
 	bus.large <- struct{}{} // one is on its way
-	began := time.Now()
-	if n, err := bus.Publish(t.Context(), large); err == nil {
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	if n, err := bus.Publish(over, large); err == nil {
 		t.Errorf("published to %d", n)
-	}
-	if took := time.Since(began); took < publishTimeout {
-		t.Errorf("gave up after %s", took)
 	}
 	mustPublish(t, bus, small)
 	<-bus.large
@@ -2158,10 +2198,12 @@ func TestLargeEventsGoOneByOne(t *testing.T) {
 func TestFailedSessionIsNotLive(t *testing.T) {
 	r := startRedis(t)
 	way := newLink(t, r.addr)
-	bus, hub := startBus(t, way.addr(), "ONE")
+	bus, hub := startBus(t, way.addr(), testReplica)
 	way.route("")
 	eventually(t, "the bus is down", func() bool { return bus.Check(context.Background()) != nil })
-	bus.known.Store(2) // it will wait for another one
+	bus.mu.Lock()
+	bus.peers = map[string]bool{newReplica(): true} // it will wait for another one
+	bus.mu.Unlock()
 	first := joinHub(t, hub, "here")
 	if first.isLive() {
 		t.Fatal("live without a bus")
@@ -2182,9 +2224,11 @@ func TestFailedSessionIsNotLive(t *testing.T) {
 func TestConfirmationIsTheLast(t *testing.T) {
 	r := startRedis(t)
 	way := newLink(t, r.addr)
-	bus, hub := startBus(t, way.addr(), "ONE")
+	bus, hub := startBus(t, way.addr(), testReplica)
 	inFlight := func() int {
-		s := bus.session.Load()
+		bus.mu.Lock()
+		s := bus.session
+		bus.mu.Unlock()
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		return s.names["bus:again"].acks
@@ -2214,7 +2258,7 @@ func TestSignalsAreNotLost(t *testing.T) {
 	way := newLink(t, r.addr)
 	var heard atomic.Int64
 	startBus(t, r.addr, "HOLDER", func(sig Signal) {
-		if sig.Kind == signalTaken {
+		if sig.Kind == signalReceipt {
 			heard.Add(1)
 		}
 	})
@@ -2222,10 +2266,7 @@ func TestSignalsAreNotLost(t *testing.T) {
 	way.limit(0)
 	const n = 5000
 	for i := range n {
-		sig := Signal{Kind: signalTaken, To: "HOLDER", Event: strconv.Itoa(i), Data: strings.Repeat("x", 60)}
-		if _, err := bus.Signal(t.Context(), sig); err != nil {
-			t.Fatalf("signal %d: %v", i, err)
-		}
+		bus.Tell(Signal{Kind: signalReceipt, To: "HOLDER", Event: strconv.Itoa(i), Given: []Given{{strings.Repeat("x", 60), "c"}}})
 	}
 	way.limit(-1)
 	eventually(t, "all signals arrive", func() bool { return heard.Load() == n })
@@ -2238,7 +2279,7 @@ func TestSignalsAreNotLost(t *testing.T) {
 // while Redis is down.
 func TestNothingGrowsWithoutRedis(t *testing.T) {
 	r := startRedis(t)
-	bus, hub := startBus(t, r.addr, "ONE")
+	bus, hub := startBus(t, r.addr, testReplica)
 	r.stop()
 	eventually(t, "the bus is down", func() bool { return bus.Check(context.Background()) != nil })
 	for i := range 10000 {
@@ -2261,7 +2302,7 @@ func TestNothingGrowsWithoutRedis(t *testing.T) {
 func TestIdleConnectionsStay(t *testing.T) {
 	t.Parallel() // it waits for Redis to lose patience
 	r := startRedis(t, "--timeout", "2")
-	bus, hub := startBus(t, r.addr, "ONE")
+	bus, hub := startBus(t, r.addr, testReplica)
 	joinLive(t, hub, "idle")
 	idle, err := net.Dial("tcp", r.addr)
 	if err != nil {
@@ -2271,7 +2312,7 @@ func TestIdleConnectionsStay(t *testing.T) {
 	if _, err := idle.Read(make([]byte, 1)); err != io.EOF { // as idle as a connection can be
 		t.Fatal(err)
 	}
-	for range 2 * pipeCount {
+	for range 4 {
 		mustPublish(t, bus, busEvent("idle", 0))
 	}
 	if n := bus.Sessions.Load(); n != 1 {
@@ -2314,7 +2355,7 @@ func TestConnectionIsReplaced(t *testing.T) {
 // that leaves connections open.
 func TestDemotedRedis(t *testing.T) {
 	r, other := startRedis(t), startRedis(t)
-	bus, hub := startBus(t, r.addr, "ONE")
+	bus, hub := startBus(t, r.addr, testReplica)
 	s := joinLive(t, hub, "demoted")
 	host, port, _ := net.SplitHostPort(other.addr)
 	r.cli("REPLICAOF", host, port)
@@ -2361,15 +2402,15 @@ func TestRedisUser(t *testing.T) {
 	}
 }
 
-// TestManyHeldAtOnce has one stream wake more held requests than the bus takes
-// at once: all of them are published.
+// TestManyHeldAtOnce has one stream wake very many held requests: all of them are
+// published.
 func TestManyHeldAtOnce(t *testing.T) {
 	r := startRedis(t)
-	hub := &Hub{Limits: Limits{Subscribers: 2, PerAddress: 2, Buffer: 1 << 30}}
+	hub := &Hub{Limits: Limits{Subscribers: 2, PerAddress: 2, Buffer: 1 << 30}, Budget: &Budget{Limit: 1 << 30}}
 	log := slog.New(slog.DiscardHandler)
-	bus := NewRedisBus(busOptions(r.addr), "ONE", hub, log)
+	bus := NewRedisBus(busOptions(r.addr), testReplica, hub, log)
 	server, err := NewServer(ServerOptions{
-		Replica: "ONE", MaxPayload: 1 << 20, HeldBuffer: 256 << 20, HandlerTimeout: time.Second,
+		Replica: testReplica, MaxPayload: 1 << 20, HandlerTimeout: time.Second,
 		Modes: byChannel[string]{Default: modeStatus}, Timeouts: byChannel[time.Duration]{Default: time.Minute},
 	}, hub, bus, log)
 	if err != nil {
@@ -2380,8 +2421,9 @@ func TestManyHeldAtOnce(t *testing.T) {
 	defer run.Wait()
 	defer cancel()
 	run.Go(func() { bus.Run(ctx) })
+	run.Go(func() { server.Run(ctx) })
 	awaitBus(t, bus)
-	const n = 8000 // more than pipeCount*pipeQueue and what is in flight
+	const n = 8000
 	for sent := 0; sent < n; sent += 200 {
 		for range 200 {
 			requests.Go(func() {
@@ -2398,9 +2440,9 @@ func TestManyHeldAtOnce(t *testing.T) {
 	}
 	s := &Subscriber{Channel: "ci", Client: "C", Responds: true}
 	s.Write = func() {
-		for batch := s.Take(nil); len(batch) > 0; batch = s.Take(batch) {
+		for batch, _ := s.Take(nil); len(batch) > 0; batch, _ = s.Take(batch) {
 			for _, e := range batch {
-				server.answer(Signal{Kind: signalAnswer, Event: e.ID, Channel: "ci", Client: "C"}, Answer{Status: 204})
+				server.reported(e.ID, "ci", "C", &Answer{Status: 204})
 			}
 		}
 	}
@@ -2408,7 +2450,7 @@ func TestManyHeldAtOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-s.Live
-	bus.Signal(ctx, Signal{Kind: signalReady, Channel: "ci", Subscriber: s.ID})
+	bus.Tell(Signal{Kind: signalReady, From: testReplica, Channel: "ci", Subscriber: s.ID, Client: "C"})
 	s.Write()
 	eventually(t, "all are answered", func() bool {
 		held, _ := server.Held()
@@ -2500,6 +2542,232 @@ func BenchmarkRedisPublish(b *testing.B) {
 					}
 				}
 			})
+		})
+	}
+}
+
+// fakeRedis is a Redis that says what a test wants it to. It knows just what a
+// bus asks for, and is alone with one replica.
+type fakeRedis struct {
+	listener net.Listener
+	conns    sync.WaitGroup
+
+	mu      sync.Mutex
+	instead func(command []string) string // guarded by mu, like all below; "": the true reply
+	subs    map[net.Conn]map[string]bool
+	open    map[net.Conn]bool
+}
+
+func newFakeRedis(t testing.TB, instead func(command []string) string) *fakeRedis {
+	t.Helper()
+	f := &fakeRedis{listener: loopback(t), instead: instead, subs: map[net.Conn]map[string]bool{}, open: map[net.Conn]bool{}}
+	f.conns.Go(func() {
+		for {
+			conn, err := f.listener.Accept()
+			if err != nil {
+				return
+			}
+			f.mu.Lock()
+			f.open[conn] = true
+			f.mu.Unlock()
+			f.conns.Go(func() { f.serve(conn) })
+		}
+	})
+	t.Cleanup(func() {
+		f.listener.Close()
+		f.mu.Lock()
+		for conn := range f.open {
+			conn.Close()
+		}
+		f.mu.Unlock()
+		f.conns.Wait()
+	})
+	return f
+}
+
+func (f *fakeRedis) addr() string { return f.listener.Addr().String() }
+
+// bulk is an array in the protocol of Redis: strings, and integers as such.
+func bulk(values ...any) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "*%d\r\n", len(values))
+	for _, v := range values {
+		if n, ok := v.(int); ok {
+			fmt.Fprintf(&b, ":%d\r\n", n)
+		} else {
+			fmt.Fprintf(&b, "$%d\r\n%s\r\n", len(fmt.Sprint(v)), v)
+		}
+	}
+	return b.String()
+}
+
+func (f *fakeRedis) serve(conn net.Conn) {
+	defer func() {
+		f.mu.Lock()
+		delete(f.subs, conn)
+		delete(f.open, conn)
+		f.mu.Unlock()
+		conn.Close()
+	}()
+	r := bufio.NewReader(conn)
+	number := func(prefix byte) int {
+		line, _ := r.ReadString('\n')
+		if len(line) < 2 || line[0] != prefix {
+			return -1
+		}
+		n, err := strconv.Atoi(strings.TrimSpace(line[1:]))
+		if err != nil {
+			return -1
+		}
+		return n
+	}
+	for {
+		n := number('*')
+		if n < 1 {
+			return
+		}
+		command := make([]string, n)
+		for i := range command {
+			size := number('$')
+			if size < 0 {
+				return
+			}
+			b := make([]byte, size+2)
+			if _, err := io.ReadFull(r, b); err != nil {
+				return
+			}
+			command[i] = string(b[:size])
+		}
+		f.mu.Lock()
+		reply := f.reply(conn, command)
+		if f.instead != nil {
+			if other := f.instead(command); other != "" {
+				reply = other
+			}
+		}
+		_, err := io.WriteString(conn, reply)
+		f.mu.Unlock()
+		if err != nil {
+			return
+		}
+	}
+}
+
+// reply is what Redis says to command. It needs mu.
+func (f *fakeRedis) reply(conn net.Conn, command []string) string {
+	switch name := command[len(command)-1]; strings.ToUpper(command[0]) {
+	case "SUBSCRIBE":
+		if f.subs[conn] == nil {
+			f.subs[conn] = map[string]bool{}
+		}
+		f.subs[conn][name] = true
+		return bulk("subscribe", name, len(f.subs[conn]))
+	case "UNSUBSCRIBE":
+		delete(f.subs[conn], name)
+		return bulk("unsubscribe", name, len(f.subs[conn]))
+	case "PUBLISH":
+		n := 0
+		for sub, names := range f.subs {
+			if names[command[1]] {
+				io.WriteString(sub, bulk("message", command[1], command[2]))
+				n++
+			}
+		}
+		return fmt.Sprintf(":%d\r\n", n)
+	case "PUBSUB": // CHANNELS
+		var all []any
+		for _, names := range f.subs {
+			for name := range names {
+				all = append(all, name)
+			}
+		}
+		return bulk(all...)
+	case "ROLE":
+		return bulk("master", 0)
+	case "PING":
+		if f.subs[conn] != nil {
+			return bulk("pong", "")
+		}
+		return "+PONG\r\n"
+	default:
+		return "+OK\r\n"
+	}
+}
+
+// push says text on all connections that are subscribed.
+func (f *fakeRedis) push(text string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for conn := range f.subs {
+		io.WriteString(conn, text)
+	}
+}
+
+// gibberish is what no Redis says.
+var gibberish = map[string]string{
+	"a string longer than memory":  "$9223372036854775807\r\n",
+	"a length beyond 64 bits":      "$99999999999999999999\r\n",
+	"a length that turns negative": "$9223372036854775808\r\n",
+	"a negative array":             "*-5\r\n",
+	"a negative string":            "$-5\r\n",
+	"an array longer than memory":  "*9223372036854775807\r\n",
+	"an array beyond 64 bits":      "*99999999999999999999\r\n",
+	"a large array of large ones":  "*3\r\n$7\r\nmessage\r\n*9223372036854775807\r\n",
+	"no type":                      "hello\r\n",
+	"an empty line":                "\r\n",
+	"nothing but a type":           "$\r\n",
+	"an empty array":               "*0\r\n",
+	"a nil array":                  "*-1\r\n",
+	"a nil string":                 "$-1\r\n",
+	"a message without a channel":  "*1\r\n$7\r\nmessage\r\n",
+	"a message of numbers":         "*3\r\n$7\r\nmessage\r\n:1\r\n:2\r\n",
+	"a confirmation of nothing":    bulk("subscribe", "", 1),
+	"a confirmation of a stranger": bulk("subscribe", "bus:stranger", 1),
+	"unsubscribed from everything": bulk("unsubscribe", "bus:@all", 0),
+	"an error":                     "-ERR canary\r\n",
+	"an unknown push":              bulk("canary", "x", "y"),
+}
+
+// TestHostileRedis: whatever Redis says to the connection that listens, in place
+// of a confirmation or later, the process goes on and the bus works again as
+// soon as Redis does.
+func TestHostileRedis(t *testing.T) {
+	works := func(t *testing.T, bus *RedisBus, hub *Hub) {
+		t.Helper()
+		awaitBus(t, bus)
+		s := joinHub(t, hub, "works")
+		eventually(t, "an event comes through", func() bool {
+			bus.Publish(t.Context(), busEvent("works", 0))
+			return len(s.got) > 0
+		})
+	}
+	t.Run("confirmed twice", func(t *testing.T) {
+		f := newFakeRedis(t, func(command []string) string {
+			if name := command[len(command)-1]; command[0] == "SUBSCRIBE" && strings.HasSuffix(name, "@all") {
+				return strings.Repeat(bulk("subscribe", name, 1), 2)
+			}
+			return ""
+		})
+		bus, hub := startBus(t, f.addr(), testReplica)
+		works(t, bus, hub)
+		f.push(strings.Repeat(bulk("subscribe", "bus:@all", 1), 3))
+		works(t, bus, hub)
+	})
+	for name, text := range gibberish {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel() // some of it ends a session only with its time
+			var said atomic.Bool
+			f := newFakeRedis(t, func(command []string) string {
+				if command[0] == "SUBSCRIBE" && said.CompareAndSwap(false, true) {
+					return text
+				}
+				return ""
+			})
+			bus, hub := runBus(t, f.addr(), testReplica)
+			eventually(t, "it is said", said.Load)
+			works(t, bus, hub)
+			f.push(text)
+			works(t, bus, hub)
 		})
 	}
 }
