@@ -290,11 +290,14 @@ func parseURL(t testing.TB, s string) *url.URL {
 	return u
 }
 
+// passing are the statuses that are tried again by default.
+var passing = []int{429, 502, 503, 504}
+
 // clientOf is a client for target that is not run.
 func clientOf(t testing.TB, target string) *Client {
 	c := NewClient(ClientOptions{
 		Source: parseURL(t, "http://source/subscribe/ci/"), Target: parseURL(t, target),
-		Timeout: time.Second, Concurrency: 1,
+		Timeout: time.Second, Concurrency: 1, RetryOn: passing,
 	}, slog.New(slog.DiscardHandler))
 	c.target.Proxy = nil
 	return c
@@ -348,6 +351,14 @@ func FuzzTargetURL(f *testing.F) {
 			return
 		}
 		for i, c := range slices.Concat(clients, proxied) {
+			if strip := *c; i%2 == 0 { // the prefix goes, and nothing else changes
+				strip.opts.StripPrefix = true
+				got := onWire(t, strip.targetRequest(context.Background(), w, strip.requestTarget(w)))
+				sent := strings.TrimPrefix(strings.Fields(got.line)[1], "http://target")
+				if path, _, _ := strings.Cut(sent, "?"); got.get("Host") != "target" || !confined(c.base, "/"+strings.TrimPrefix(strings.TrimPrefix(path, c.base), "/")) || !strings.HasPrefix(path, c.base) {
+					t.Fatalf("%q stripped: %q leaves %q", target, got.line, c.base)
+				}
+			}
 			req := c.targetRequest(context.Background(), w, c.base+w.Path+w.Query)
 			if req.URL.Host != "target" || req.URL.Scheme != "http" {
 				t.Fatalf("%q: connects to %q", target, req.URL)
@@ -551,7 +562,7 @@ func inWorld(t *testing.T, test func(*testing.T, *world)) {
 			t: t, log: &logBuffer{}, source: newPipes(), target: newPipes(), feeds: make(chan *outlet, 1000), finished: make(chan struct{}),
 			options: ClientOptions{
 				Source: parseURL(t, "http://source/subscribe/ci/"), Token: "secret", ReconnectInterval: time.Second, HandlerTimeout: 10 * time.Second,
-				Target: parseURL(t, "http://target/base"), Timeout: 30 * time.Second, RetryWindow: time.Minute, Concurrency: 32,
+				Target: parseURL(t, "http://target/base"), Timeout: 30 * time.Second, RetryWindow: time.Minute, Concurrency: 32, RetryOn: passing,
 			},
 		}
 		test(t, w)

@@ -123,7 +123,7 @@ func TestMetrics(t *testing.T) {
 	for role, metrics := range map[string][]Metric{
 		"server":            serverMetrics(server, hub, nil, &door{}),
 		"server with Redis": serverMetrics(server, hub, &RedisBus{}, &door{}),
-		"client":            clientMetrics(&Client{}),
+		"client":            clientMetrics([]*Client{{channel: "a"}, {channel: "b"}}),
 	} {
 		t.Run(role, func(t *testing.T) {
 			kinds := map[string]string{}

@@ -404,10 +404,7 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 func runClient(ctx context.Context, c *Config, log *slog.Logger) error {
 	var clients []*Client
 	for _, source := range c.Sources {
-		opts, channel := c.Client, sourceChannel(source)
-		opts.Source, opts.Target, opts.StripPrefix = source, c.Targets.of(channel), c.Strip.of(channel)
-		opts.Token, opts.UserAgent, opts.HandlerTimeout = c.Server.Token, "webhook-relay/"+version, c.HandlerTimeout
-		clients = append(clients, NewClient(opts, log))
+		clients = append(clients, NewClient(c.clientOf(source), log))
 	}
 	all := func(check func(*Client, context.Context) error) Check {
 		return func(probe context.Context) error {
@@ -957,6 +954,14 @@ func loadConfig(environ []string) (*Config, []warning, error) {
 		return nil, nil, configError{strings.Join(mistakes, "\n")}
 	}
 	return c, warnings, nil
+}
+
+// clientOf is what the client of one source is told.
+func (c *Config) clientOf(source *url.URL) ClientOptions {
+	opts, channel := c.Client, sourceChannel(source)
+	opts.Source, opts.Target, opts.StripPrefix = source, c.Targets.of(channel), c.Strip.of(channel)
+	opts.Token, opts.UserAgent, opts.HandlerTimeout = c.Server.Token, "webhook-relay/"+version, c.HandlerTimeout
+	return opts
 }
 
 // checkChannels is what is wrong between sources and targets.

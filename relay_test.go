@@ -6,6 +6,7 @@ import (
 	"compress/gzip"
 	"context"
 	"crypto/hmac"
+	"crypto/sha1"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
@@ -3606,11 +3607,12 @@ func TestReadmeMetrics(t *testing.T) {
 		}
 	}
 	for role, metrics := range map[string][]Metric{
-		"server": serverMetrics(server, hub, &RedisBus{}, &door{}), "client": clientMetrics(&Client{}),
+		"server": serverMetrics(server, hub, &RedisBus{}, &door{}), "client": clientMetrics([]*Client{{channel: "a"}}),
 	} {
 		var want []string
 		for _, m := range metrics {
-			want = append(want, m.Name)
+			name, _, _ := strings.Cut(m.Name, "{channel=") // every metric of a client has that label
+			want = append(want, name)
 		}
 		if got, want := families(tables[role]), families(want); !slices.Equal(got, want) {
 			t.Errorf("metrics of the %s are %q, want %q", role, got, want)
@@ -4129,5 +4131,175 @@ func TestArrows(t *testing.T) {
 		if !slices.Contains(want, arrow) {
 			t.Errorf("%s: %s", arrow, example)
 		}
+	}
+}
+
+// TestStripPrefix is where a webhook goes: the base of the target, one slash,
+// and the path as received or what is behind the prefix; a query of the base
+// comes first.
+func TestStripPrefix(t *testing.T) {
+	t.Parallel()
+	server := startServer(t)
+	target := newTarget(t, nil)
+	tests := []struct{ base, strip, path, want string }{
+		{"/github-webhook/", "true", "", "/github-webhook/"},
+		{"/github-webhook/", "true", "?y=1", "/github-webhook/?y=1"},
+		{"/github-webhook/", "true", "/x?y=1", "/github-webhook/x?y=1"},
+		{"/github-webhook/", "true", "/", "/github-webhook/"},
+		{"/api/webhook", "true", "", "/api/webhook"},
+		{"/api/webhook", "true", "/", "/api/webhook/"},
+		{"/api/webhook", "true", "//a%2Fb/", "/api/webhook//a%2Fb/"},
+		{"", "true", "", "/"},
+		{"", "true", "/push", "/push"},
+		{"/", "true", "/push", "/push"},
+		{"/hooks?key=v", "true", "", "/hooks?key=v"},
+		{"/hooks?key=v", "true", "/a?b=1&c", "/hooks/a?key=v&b=1&c"},
+		{"/hooks?key=v", "true", "/a?", "/hooks/a?key=v&"},
+		{"/hooks?key=v", "false", "/a", "/hooks/webhooks/CHANNEL/a?key=v"},
+		{"/hooks", "false", "", "/hooks/webhooks/CHANNEL"},
+	}
+	for i, tt := range tests {
+		channel := fmt.Sprintf("c%d", i)
+		startClient(t, server.addr, channel, target.url+tt.base, "TARGET_STRIP_PREFIX="+tt.strip)
+		if status, answer, _ := wire(t, server.addr, compose("POST /webhooks/"+channel+tt.path+" HTTP/1.1", "{}")); status != 200 {
+			t.Fatalf("%+v: %d %s", tt, status, answer)
+		}
+		want := "POST " + strings.Replace(tt.want, "CHANNEL", channel, 1) + " HTTP/1.1"
+		if got := target.next(t); got.line != want {
+			t.Errorf("%+v: target got %q, want %q", tt, got.line, want)
+		}
+	}
+}
+
+// TestSeveralChannels runs three channels in one client: a target that is down and
+// one that hangs do not stop the third, and each line and sample says its channel.
+func TestSeveralChannels(t *testing.T) {
+	t.Parallel()
+	server := startServer(t, "RESPONSE_MODE=accept, fine=status")
+	release := make(chan struct{})
+	slow := newTarget(t, func(recorded) string { <-release; return ok200 })
+	fine := newTarget(t, nil)
+	t.Cleanup(func() { close(release) })
+	down := loopback(t)
+	down.Close()
+	source := "http://" + server.addr + "/subscribe/"
+	client := start(t, "RELAY_MODE=client", "HEALTH_SERVICE_PORT=0", "RECONNECT_INTERVAL=50",
+		"SOURCE_URL="+source+"down/, "+source+"slow,"+source+"fine/",
+		"TARGET_BASE_URL="+fine.url+", down=http://user:hunter2@"+down.Addr().String()+", slow="+slow.url+"/base",
+		"TARGET_STRIP_PREFIX=false, slow=true", "TARGET_CONCURRENCY=1")
+	eventually(t, "all streams", func() bool { return len(client.log.lines("stream ready")) == 3 })
+	eventually(t, "ready", func() bool { return probe(t, client, "/ready") == 200 })
+	for _, channel := range []string{"down", "slow", "slow"} {
+		if status, _, _ := send(t, "POST", "http://"+server.addr+"/webhooks/"+channel+"/x", "{}"); status != 200 {
+			t.Fatalf("%s: %d", channel, status)
+		}
+	}
+	if got := slow.next(t); got.line != "POST /base/x HTTP/1.1" {
+		t.Errorf("slow target got %q", got.line)
+	}
+	client.wait("webhook will be forwarded again")
+	for i := range 20 {
+		if status, _, _ := send(t, "POST", "http://"+server.addr+"/webhooks/fine/x", "{}"); status != 200 {
+			t.Fatalf("webhook %d to the channel that is fine: %d", i, status)
+		}
+		if got := fine.next(t); got.line != "POST /webhooks/fine/x HTTP/1.1" {
+			t.Errorf("fine target got %q", got.line)
+		}
+	}
+	for _, record := range client.log.lines("webhook will be forwarded again") {
+		if record["channel"] != "down" {
+			t.Errorf("a line says channel %v", record["channel"])
+		}
+	}
+	_, metrics, _ := send(t, "GET", "http://"+client.health+"/metrics", "")
+	for _, sample := range []string{`relay_forwarded_total{channel="fine"} 20`, `relay_forwards{channel="slow"} 1`, `relay_events_total{channel="down"} 1`} {
+		if !strings.Contains(metrics, sample+"\n") {
+			t.Errorf("no %s in\n%s", sample, metrics)
+		}
+	}
+	if strings.Contains(client.log.String(), "hunter2") {
+		t.Error("the log has a password")
+	}
+	server.stop()
+	eventually(t, "not ready", func() bool { return probe(t, client, "/ready") == 503 })
+}
+
+// TestForwardedProto: a target that trusts X-Forwarded-Proto and -Host computes the
+// URL that the provider used, over which Twilio signs
+// (https://www.twilio.com/docs/usage/security#validating-requests); a sender's or
+// a proxy's own field passes as it is.
+func TestForwardedProto(t *testing.T) {
+	t.Parallel()
+	const secret, body = "12345", "CallSid=CA1234567890ABCDE&Caller=%2B14158675309&Digits=1234"
+	sign := func(url string) string {
+		mac := hmac.New(sha1.New, []byte(secret))
+		mac.Write([]byte(url + "CallSidCA1234567890ABCDECaller+14158675309Digits1234"))
+		return base64.StdEncoding.EncodeToString(mac.Sum(nil))
+	}
+	server := startServer(t)
+	target := newTarget(t, nil)
+	startClient(t, server.addr, "sms", target.url)
+	for _, tt := range []struct{ url, proto string }{
+		{"http://relay.example.com/webhooks/sms?a=1", ""},
+		{"https://relay.example.com/webhooks/sms?a=1", "https"},
+	} {
+		headers := []string{"Host: relay.example.com", "X-Twilio-Signature: " + sign(tt.url), "Content-Type: application/x-www-form-urlencoded"}
+		if tt.proto != "" {
+			headers = append(headers, "X-Forwarded-Proto: "+tt.proto)
+		}
+		request := "POST /webhooks/sms?a=1 HTTP/1.1\r\n" + strings.Join(headers, "\r\n") + fmt.Sprintf("\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
+		if status, answer, _ := wire(t, server.addr, request); status != 200 {
+			t.Fatalf("%d %s", status, answer)
+		}
+		got := target.next(t)
+		url := got.get("X-Forwarded-Proto") + "://" + got.get("X-Forwarded-Host") + strings.Fields(got.line)[1]
+		if sign(url) != got.get("X-Twilio-Signature") {
+			t.Errorf("the target computes %q, want %q", url, tt.url)
+		}
+	}
+}
+
+// TestRetryStatuses: what an operator adds is tried again, and what he leaves out
+// is not.
+func TestRetryStatuses(t *testing.T) {
+	t.Parallel()
+	server := startServer(t, "RESPONSE_MODE=status")
+	var n atomic.Int64
+	target := newTarget(t, func(r recorded) string {
+		if n.Add(1) == 1 {
+			return "HTTP/1.1 " + strings.TrimPrefix(strings.Fields(r.line)[1], "/webhooks/ci/") + " Passing\r\nContent-Length: 0\r\n\r\n"
+		}
+		return ok200
+	})
+	startClient(t, server.addr, "ci", target.url, "TARGET_RETRY_STATUSES=500, 425,408")
+	for status, want := range map[int]int{500: 200, 425: 200, 408: 200, 503: 503, 429: 429, 404: 404} {
+		n.Store(0)
+		if got, _, _ := send(t, "POST", fmt.Sprintf("http://%s/webhooks/ci/%d", server.addr, status), "{}"); got != want {
+			t.Errorf("a target that says %d once: the sender was told %d, want %d", status, got, want)
+		}
+	}
+}
+
+// TestRecipes runs each row of the README's recipes against a target that stands
+// in for the one it names.
+func TestRecipes(t *testing.T) {
+	t.Parallel()
+	server := startServer(t)
+	rows := regexp.MustCompile("(?m)^\\| [^|]+ \\| `(/webhooks/[^`]+)` \\| `(http://[^`]+)` \\| `(true|false)` \\| `POST ([^`]+)` \\|$").FindAllStringSubmatch(readFile(t, "README.md"), -1)
+	if len(rows) < 5 {
+		t.Fatalf("the README has %d recipes", len(rows))
+	}
+	for _, row := range rows {
+		target := newTarget(t, nil)
+		base := regexp.MustCompile("^http://[^/]+").ReplaceAllString(row[2], target.url)
+		channel, _, _ := strings.Cut(strings.TrimPrefix(row[1], "/webhooks/"), "/")
+		client := startClient(t, server.addr, channel, base, "TARGET_STRIP_PREFIX="+row[3])
+		if status, _, _ := send(t, "POST", "http://"+server.addr+row[1], "{}"); status != 200 {
+			t.Fatalf("%s: %d", row[1], status)
+		}
+		if got := target.next(t); got.line != "POST "+row[4]+" HTTP/1.1" {
+			t.Errorf("%s with %s: target got %q, want POST %s", row[1], row[2], got.line, row[4])
+		}
+		client.stop()
 	}
 }

@@ -185,9 +185,7 @@ func newClientOf(t testing.TB, source, target string, env ...string) *Client {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.Client.HandlerTimeout = c.HandlerTimeout
-	c.Client.Token = c.Server.Token
-	return NewClient(c.Client, slog.New(slog.DiscardHandler))
+	return NewClient(c.clientOf(c.Sources[0]), slog.New(slog.DiscardHandler))
 }
 
 // Bubbles. Whole relays run in testing/synctest over pipes, so that hours pass
@@ -3194,7 +3192,9 @@ func TestNeverLive(t *testing.T) {
 		r := newRig(t, p, "RESPONSE_MODE=status", "RESPONSE_TIMEOUT=1m")
 		r.hub.Watch = func(string) {} // nothing becomes live by itself
 		never := make(chan outcome, 1)
-		go func() { never <- post(t.Context(), rt, "GET", streamURL, "", append([]string{"X-Relay-Client", "never"}, features...)...) }()
+		go func() {
+			never <- post(t.Context(), rt, "GET", streamURL, "", append([]string{"X-Relay-Client", "never"}, features...)...)
+		}()
 		synctest.Wait()
 		begin := time.Now()
 		answer := make(chan outcome, 1)
