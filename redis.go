@@ -134,7 +134,8 @@ type RedisBus struct {
 	noting  bool                // a session is there that will look at dirty
 	dirty   map[string]struct{} // channels whose subscription may have to change; empty without a session
 	told    []Signal            // not yet written; empty without a session
-	peers   map[string]bool     // the other replicas, as last seen
+	peers   map[string]bool     // the other replicas, as last seen; nil: it has never looked
+	late    bool                // others may come back after it: it could not connect at first
 }
 
 var (
@@ -147,7 +148,7 @@ func NewRedisBus(opts RedisOptions, replica string, hub *Hub, log *slog.Logger) 
 	b := &RedisBus{
 		opts: opts, replica: replica, hub: hub, log: log, OnAlone: func() {},
 		recount: make(chan struct{}, 1), large: make(chan struct{}, 1), poke: make(chan struct{}, 1), speak: make(chan struct{}, 1),
-		ask: make(chan *request), back: make(chan struct{}), dirty: map[string]struct{}{}, peers: map[string]bool{},
+		ask: make(chan *request), back: make(chan struct{}), dirty: map[string]struct{}{},
 	}
 	hub.Watch = b.watch
 	return b
@@ -338,6 +339,9 @@ func (b *RedisBus) Run(ctx context.Context) error {
 			if tries++; b.opts.MaxAttempts >= 0 && tries > b.opts.MaxAttempts {
 				return fmt.Errorf("connect to redis %d times: %w", tries, err)
 			}
+			b.mu.Lock()
+			b.late = true
+			b.mu.Unlock()
 			if tries == 1 {
 				b.OnAlone()
 			}
@@ -760,20 +764,18 @@ func (s *session) join() error {
 		return err
 	}
 	b.mu.Lock()
-	before := b.peers
+	before, blind := b.peers, b.peers == nil && b.late
 	b.mu.Unlock()
 	for {
 		now, err := s.peers()
 		if err != nil {
 			return err
 		}
-		missing := 0
+		missing := blind
 		for name := range before {
-			if !now[name] {
-				missing++
-			}
+			missing = missing || !now[name]
 		}
-		if missing > 0 && ctx.Err() == nil {
+		if missing && ctx.Err() == nil {
 			select {
 			case <-b.recount: // one more has joined
 			case <-ctx.Done():

@@ -159,7 +159,7 @@
 //	subscribers of one address           SERVER_MAX_SUBSCRIBERS_PER_ADDRESS
 //	                                     5000                               503
 //	subscribers of one channel           half of SERVER_MAX_SUBSCRIBERS     503
-//	becoming ready                       5 s                                503
+//	becoming ready                       5 s, 1 s while the bus is away     503
 //	undelivered events of a subscriber   SERVER_SUBSCRIBER_BUFFER 16mb      not given to it; they wait
 //	a write to a stream that takes       60 to 90 s                         evicted; it reconnects
 //	nothing

@@ -44,6 +44,7 @@ const (
 	writeTimeout   = 60 * time.Second       // for one write to a stream: a full client may pause this long
 	lastChunkTime  = time.Second            // to write the end of a stream
 	liveTimeout    = 5 * time.Second        // until a new stream is subscribed on every replica
+	awayTimeout    = time.Second            // the same, while the bus is away
 	probeTimeout   = 2 * time.Second        // for a balancer's probe
 	moveTime       = 2 * time.Second        // for a client to follow a drain before its stream ends
 	moveJitter     = time.Second            // over which drain is spread at shutdown
@@ -55,6 +56,7 @@ const (
 	reportLimit    = 4 << 20                // bytes of the reports of one request
 	reportsLimit   = 128 << 20              // bytes of all reports that are being read, shared as webhooks share theirs
 	passLimit      = 5                      // leaving replicas that hand an event to each other
+	awayLimit      = 1024                   // replicas that are remembered as gone
 	departedLimit  = 16384                  // subscribers that are remembered as gone
 	chatterLimit   = 4 << 10                // bytes a subscriber may send after its request
 	lingerLimit    = 16 << 20               // bytes of a refused body that are read so that the answer arrives
@@ -127,6 +129,7 @@ type Server struct {
 	having   map[string]*having  // by subscriber: who has events that are not settled
 	departed map[string]struct{} // subscribers that are gone, and of whom a receipt may come late
 	late     []string            // departed, the oldest first
+	away     map[string]bool     // replicas that are gone, and may come back
 	awaited  []deadline          // receipts that are due, the earliest first
 	returns  []deadline          // clients whose time to come back ends, the earliest first
 	strange  int64               // bytes of holds of channels that are not known
@@ -140,7 +143,7 @@ func NewServer(opts ServerOptions, hub *Hub, bus Bus, log *slog.Logger) (*Server
 	s := &Server{
 		opts: opts, log: log, hub: hub, bus: bus, budget: hub.Budget, reports: &Budget{Limit: reportsLimit}, began: time.Now(), unsure: time.Now(),
 		giveUp: make(chan struct{}),
-		holds:  map[string]*hold{}, lines: map[string]*line{}, having: map[string]*having{}, departed: map[string]struct{}{},
+		holds:  map[string]*hold{}, lines: map[string]*line{}, having: map[string]*having{}, departed: map[string]struct{}{}, away: map[string]bool{},
 		Refused: newRefusals(webhookReasons), Rejected: newRefusals(subscriberReasons),
 	}
 	keys, err := loadKeys(opts)
@@ -943,6 +946,7 @@ func (s *Server) receipt(sig *Signal) {
 func (s *Server) give(h *hold, g Given, replica string) {
 	p := h.parties[g.Client]
 	_, departed := s.departed[g.Subscriber]
+	departed = departed || s.away[replica]
 	switch {
 	case p == nil:
 		if h.parties == nil {
@@ -1071,9 +1075,13 @@ func (s *Server) gone(replica string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.unsure = time.Now() // nobody says which channels its subscribers had
+	if len(s.away) >= awayLimit {
+		clear(s.away)
+	}
+	s.away[replica] = true
 	for id, has := range s.having {
 		if has.replica == replica {
-			s.left(id)
+			s.lose(id)
 		}
 	}
 	var ask []string // who has what it handed over: their reports may have gone with it
@@ -1111,6 +1119,7 @@ func (s *Server) again(replica string) {
 	defer s.mu.Unlock()
 	own := replica == s.opts.Replica
 	s.unsure = time.Now()
+	delete(s.away, replica)
 	for id, has := range s.having {
 		if own || has.replica == replica {
 			s.lose(id) // it may well be there, and not have departed
@@ -1118,8 +1127,11 @@ func (s *Server) again(replica string) {
 	}
 	for _, h := range s.holds {
 		if own && !h.publish {
-			h.receipts = 0
-			s.wait(h)
+			if h.receipts = 0; len(h.settled) > 0 {
+				s.weigh(h)
+			} else {
+				s.wait(h)
+			}
 			wake(h.poke)
 		}
 	}
@@ -1553,6 +1565,11 @@ func (s *Server) route(ctx context.Context, id, channel, client string, a Answer
 		}
 		to = ""
 	}
+	if err := s.bus.Check(ctx); err != nil {
+		return err // the next try may find a replica that is well, and others may wait behind it
+	}
+	ctx, cancel := context.WithTimeout(ctx, busTimeout)
+	defer cancel()
 	var data bytes.Buffer
 	a.appendReport(&data, id)
 	sig := Signal{Kind: signalReport, To: to, From: s.opts.Replica, Channel: channel, Event: id, Client: client, Data: data.Bytes()}
@@ -1903,14 +1920,19 @@ func (s *Server) tellLeft(sub *Subscriber) {
 	s.bus.Tell(Signal{Kind: signalLeft, From: s.opts.Replica, Channel: sub.Channel, Subscriber: sub.ID, Client: sub.Client})
 }
 
-// awaitLive waits until the bus has confirmed the subscription.
+// awaitLive waits until the bus has confirmed the subscription; not for long while
+// the bus is away, as another replica may be well.
 func (s *Server) awaitLive(ctx context.Context, sub *Subscriber) bool {
+	patience := liveTimeout
+	if s.bus.Check(ctx) != nil {
+		patience = awayTimeout
+	}
 	select {
 	case <-sub.Live:
 		return true
 	case <-ctx.Done():
 	case <-s.giveUp:
-	case <-time.After(liveTimeout):
+	case <-time.After(patience):
 	}
 	return false
 }
