@@ -2043,32 +2043,46 @@ func mustPublish(t testing.TB, bus *RedisBus, e *Event) {
 // before another: until that one is subscribed again, the first must not
 // accept what the other's streams would miss.
 func TestReplicasWaitForEachOther(t *testing.T) {
-	r := startRedis(t)
-	way := newLink(t, r.addr)
-	first, _ := startBus(t, r.addr, "FIRSTAAAAAAAA")
-	_, hub := startBus(t, way.addr(), "SECONDAAAAAAA")
-	var streams []hubStream
-	for i := range 60 { // more subscriptions than one write holds
-		streams = append(streams, joinLive(t, hub, strings.Repeat("long", 25)+strconv.Itoa(i)))
-	}
-	way.limit(4 << 10) // of what the second one says; the rest waits
-	r.stop()
-	way.route(r.addr)
-	r.restart()
-	eventually(t, "both are back, one of them in part", func() bool {
-		n := len(r.channels())
-		return r.subscriptions("bus:@FIRSTAAAAAAAA") == 1 && 3 < n && n < len(streams)
-	})
-	if first.Check(t.Context()) == nil {
-		t.Error("the first replica is ready before the second is subscribed")
-	}
-	way.limit(-1)
-	awaitBus(t, first)
-	for _, s := range streams {
-		mustPublish(t, first, busEvent(s.Channel, 0))
-	}
-	for _, s := range streams {
-		eventually(t, "the event is at the second replica", func() bool { return len(s.got) == 1 })
+	for _, kind := range []string{"old", "new"} {
+		t.Run(kind+" replica comes first", func(t *testing.T) {
+			r := startRedis(t)
+			way := newLink(t, r.addr)
+			var first *RedisBus
+			if kind == "old" {
+				first, _ = startBus(t, r.addr, "FIRSTAAAAAAAA")
+			}
+			_, hub := startBus(t, way.addr(), "SECONDAAAAAAA")
+			var streams []hubStream
+			for i := range 60 { // more subscriptions than one write holds
+				streams = append(streams, joinLive(t, hub, strings.Repeat("long", 25)+strconv.Itoa(i)))
+			}
+			way.limit(4 << 10) // of what the second one says; the rest waits
+			r.stop()
+			way.route(r.addr)
+			if kind == "new" {
+				door := newLink(t, "")
+				first, _ = runBus(t, door.addr(), "FIRSTAAAAAAAA")
+				eventually(t, "it has tried and failed", func() bool { return door.tried.Load() > 2 })
+				defer door.route("")
+				door.route(r.addr)
+			}
+			r.restart()
+			eventually(t, "both are back, one of them in part", func() bool {
+				n := len(r.channels())
+				return r.subscriptions("bus:@FIRSTAAAAAAAA") == 1 && 3 < n && n < len(streams)
+			})
+			if first.Check(t.Context()) == nil {
+				t.Error("the first replica is ready before the second is subscribed")
+			}
+			way.limit(-1)
+			awaitBus(t, first)
+			for _, s := range streams {
+				mustPublish(t, first, busEvent(s.Channel, 0))
+			}
+			for _, s := range streams {
+				eventually(t, "the event is at the second replica", func() bool { return len(s.got) == 1 })
+			}
+		})
 	}
 }
 
