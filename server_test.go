@@ -3036,7 +3036,9 @@ func TestNeverLive(t *testing.T) {
 		r := newRig(t, p, "RESPONSE_MODE=status", "RESPONSE_TIMEOUT=1m")
 		r.hub.Watch = func(string) {} // nothing becomes live by itself
 		never := make(chan outcome, 1)
-		go func() { never <- post(t.Context(), rt, "GET", streamURL, "", append([]string{"X-Relay-Client", "never"}, features...)...) }()
+		go func() {
+			never <- post(t.Context(), rt, "GET", streamURL, "", append([]string{"X-Relay-Client", "never"}, features...)...)
+		}()
 		synctest.Wait()
 		begin := time.Now()
 		answer := make(chan outcome, 1)
