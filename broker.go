@@ -20,6 +20,7 @@ import (
 	"net/netip"
 	"net/textproto"
 	"net/url"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -1536,7 +1537,7 @@ func (h *Hub) Deliver(e *Event) (given []Given) {
 		return nil
 	}
 	size := e.size()
-	var few [fewWriters]*Subscriber
+	var few [8]*Subscriber
 	idle := few[:0] // whose writers must be started
 	for s := range c.subscribers {
 		switch {
@@ -1558,7 +1559,7 @@ func (h *Hub) Deliver(e *Event) (given []Given) {
 	}
 	if len(idle) <= fewWriters {
 		for _, s := range idle {
-			go s.run(nil)
+			go s.run()
 		}
 	} else {
 		go rouse(slices.Clone(idle))
@@ -1567,39 +1568,38 @@ func (h *Hub) Deliver(e *Event) (given []Given) {
 	return given
 }
 
-// rouse starts the writers of many subscribers a few at a time: whatever else is
-// to run would wait for all of them. It ends with the last, and does not wait for
-// those that are stuck.
+// rouse runs the writers of many subscribers, one after the other and as many at
+// once as there are processors: whatever else is to run would wait behind as many
+// goroutines. While nothing moves, because writes wait for their readers, one more
+// runs. It ends when all have begun.
 func rouse(idle []*Subscriber) {
-	late := time.NewTimer(0)
-	for few := range slices.Chunk(idle, fewWriters) {
-		written := make(chan struct{}, len(few))
-		for _, s := range few {
-			go s.run(written)
+	var begun atomic.Int64
+	work := func() {
+		for n := begun.Add(1); n <= int64(len(idle)); n = begun.Add(1) {
+			idle[n-1].run()
 		}
-		late.Reset(writersTime)
-		for n := 0; n < len(few); n++ {
-			select {
-			case <-written:
-			case <-late.C:
-				n = len(few)
-			}
+	}
+	for range runtime.GOMAXPROCS(0) {
+		go work()
+	}
+	for last := int64(-1); begun.Load() < int64(len(idle)); time.Sleep(writersTime) {
+		if now := begun.Load(); now == last {
+			go work()
+		} else {
+			last = now
 		}
 	}
 }
 
 const (
-	fewWriters  = 64                   // that one event starts at once
-	writersTime = 2 * time.Millisecond // for them to write before the next are started
+	fewWriters  = 4                    // that one event starts by themselves
+	writersTime = 2 * time.Millisecond // in which something must move
 )
 
-// run writes what is queued, and tells written, which has space.
-func (s *Subscriber) run(written chan<- struct{}) {
+// run writes what is queued.
+func (s *Subscriber) run() {
 	defer s.Writers.Done()
 	s.Write()
-	if written != nil {
-		written <- struct{}{}
-	}
 }
 
 // admit takes space for an event of another replica; without, all subscribers of
@@ -1624,7 +1624,7 @@ func (h *Hub) Push(s *Subscriber, e *Event) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if s.reason == nil && s.push(e) {
-		go s.run(nil)
+		go s.run()
 	}
 	return s.reason == nil
 }
