@@ -962,6 +962,19 @@ func TestDecodeDefaults(t *testing.T) {
 	}
 }
 
+// TestDecodeAllocations: what a client must allocate for an event, and a replica
+// to deliver one again.
+func TestDecodeAllocations(t *testing.T) {
+	e := eventOf("github", pushHook())
+	m := onlyMessage(t, block(e.chunk))
+	if n := testing.AllocsPerRun(100, func() { decodeWebhook("github", m.id, m.data) }); n > 20 {
+		t.Errorf("%v allocations to decode an event", n)
+	}
+	if n := testing.AllocsPerRun(100, func() { e.again("REPLICAAAAAAA", 2, "client") }); n > 2 {
+		t.Errorf("%v allocations to deliver an event again", n)
+	}
+}
+
 // reportOf is a as the report on the event id.
 func reportOf(id string, a Answer) string {
 	var b bytes.Buffer
@@ -1146,13 +1159,16 @@ func FuzzReports(f *testing.F) {
 	})
 }
 
-// counted is how much was read of an endless report.
+// counted is how much was read of a report that is as good as endless.
 type counted struct {
 	piece string
 	n     int64
 }
 
 func (c *counted) Read(p []byte) (int, error) {
+	if c.n > 64<<20 {
+		return 0, io.ErrUnexpectedEOF
+	}
 	n := copy(p, c.piece)
 	c.n += int64(n)
 	return n, nil
@@ -1886,7 +1902,7 @@ func pushHook() *Webhook {
 	}
 }
 
-// plainHook is a webhook as a program without our encoder would write it.
+// plainHook is a webhook as a program would write it that uses JSON.
 type plainHook struct {
 	ID          string            `json:"id"`
 	Method      string            `json:"method"`
@@ -1907,9 +1923,8 @@ func times(n int, f func()) func() {
 	}
 }
 
-// BenchmarkEncode: the one encoding of an event, beside encoding/json.
-func BenchmarkEncode(b *testing.B) {
-	w := pushHook()
+// plainOf is w as such a program would have it.
+func plainOf(w *Webhook) plainHook {
 	plain := plainHook{
 		ID: w.ID, Method: w.Method, OriginalURL: w.Path + w.Query, Path: w.Path, Query: map[string]string{"x": "1"},
 		Headers: map[string]string{"content-length": strconv.Itoa(len(w.Body))}, Body: string(w.Body), Timestamp: w.Time.UnixMilli(),
@@ -1917,6 +1932,13 @@ func BenchmarkEncode(b *testing.B) {
 	for _, h := range w.Headers {
 		plain.Headers[strings.ToLower(h.Name)] = h.Values[0]
 	}
+	return plain
+}
+
+// BenchmarkEncode: the form of an event, beside encoding/json.
+func BenchmarkEncode(b *testing.B) {
+	w := pushHook()
+	plain := plainOf(w)
 	duel(b, "event", 200, times(200, func() { eventOf("github", w).release() }), times(200, func() { json.Marshal(plain) }))
 }
 

@@ -1623,6 +1623,255 @@ func TestClientReports(t *testing.T) {
 	}
 }
 
+// TestReportsTravelTogether: while reports are on their way, those that come
+// meanwhile go into the next request: never more than a few requests at a time,
+// however slow the source is, and fewer of them than reports.
+func TestReportsTravelTogether(t *testing.T) {
+	const events = 300
+	for _, tc := range []struct {
+		name  string
+		takes time.Duration // what the source takes for one request
+		body  int           // of the target's answers
+		most  int           // requests
+	}{
+		{"quick source", 0, 0, events},
+		{"slow source", 500 * time.Millisecond, 0, 2 * reportsAtOnce},
+		{"large answers", 500 * time.Millisecond, 100 << 10, reportsAtOnce + events/9},
+		{"largest answers", 10 * time.Millisecond, answerLimit, events},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				var now, most atomic.Int32
+				w.reply = func(n int) int {
+					if n := now.Add(1); n > most.Load() {
+						most.Store(n)
+					}
+					defer now.Add(-1)
+					time.Sleep(tc.takes)
+					if n%5 == 3 {
+						return 503
+					}
+					return 204
+				}
+				answer := make([]byte, tc.body)
+				w.respond = func(rw http.ResponseWriter, _ *http.Request, _ int) { rw.Write(answer) }
+				w.options.Concurrency = events
+				f := w.steady(nil)
+				for n := range events {
+					f.send(asking(strconv.Itoa(n), time.Minute))
+				}
+				w.until("all are reported", func() bool { return w.Reports.Load() == events })
+				requests := w.reported()
+				times := map[string]int{}
+				for i, r := range requests {
+					if r.uri != "/subscribe/ci/responses" {
+						t.Fatalf("reported to %q", r.uri)
+					}
+					list := readReports(t, r.body)
+					if len(list) > 1 && len(r.body) > reportBatch {
+						t.Errorf("%d reports of %d bytes in one request", len(list), len(r.body))
+					}
+					for _, one := range list {
+						if one.Status != 200 || len(one.Body) != tc.body {
+							t.Fatalf("reported %d and %d bytes on %q", one.Status, len(one.Body), one.id)
+						}
+						if i%5 != 2 { // those were answered 503
+							times[one.id]++
+						}
+					}
+				}
+				for n := range events {
+					if k := times[strconv.Itoa(n)]; k != 1 {
+						t.Errorf("event %d was reported %d times", n, k)
+					}
+				}
+				if most.Load() > reportsAtOnce {
+					t.Errorf("%d requests at a time", most.Load())
+				}
+				if n := len(requests); n > tc.most*5/4+1 {
+					t.Errorf("%d requests, want %d and those that failed", n, tc.most)
+				}
+			})
+		})
+	}
+}
+
+// TestReportsEndWithTheirTime: each report of a request that fails is given up
+// when its own sender's time is over, and not before.
+func TestReportsEndWithTheirTime(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		var taken atomic.Bool
+		w.reply = func(int) int {
+			if taken.Load() {
+				return 204
+			}
+			return 503
+		}
+		f := w.steady(nil)
+		f.send(asking("short", 5*time.Second), asking("long", 30*time.Second))
+		time.Sleep(20 * time.Second)
+		if n := w.Reports.Load(); n != 0 {
+			t.Fatalf("%d reports are counted", n)
+		}
+		taken.Store(true)
+		w.until("the other one is taken", func() bool { return w.Reports.Load() == 1 })
+		last := map[string]time.Duration{}
+		for _, r := range w.reported() {
+			for _, one := range readReports(t, r.body) {
+				last[one.id] = r.at.Sub(f.at)
+			}
+		}
+		if last["short"] > 5*time.Second || last["short"] < 3*time.Second || last["long"] < 20*time.Second {
+			t.Errorf("last reported after %v", last)
+		}
+		if given := w.log.lines("report given up"); len(given) != 1 || given[0]["event"] != "short" {
+			t.Errorf("given up: %v", given)
+		}
+	})
+}
+
+// How old events are.
+
+// aged is a webhook that is so old by the clock of its replica, whose offset
+// to ours is skew.
+func aged(replica string, age, skew time.Duration) *Webhook {
+	return &Webhook{ID: newID(replica), Time: time.Now().Add(skew - age)}
+}
+
+// TestClocks: the age of an event is found although every replica has a clock
+// of its own, and drifts.
+func TestClocks(t *testing.T) {
+	names := make([]string, clocksLimit+10)
+	for i := range names {
+		names[i] = newReplica()
+	}
+	check := func(t *testing.T, what string, got, want, off time.Duration) {
+		t.Helper()
+		if got < want-off || got > want+off {
+			t.Errorf("%s is %v old, want %v", what, got, want)
+		}
+	}
+	t.Run("skew", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			c := &clocks{began: time.Now()}
+			skews := []time.Duration{0, time.Hour, -time.Hour, -20 * time.Second, 10 * 365 * 24 * time.Hour}
+			for i, skew := range skews {
+				check(t, "the first", c.age(aged(names[i], 0, skew)), 0, 0)
+			}
+			for i, skew := range skews {
+				time.Sleep(time.Second)
+				check(t, "one on its way for long", c.age(aged(names[i], 7*time.Second, skew)), 7*time.Second, time.Millisecond)
+				check(t, "the next", c.age(aged(names[i], 0, skew)), 0, time.Millisecond)
+			}
+			if c.age(aged(names[0], -time.Minute, 0)) != 0 || c.age(aged(names[0], 0, 0)) != time.Minute {
+				t.Error("the youngest is no measure")
+			}
+		})
+	})
+	t.Run("an old one first", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			c := &clocks{began: time.Now()}
+			check(t, "the first", c.age(aged(names[0], 5*time.Second, time.Hour)), 0, 0) // nobody can know better
+			check(t, "a younger one", c.age(aged(names[0], time.Second, time.Hour)), 0, 0)
+			check(t, "an old one again", c.age(aged(names[0], 5*time.Second, time.Hour)), 4*time.Second, time.Millisecond)
+		})
+	})
+	t.Run("drift", func(t *testing.T) {
+		for _, rate := range []float64{100e-6, -100e-6} { // more than any quartz
+			synctest.Test(t, func(t *testing.T) {
+				c := &clocks{began: time.Now()}
+				drift := func() time.Duration { return time.Duration(rate * float64(time.Since(c.began))) }
+				for time.Since(c.began) < 24*time.Hour {
+					c.age(aged(names[0], 0, drift()))
+					time.Sleep(10 * time.Second)
+					check(t, "an old one", c.age(aged(names[0], 3*time.Second, drift())), 3*time.Second, 100*time.Millisecond)
+				}
+			})
+		}
+	})
+	t.Run("windows", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			c := &clocks{began: time.Now()}
+			c.age(aged(names[0], 0, 0))
+			time.Sleep(ageWindow + time.Second)
+			check(t, "the first of a window", c.age(aged(names[0], 4*time.Second, 0)), 4*time.Second, time.Millisecond)
+			check(t, "the second", c.age(aged(names[0], 5*time.Second, 0)), 5*time.Second, time.Millisecond)
+			// The replica's clock is set back: its events look old, but not for long.
+			var last time.Duration
+			for began := time.Now(); time.Since(began) < 2*ageWindow+time.Minute; time.Sleep(time.Second) {
+				if c.age(aged(names[0], 0, -time.Minute)) > 0 {
+					last = time.Since(began)
+				}
+			}
+			if last > 2*ageWindow+2*time.Second {
+				t.Errorf("events look old for %v after the clock was set", last)
+			}
+			// And forth: they never do.
+			check(t, "from a clock set forth", c.age(aged(names[0], 0, time.Hour)), 0, 0)
+			check(t, "the next", c.age(aged(names[0], 2*time.Second, time.Hour)), 2*time.Second, time.Millisecond)
+		})
+	})
+	t.Run("a source that makes up replicas", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			c := &clocks{began: time.Now()}
+			for range 100 {
+				for _, name := range names {
+					c.age(aged(name, 0, 0))
+				}
+				if len(c.offset) > clocksLimit {
+					t.Fatalf("%d clocks are kept", len(c.offset))
+				}
+				c.age(&Webhook{ID: "x", Time: time.Unix(0, 0)})
+				c.age(&Webhook{ID: "y", Time: time.UnixMilli(1 << 62)}) // wherever that is
+			}
+			last := names[len(names)-1]
+			check(t, "one of the last", c.age(aged(last, time.Second, 0)), time.Second, time.Millisecond)
+		})
+	})
+}
+
+// TestOverdue: an event whose sender has been answered is not forwarded, nor
+// reported; one that is late is given what is left; one for which nobody waits
+// is never too old.
+func TestOverdue(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		w.respond = func(_ http.ResponseWriter, r *http.Request, _ int) {
+			if r.Header.Get("X-Relay-Event-Id") == "late" {
+				<-r.Context().Done()
+			}
+		}
+		f := w.steady(nil)
+		send := func(id string, age, timeout time.Duration) {
+			h := bodyHook(id, timeout)
+			h.Time = h.Time.Add(time.Hour - age) // a replica whose clock is an hour ahead
+			f.send(frameOf(eventOf("ci", h)))
+			synctest.Wait()
+		}
+		send("fresh", 0, 9*time.Second)
+		send("over", 9001*time.Millisecond, 9*time.Second)
+		send("nobody", 9001*time.Millisecond, 0)
+		if n := w.Overdue.Load(); n != 1 || len(w.log.lines("event is over, its sender has been answered")) != 1 {
+			t.Errorf("%d events are counted", n)
+		}
+		sent := time.Now()
+		send("late", 5*time.Second, 9*time.Second)
+		w.until("three reports", func() bool { return w.Reports.Load() == 3 })
+		report := w.reported()[2]
+		if list := readReports(t, report.body); len(list) != 1 || list[0].id != "late" || list[0].Err != answerTimeout {
+			t.Errorf("reported %+v", list)
+		}
+		at(t, "reported", report.at.Sub(sent), 3500*time.Millisecond)
+		if got := w.ids(); !slices.Equal(got, []string{"fresh", "nobody", "late"}) {
+			t.Errorf("forwarded %q", got)
+		}
+		// It is new when it comes again in time: the server gave it to us once more.
+		send("over", time.Second, 9*time.Second)
+		if got := w.ids(); got[len(got)-1] != "over" {
+			t.Errorf("forwarded %q", got)
+		}
+	})
+}
+
 // TestReportHangs: a report whose connection says nothing is given up after its
 // own time and sent again over another one.
 func TestReportHangs(t *testing.T) {

@@ -201,6 +201,7 @@ func TestMetricsOfHeld(t *testing.T) {
 			l.close()
 			<-l.done
 		}
+		synctest.Wait()
 		hold(t.Context())
 		if got := <-told; got.status != 503 {
 			t.Errorf("answer %+v, want 503", got)

@@ -32,6 +32,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/gomodule/redigo/redis"
 )
@@ -1741,6 +1742,54 @@ func TestHeldBytesOverReplicas(t *testing.T) {
 	g.open()
 	expectAnswer(t, here, 201)
 	expectAnswer(t, there, 201)
+}
+
+// TestFormsOverReplicas has a reader of each form at each replica. All get what
+// either replica took, as far as their form can tell it.
+func TestFormsOverReplicas(t *testing.T) {
+	a, b := startReplicas(t, startRedis(t), "SERVER_MAX_PAYLOAD_SIZE_LIMIT=3mb")
+	var feeds []*feed
+	for _, p := range []*program{a, b} {
+		feeds = append(feeds, openFeed(t, p, "ci", "X-Relay-Features", "http"), openFeed(t, p, "ci"))
+	}
+	bodies := payloads()
+	for _, piece := range []string{"\x01", "\n", "\r", "\"", "x"} { // each as large as may be
+		bodies = append(bodies, bytes.Repeat([]byte(piece), 3<<20))
+	}
+	for i, body := range bodies {
+		p := []*program{a, b}[i%2]
+		status, _, header := send(t, "PUT", webhookURL(p, "ci", "a%2Fb//c;d?x=1;y=2&sig=%zz"), string(body), "X-Latin1", everyByte[0x80:], "X-Dup", "b", "X-Dup", "a", "X-Empty", "")
+		if status != 200 {
+			t.Fatalf("body %d: status %d", i, status)
+		}
+		want := &Webhook{Method: "PUT", Path: "/webhooks/ci/a%2Fb//c;d", Query: "?x=1;y=2&sig=%zz", Body: body, Mode: modeAccept}
+		for n, f := range feeds {
+			got := f.next(t)
+			if n == 0 {
+				want.ID, want.Time = got.ID, got.Time
+			}
+			if id := header.Get("X-Relay-Event-Id"); id != "" && got.ID != id {
+				t.Errorf("event %q, its sender was told %q", got.ID, id)
+			}
+			want.Headers = got.Headers
+			if n%2 == 1 {
+				legacy := *want
+				if legacy.Method, legacy.Mode = "POST", ""; !utf8.Valid(body) {
+					legacy.Body = nil
+				}
+				sameWebhook(t, got, &legacy)
+			} else {
+				sameWebhook(t, got, want)
+			}
+			fields := map[string][]string{}
+			for _, h := range got.Headers {
+				fields[h.Name] = h.Values
+			}
+			if !slices.Equal(fields["X-Latin1"], []string{everyByte[0x80:]}) || !slices.Equal(fields["X-Dup"], []string{"b", "a"}) || !slices.Equal(fields["X-Empty"], []string{""}) {
+				t.Fatalf("reader %d got the headers %q", n, got.Headers)
+			}
+		}
+	}
 }
 
 // TestReportsOverReplicas forges reports of an event at both replicas. The

@@ -29,6 +29,7 @@ import (
 	"net/http/httptest"
 	"net/http/httputil"
 	"net/netip"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -593,6 +594,7 @@ func TestFidelity(t *testing.T) {
 		{"characters beyond the basic plane", webhook("😀\U0010FFFF", "Content-Type: text/plain")},
 		{"quotes and backslashes", webhook(`"\u0000\"<>&'`, "Content-Type: text/plain")},
 		{"3 MiB of binary, the default limit", webhook(strings.Repeat(everyByte, 3<<20/256))},
+		{"3 MiB of newlines", webhook(strings.Repeat("\n", 3<<20), "Content-Type: text/plain")},
 		{"3 MiB of control characters", webhook(strings.Repeat("\x01", 3<<20), "Content-Type: text/plain")},
 
 		// Methods, with and without a body.
@@ -1918,6 +1920,40 @@ func TestStreamForLegacyClient(t *testing.T) {
 	wire(t, server.addr, compose("POST /webhooks/m HTTP/1.1", ""))
 	if m := s.message(t); m["body"] != "" || !reflect.DeepEqual(m["query"], object{}) || m["headers"].(object)["content-length"] != "0" {
 		t.Errorf("empty webhook is %v", m)
+	}
+
+	// It builds its URL from query, which has to hold what it can make a query of.
+	for query, want := range map[string]string{
+		"?labels=bug;urgent&n=1": "labels=bug%3Burgent&n=1", "?a=1&b=2&b=3": "a=1&b=2&b=3", "?sig=%zz&x": "sig=%25zz&x=", "?caf%C3%A9=%E9": "caf%C3%A9=%25E9", "": "", "?": "", "?&=": "=",
+	} {
+		wire(t, server.addr, compose("POST /webhooks/m/x"+query+" HTTP/1.1", "{}"))
+		values := url.Values{}
+		for key, value := range s.message(t)["query"].(object) {
+			switch value := value.(type) {
+			case string:
+				values.Add(key, value)
+			case []any:
+				for _, v := range value {
+					values.Add(key, v.(string))
+				}
+			}
+		}
+		if got := values.Encode(); got != want {
+			t.Errorf("%q reaches its target as %q, want %q", query, got, want)
+		}
+	}
+
+	// The sample of its own server.
+	wire(t, server.addr, "POST /webhooks/m/push-github?a=1&b=2&b=3 HTTP/1.1\r\nHost: 127.0.0.1:3000\r\nUser-Agent: probe/1.0\r\nContent-Type: application/json\r\nX-Dup: one, two\r\nSet-Cookie: s1\r\nSet-Cookie: s2\r\nCookie: c1; c2\r\nContent-Length: 13\r\n\r\n{\"test\":true}")
+	const sample = `{"headers":{"host":"127.0.0.1:3000","user-agent":"probe/1.0","content-type":"application/json","x-dup":"one, two","set-cookie":["s1","s2"],"cookie":"c1; c2","content-length":"13"},"originalUrl":"/webhooks/m/push-github?a=1&b=2&b=3","path":"/webhooks/m/push-github","query":{"a":"1","b":["2","3"]},"body":"{\"test\":true}"}`
+	var theirs object
+	if err := json.Unmarshal([]byte(sample), &theirs); err != nil {
+		t.Fatal(err)
+	}
+	ours := s.message(t)
+	delete(ours, "timestamp")
+	if !reflect.DeepEqual(ours, theirs) {
+		t.Errorf("webhook is\n%v\nwant\n%v", ours, theirs)
 	}
 
 	// Heartbeats come while webhooks flow, named and with data, or the client

@@ -707,6 +707,7 @@ func TestEncodedBudget(t *testing.T) {
 				if got := post(t.Context(), rt, "POST", hooksURL, strings.Repeat("x", 850<<10)); got.body == relayError(503, "too many requests wait") {
 					t.Errorf("got %+v", got)
 				}
+				synctest.Wait()
 				if _, n := r.Held(); n != 0 {
 					t.Errorf("%d bytes are counted at the end", n)
 				}
@@ -741,6 +742,43 @@ func TestReportsBudget(t *testing.T) {
 			t.Errorf("%d bytes are counted at the end", n)
 		}
 	})
+}
+
+// TestManyReports: one request ends as many held requests as it reports on, in
+// either mode, and the rest of it is taken whatever stands between.
+func TestManyReports(t *testing.T) {
+	for _, mode := range []string{modeStatus, modeResponse} {
+		relayTest(t, nil, []string{"RESPONSE_MODE=" + mode}, func(t *testing.T, r *relay) {
+			stream := listen(t, r.rt, streamURL, append([]string{"X-Relay-Client", "c"}, features...)...)
+			const n = 50
+			told := map[string]<-chan outcome{}
+			var body strings.Builder
+			for i := range n {
+				c := r.posted()
+				id := stream.next(t, i+1).id
+				told[id] = c
+				answer := Answer{Status: 200 + i, Body: []byte(id)}
+				if answer.Status == http.StatusNoContent {
+					answer.Body = nil
+				}
+				body.WriteString(reportOf(newID(newReplica()), Answer{Status: 200}) + reportOf(id, answer) + reportOf(newID(r.opts.Replica), Answer{Err: answerTimeout}))
+			}
+			got := post(t.Context(), r.rt, "POST", reportsURL, body.String(), "X-Relay-Client", "c")
+			if got.status != 204 || got.body != "" {
+				t.Errorf("got %+v", got)
+			}
+			statuses := map[int]bool{}
+			for id, c := range told {
+				a := <-c
+				if statuses[a.status] = true; mode == modeResponse && a.status != 204 && a.body != id || mode == modeStatus && a.body != "" {
+					t.Errorf("the sender of %s got %+v", id, a)
+				}
+			}
+			if len(statuses) != n || !statuses[200] || !statuses[200+n-1] {
+				t.Errorf("senders got %v", statuses)
+			}
+		})
+	}
 }
 
 // TestAnswersCount: an answer counts while its request is held.
@@ -831,6 +869,122 @@ func TestStreamBytes(t *testing.T) {
 	}
 }
 
+// TestLastChunk: a stream that ends in order is complete, and any other is seen
+// to be cut.
+func TestLastChunk(t *testing.T) {
+	for _, tt := range []struct {
+		reason   error
+		complete bool
+	}{{errShutdown, true}, {errStreamAge, true}, {errMovedAway, true}, {errRevoked, false}, {errStuck, false}, {errReplaced, false}, {errOverdue, false}} {
+		inBubble(t, func(t *testing.T) {
+			p := newPipes()
+			r := newRig(t, p)
+			req, _ := http.NewRequestWithContext(t.Context(), "GET", streamURL, nil)
+			resp, err := p.transport(t, false).RoundTrip(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer resp.Body.Close()
+			ended := make(chan error)
+			go func() {
+				_, err := io.Copy(io.Discard, resp.Body)
+				ended <- err
+			}()
+			synctest.Wait()
+			for _, sub := range r.hub.Subscribers() {
+				if tt.complete {
+					r.hub.Finish(sub, tt.reason)
+				} else {
+					r.hub.Leave(sub, tt.reason)
+				}
+			}
+			if err := <-ended; (err == nil) != tt.complete {
+				t.Errorf("%v: the stream ends with %v", tt.reason, err)
+			}
+		})
+	}
+}
+
+// TestWholeChunks reads as programs do that ask for a whole chunk at a time
+// (Python's requests): they see every event the moment it comes, none waits for
+// the next.
+func TestWholeChunks(t *testing.T) {
+	for features, name := range map[string]string{"": "message", "X-Relay-Features: http\r\n": "webhook"} {
+		inBubble(t, func(t *testing.T) {
+			p := newPipes()
+			r := newRig(t, p)
+			rt := p.transport(t, false)
+			conn := p.connect(t)
+			chunks := make(chan string)
+			go func() { // ends with the stream
+				defer close(chunks)
+				b := bufio.NewReader(conn)
+				for line := ""; line != "\r\n"; {
+					line, _ = b.ReadString('\n')
+				}
+				for {
+					size, err := b.ReadString('\n')
+					if err != nil {
+						return
+					}
+					n, err := strconv.ParseUint(strings.TrimSuffix(size, "\r\n"), 16, 31)
+					if err != nil {
+						t.Errorf("size of a chunk: %v", err)
+						return
+					}
+					chunk := make([]byte, n+2)
+					if _, err := io.ReadFull(b, chunk); err != nil || string(chunk[n:]) != "\r\n" {
+						t.Errorf("chunk %q, %v", chunk, err)
+						return
+					}
+					chunks <- string(chunk[:n])
+				}
+			}()
+			io.WriteString(conn, "GET /subscribe/ci HTTP/1.1\r\nHost: relay\r\n"+features+"\r\n")
+			next := func(want ...string) {
+				t.Helper()
+				select {
+				case chunk := <-chunks:
+					var names []string
+					for _, e := range byTheBook([]byte(chunk)) {
+						names = append(names, e.name)
+					}
+					if !slices.Equal(names, want) || !strings.HasSuffix(chunk, "\n\n") {
+						t.Errorf("a chunk holds %q, want %q", names, want)
+					}
+				case <-time.After(time.Millisecond):
+					t.Fatalf("no chunk with %q", want)
+				}
+			}
+			next("ready")
+			for range 3 {
+				if got := post(t.Context(), rt, "POST", hooksURL, strings.Repeat("line\n", 100)); got.status != 200 {
+					t.Fatal(got)
+				}
+				next(name)
+			}
+			for range 4 { // while nobody takes the first, the second is being written
+				post(t.Context(), rt, "POST", hooksURL, everyByte)
+			}
+			synctest.Wait()
+			next(name)
+			next(name)
+			next(name, name)
+			time.Sleep(5 * time.Second)
+			next("heartbeat")
+			for _, sub := range r.hub.Subscribers() {
+				r.hub.Finish(sub, errShutdown)
+			}
+			if chunk := <-chunks; chunk != "" {
+				t.Errorf("the last chunk holds %q", chunk)
+			}
+			if _, more := <-chunks; more {
+				t.Error("the last chunk was not the last")
+			}
+		})
+	}
+}
+
 // countingListener counts what is written to its connections.
 type countingListener struct {
 	*pipes
@@ -885,7 +1039,8 @@ func TestBurstIsOneWrite(t *testing.T) {
 					deliver(n + 1)
 				}
 				time.Sleep(7 * time.Second) // a heartbeat waits as well
-				got := newParser(httputil.NewChunkedReader(conn))
+				var raw bytes.Buffer
+				got := newParser(httputil.NewChunkedReader(io.TeeReader(conn, &raw)))
 				for n := range tt.events + 1 {
 					if m, err := got.next(); err != nil || m.id != strconv.Itoa(n) {
 						t.Fatalf("event %d: %q, %v", n, m.id, err)
@@ -897,6 +1052,9 @@ func TestBurstIsOneWrite(t *testing.T) {
 				synctest.Wait()
 				if n := l.writes.Load() - before; n != tt.writes {
 					t.Errorf("%d events took %d writes, want %d", tt.events, n, tt.writes)
+				}
+				if n := len(regexp.MustCompile("(^|\n\r\n)[0-9a-f]{8}\r\n").FindAllIndex(raw.Bytes(), -1)); n != int(tt.writes)+1 {
+					t.Errorf("%d chunks, want one a write", n)
 				}
 			})
 		})
@@ -1098,8 +1256,8 @@ func TestEventMemoryIsNotShared(t *testing.T) {
 	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
 		newRig(t, p)
 		var streams []*listener
-		for range 4 {
-			streams = append(streams, listen(t, rt, streamURL))
+		for range 2 {
+			streams = append(streams, listen(t, rt, streamURL), listen(t, rt, streamURL, features...))
 		}
 		stalled, _ := http.NewRequestWithContext(t.Context(), "GET", streamURL, nil)
 		resp, err := rt.RoundTrip(stalled)
@@ -2712,7 +2870,7 @@ func goroutines() (n int, stacks []byte) {
 // reaches the sender.
 func TestReports(t *testing.T) {
 	relayTest(t, nil, []string{"AUTH_TOKENS_FILE=" + tokensFile(t, "ci secret\nother else\n")}, func(t *testing.T, r *relay) {
-		stream := listen(t, r.rt, streamURL, append([]string{"X-Auth-Token", "secret"}, features...)...)
+		stream := listen(t, r.rt, streamURL, append([]string{"X-Auth-Token", "secret", "X-Relay-Client", "ours"}, features...)...)
 		answer := r.posted()
 		id := stream.next(t, 1).id
 		ok := reportOf(id, Answer{Status: 200, Headers: []Header{{"X-A", []string{"1"}}}, Body: []byte("answered")})
@@ -3855,22 +4013,26 @@ func webhookRequest(body []byte) []byte {
 
 const subscribeRequest = "GET /subscribe/bench/ HTTP/1.1\r\nHost: relay.example.com\r\nAccept: text/event-stream\r\nX-Relay-Features: http\r\n\r\n"
 
-// frameLength is how many bytes of the stream the request takes as an event.
-func frameLength(request []byte) int {
+// eventOfRequest is the event that the request becomes.
+func eventOfRequest(request []byte) *Event {
 	r, _ := http.ReadRequest(bufio.NewReader(bytes.NewReader(request)))
 	body, _ := io.ReadAll(r.Body)
-	e := eventOf("bench", &Webhook{
-		ID: newID(testReplica), Method: r.Method, Path: r.URL.Path, Body: body, Time: time.Now(),
+	return eventOf("bench", &Webhook{
+		ID: newID(testReplica), Method: r.Method, Path: r.URL.Path, Body: body, Time: time.Now(), Mode: modeAccept,
 		Headers: append(endToEnd(r.Header), Header{"Host", []string{r.Host}}),
 	})
-	return len(block(e.chunk))
 }
 
-// bareHandler writes frame to every subscriber for each request that it reads.
+// frameLength is how many bytes of the stream the request takes as an event.
+func frameLength(request []byte) int { return len(block(eventOfRequest(request).chunk)) }
+
+// bareHandler writes frame to every subscriber for each request that it reads,
+// or what encode makes of it.
 type bareHandler struct {
-	frame []byte
-	mu    sync.Mutex // a frame is not cut by another one
-	conns []net.Conn
+	frame  []byte
+	encode func(r *http.Request, body []byte) []byte
+	mu     sync.Mutex // a frame is not cut by another one
+	conns  []net.Conn
 }
 
 func (h *bareHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -3885,10 +4047,15 @@ func (h *bareHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		h.mu.Unlock()
 		return
 	}
+	frame := h.frame
+	if h.encode != nil {
+		body, _ := io.ReadAll(r.Body)
+		frame = h.encode(r, body)
+	}
 	io.Copy(io.Discard, r.Body)
 	h.mu.Lock()
 	for _, conn := range h.conns {
-		conn.Write(h.frame)
+		conn.Write(frame)
 	}
 	h.mu.Unlock()
 	w.WriteHeader(http.StatusOK)
@@ -3966,13 +4133,19 @@ func (u *unchunker) count(b []byte) (n int) {
 
 func newLoad(tb testing.TB, addr string, request []byte, senders, streams int) *load {
 	tb.Helper()
+	return newLoadOf(tb, addr, request, subscribeRequest, senders, streams)
+}
+
+// newLoadOf is newLoad with streams of another request.
+func newLoadOf(tb testing.TB, addr string, request []byte, subscribe string, senders, streams int) *load {
+	tb.Helper()
 	l := &load{tb: tb, request: request}
 	for range senders {
 		l.senders = append(l.senders, dial(tb, addr))
 	}
 	for range streams {
 		d := &discard{conn: dial(tb, addr), want: make(chan int), done: make(chan error)}
-		if _, err := io.WriteString(d.conn, subscribeRequest); err != nil {
+		if _, err := io.WriteString(d.conn, subscribe); err != nil {
 			tb.Fatal(err)
 		}
 		count := func(b []byte) int { return len(b) }
@@ -4072,8 +4245,9 @@ func duel(b *testing.B, unit string, n int, ours, bare func()) {
 // quiet keeps heartbeats out of the count of bytes.
 const quiet = "SERVER_HEARTBEAT_INTERVAL=5m"
 
-// benchmarkStreams is n webhooks with such a body by 8 senders to that many streams.
-func benchmarkStreams(b *testing.B, unit string, body, streams, n int) {
+// benchmarkStreams is n webhooks with such a body by senders to that many
+// streams; with strictly, each is sent when all streams have the one before.
+func benchmarkStreams(b *testing.B, unit string, body, senders, streams, n int, strictly bool) {
 	request := webhookRequest(githubBody(body))
 	frame := frameLength(request)
 	l, bl := loopback(b), loopback(b)
@@ -4085,17 +4259,79 @@ func benchmarkStreams(b *testing.B, unit string, body, streams, n int) {
 			conn.Close()
 		}
 	})
-	const senders = 8
 	ours := newLoad(b, l.Addr().String(), request, senders, streams)
 	theirs := newLoad(b, bl.Addr().String(), request, senders, streams)
-	duel(b, unit, n, func() { ours.run(n, frame) }, func() { theirs.run(n, frame) })
+	run := func(l *load) func() {
+		if strictly {
+			return times(n, func() { l.run(1, frame) })
+		}
+		return func() { l.run(n, frame) }
+	}
+	duel(b, unit, n, run(ours), run(theirs))
 }
 
 // BenchmarkIngest is a 10 KiB push event by 8 senders to 1 subscriber.
-func BenchmarkIngest(b *testing.B) { benchmarkStreams(b, "request", 10<<10, 1, 2000) }
+func BenchmarkIngest(b *testing.B) { benchmarkStreams(b, "request", 10<<10, 8, 1, 2000, false) }
 
-// BenchmarkFanout is 1 KiB events to 500 subscribers.
-func BenchmarkFanout(b *testing.B) { benchmarkStreams(b, "event", 1<<10, 500, 160) }
+// BenchmarkFanout is 1 KiB events to 500 subscribers: as fast as they come, and
+// each when all have the one before.
+func BenchmarkFanout(b *testing.B) {
+	b.Run("bursts", func(b *testing.B) { benchmarkStreams(b, "event", 1<<10, 8, 500, 160, false) })
+	b.Run("strictly", func(b *testing.B) { benchmarkStreams(b, "event", 1<<10, 1, 500, 160, true) })
+}
+
+// BenchmarkLegacy is for a subscriber that announces nothing: making the form
+// that it reads, beside encoding/json alone; and a 10 KiB push event by 8 senders
+// to one of them, beside net/http with encoding/json.
+func BenchmarkLegacy(b *testing.B) {
+	request := webhookRequest(githubBody(10 << 10))
+	wire := eventOfRequest(request).wire
+	event := func() *Event {
+		e, err := openEvent("bench", wire)
+		if err != nil {
+			b.Fatal(err)
+		}
+		return e
+	}
+	e := event()
+	w, err := decodeOwn("webhook", e.ID, onlyMessage(b, block(e.chunk)).data)
+	if err != nil {
+		b.Fatal(err)
+	}
+	plain := plainOf(w)
+	b.Run("form", func(b *testing.B) {
+		duel(b, "event", 200, times(200, func() { event().legacyChunk() }), times(200, func() { json.Marshal(plain) }))
+	})
+	b.Run("stream", func(b *testing.B) {
+		const n = 1000
+		encode := func(r *http.Request, body []byte) []byte {
+			hook := plain
+			hook.Headers, hook.Body = map[string]string{}, string(body)
+			for name, values := range r.Header {
+				hook.Headers[strings.ToLower(name)] = values[0]
+			}
+			data, _ := json.Marshal(hook)
+			return append(append([]byte("data: "), data...), "\n\n"...)
+		}
+		l, bl := loopback(b), loopback(b)
+		newRig(b, l, quiet)
+		r, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(request)))
+		if err != nil {
+			b.Fatal(err)
+		}
+		bare := &bareHandler{encode: encode}
+		serveOn(b, &http.Server{Handler: bare}, bl)
+		b.Cleanup(func() {
+			for _, conn := range bare.conns {
+				conn.Close()
+			}
+		})
+		legacy := strings.Replace(subscribeRequest, "X-Relay-Features: http\r\n", "", 1)
+		ours, frame := newLoadOf(b, l.Addr().String(), request, legacy, 8, 1), len(legacyFrame(e))
+		theirs, bareFrame := newLoadOf(b, bl.Addr().String(), request, legacy, 8, 1), len(encode(r, w.Body))
+		duel(b, "event", n, func() { ours.run(n, frame) }, func() { theirs.run(n, bareFrame) })
+	})
+}
 
 // bareMain is net/http with an event stream as its documentation would have
 // it, for BenchmarkIdleStream. It announces its address as the program does.
