@@ -546,14 +546,14 @@ func checkArrival(t testing.TB, base string, sent, got recorded) {
 // clients announce, so that they get the legacy form.
 func silenced(t testing.TB, server string) string {
 	t.Helper()
-	proxy := httputil.NewSingleHostReverseProxy(parseURL(t, "http://"+server))
 	transport := &http.Transport{}
 	t.Cleanup(transport.CloseIdleConnections)
-	proxy.Transport, proxy.FlushInterval, proxy.ErrorLog = transport, -1, log.New(io.Discard, "", 0)
-	direct := proxy.Director
-	proxy.Director = func(r *http.Request) {
-		direct(r)
-		r.Header.Del("X-Relay-Features")
+	proxy := &httputil.ReverseProxy{
+		Rewrite: func(r *httputil.ProxyRequest) {
+			r.SetURL(parseURL(t, "http://"+server))
+			r.Out.Header.Del("X-Relay-Features")
+		},
+		Transport: transport, FlushInterval: -1, ErrorLog: log.New(io.Discard, "", 0),
 	}
 	front := httptest.NewServer(proxy)
 	t.Cleanup(front.Close)

@@ -843,24 +843,25 @@ func TestStreamBytes(t *testing.T) {
 				for _, sub := range r.hub.Subscribers() {
 					r.hub.Finish(sub, errShutdown)
 				}
-				want := "HTTP/1.1 200 OK\r\nConnection: close\r\nDate: Sat, 01 Jan 2000 00:00:00 GMT\r\n" +
-					"Content-Type: text/event-stream\r\nCache-Control: no-cache, no-transform\r\nX-Accel-Buffering: no\r\n"
+				var want strings.Builder
+				want.WriteString("HTTP/1.1 200 OK\r\nConnection: close\r\nDate: Sat, 01 Jan 2000 00:00:00 GMT\r\n" +
+					"Content-Type: text/event-stream\r\nCache-Control: no-cache, no-transform\r\nX-Accel-Buffering: no\r\n")
 				chunked := tt.version == "1.1"
 				if chunked {
-					want += "Transfer-Encoding: chunked\r\n"
+					want.WriteString("Transfer-Encoding: chunked\r\n")
 				}
-				want += "\r\n"
+				want.WriteString("\r\n")
 				for _, block := range []string{"id: 0\nevent: ready\ndata: {\"heartbeatInterval\":5000}\n\n", "id: r-1\n" + tt.event, "event: heartbeat\ndata: {}\n\n", "event: heartbeat\ndata: {}\n\n"} {
 					if chunked {
 						block = fmt.Sprintf("%08x\r\n%s\r\n", len(block), block)
 					}
-					want += block
+					want.WriteString(block)
 				}
 				if chunked {
-					want += "0\r\n\r\n"
+					want.WriteString("0\r\n\r\n")
 				}
-				if s := <-got; s != want {
-					t.Errorf("got\n%q\nwant\n%q", s, want)
+				if s := <-got; s != want.String() {
+					t.Errorf("got\n%q\nwant\n%q", s, want.String())
 				}
 			})
 		})
