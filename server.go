@@ -1824,6 +1824,14 @@ func (s *Server) serveSubscribe(w http.ResponseWriter, r *http.Request, channel 
 		s.Rejected.refuse(w, r, errLimit)
 		return
 	}
+	s.mu.Lock()
+	leaving := s.leaving // since enter: then nobody asks this stream to move
+	s.mu.Unlock()
+	if leaving {
+		s.abandon(sub, errShutdown)
+		s.Rejected.refuse(w, r, errLeaving)
+		return
+	}
 	if !s.keys.Load().allows(channel, credential) { // revoked before the hub could evict it
 		s.abandon(sub, errRevoked)
 		s.Rejected.refuse(w, r, errToken)

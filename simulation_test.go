@@ -1409,7 +1409,10 @@ func (h *simHost) web() bool { return len(h.name) == replicaLength }
 
 // check is what must hold; live while processes still run.
 func (w *simWorld) check(live bool) {
-	for _, r := range w.replicas {
+	w.mu.Lock()
+	replicas := slices.Clone(w.replicas)
+	w.mu.Unlock()
+	for _, r := range replicas {
 		if r.dead.Load() {
 			continue
 		}
