@@ -387,8 +387,9 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 	if web.Shutdown(finish) != nil {
 		web.Close()
 	}
-	// What is told keeps its order, and goes out before what is sent after it.
-	bus.Send(finish, Signal{Kind: signalJoined, From: c.Server.Replica})
+	if bus.Check(finish) == nil { // what was told keeps its order, and goes out before what is sent after it
+		bus.Send(finish, Signal{Kind: signalJoined, From: c.Server.Replica})
+	}
 	stopProbes()
 	fail(nil)
 	parts.Wait()

@@ -4196,7 +4196,7 @@ func TestStripPrefix(t *testing.T) {
 // one that hangs do not stop the third, and each line and sample says its channel.
 func TestSeveralChannels(t *testing.T) {
 	t.Parallel()
-	server := startServer(t, "RESPONSE_MODE=accept, fine=status")
+	server := startServer(t, "RESPONSE_MODE=accept, fine=status", "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=1s")
 	release := make(chan struct{})
 	slow := newTarget(t, func(recorded) string { <-release; return ok200 })
 	fine := newTarget(t, nil)
@@ -4204,7 +4204,7 @@ func TestSeveralChannels(t *testing.T) {
 	down := loopback(t)
 	down.Close()
 	source := "http://" + server.addr + "/subscribe/"
-	client := start(t, "RELAY_MODE=client", "HEALTH_SERVICE_PORT=0", "RECONNECT_INTERVAL=50",
+	client := start(t, "RELAY_MODE=client", "HEALTH_SERVICE_PORT=0", "RECONNECT_INTERVAL=50", "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=1s",
 		"SOURCE_URL="+source+"down/, "+source+"slow,"+source+"fine/",
 		"TARGET_BASE_URL="+fine.url+", down=http://user:hunter2@"+down.Addr().String()+", slow="+slow.url+"/base",
 		"TARGET_STRIP_PREFIX=false, slow=true", "TARGET_CONCURRENCY=1")
