@@ -37,6 +37,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -4413,15 +4414,30 @@ func residentBytes(tb testing.TB, pid int) int64 {
 	return kb << 10
 }
 
-// BenchmarkStatusRoundTrip is the whole way in status mode: webhook, stream,
-// forward, report, answer; bare is a reverse proxy to the same target.
-func BenchmarkStatusRoundTrip(b *testing.B) {
+// BenchmarkStatusRoundTrip is webhook, stream, forward, report, answer, beside a
+// reverse proxy.
+func BenchmarkStatusRoundTrip(b *testing.B) { benchmarkRoundTrip(b, modeStatus) }
+
+// BenchmarkAcceptRoundTrip is webhook, answer, stream, forward until the target has
+// all, beside a reverse proxy; cpu is what all of it takes for one webhook.
+func BenchmarkAcceptRoundTrip(b *testing.B) { benchmarkRoundTrip(b, modeAccept) }
+
+// cpuTime is what this process has used.
+func cpuTime() time.Duration {
+	var u syscall.Rusage
+	syscall.Getrusage(syscall.RUSAGE_SELF, &u)
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+func benchmarkRoundTrip(b *testing.B, mode string) {
 	request := webhookRequest(githubBody(10 << 10))
 	for _, senders := range []int{1, 64} {
 		b.Run(fmt.Sprintf("senders=%d", senders), func(b *testing.B) {
 			l, bl, tl := loopback(b), loopback(b), loopback(b)
+			var arrived atomic.Int64
 			serveOn(b, &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				io.Copy(io.Discard, r.Body)
+				arrived.Add(1)
 			})}, tl)
 			target := &url.URL{Scheme: "http", Host: tl.Addr().String()}
 			proxy := httputil.NewSingleHostReverseProxy(target)
@@ -4429,7 +4445,7 @@ func BenchmarkStatusRoundTrip(b *testing.B) {
 			proxy.Transport = transport
 			b.Cleanup(transport.CloseIdleConnections)
 			serveOn(b, &http.Server{Handler: proxy}, bl)
-			newRig(b, l, quiet, "RESPONSE_MODE=status")
+			newRig(b, l, quiet, "RESPONSE_MODE="+mode)
 			client := newClientOf(b, "http://"+l.Addr().String()+"/subscribe/bench/", target.String())
 			ctx, cancel := context.WithCancel(context.Background())
 			done := make(chan struct{})
@@ -4444,7 +4460,21 @@ func BenchmarkStatusRoundTrip(b *testing.B) {
 			eventually(b, "ready", func() bool { return client.Check(b.Context()) == nil })
 			ours := newLoad(b, l.Addr().String(), request, senders, 0)
 			bare := newLoad(b, bl.Addr().String(), request, senders, 0)
-			duel(b, "request", 640, func() { ours.run(640, 0) }, func() { bare.run(640, 0) })
+			const n = 640
+			var cpu [2]time.Duration
+			runs := [2]int{}
+			run := func(side int, l *load) {
+				begin, want := cpuTime(), arrived.Load()+n
+				l.run(n, 0)
+				for arrived.Load() < want { // accept answers before
+					time.Sleep(50 * time.Microsecond)
+				}
+				cpu[side] += cpuTime() - begin
+				runs[side] += n
+			}
+			duel(b, "request", n, func() { run(0, ours) }, func() { run(1, bare) })
+			b.ReportMetric(float64(cpu[0].Microseconds())/float64(runs[0]), "cpu-µs/request")
+			b.ReportMetric(float64(cpu[1].Microseconds())/float64(runs[1]), "bare-cpu-µs/request")
 			for _, side := range []struct {
 				prefix string
 				took   []time.Duration
