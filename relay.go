@@ -145,6 +145,8 @@
 //	receipts                             1 s                                not waited for
 //	a client whose streams broke         10 s                               not waited for
 //	subscribers remembered as gone       16384                              the oldest forgotten
+//	leaving replicas that hand an event  5                                  lost: counted and logged
+//	to each other
 //	the bus taking a webhook             2 s, and 2.5 s once it is written  503
 //	answer to a provider                 70 s after its header; held:       connection closed
 //	                                     10 s after RESPONSE_TIMEOUT
