@@ -422,6 +422,8 @@ func (e *Event) size() int64 {
 	return int64(len(e.chunk))
 }
 
+// headerValues is how many values headers have, and headerBytes about how many
+// bytes they take.
 func headerValues(headers []Header) int {
 	n := 0
 	for _, h := range headers {
