@@ -422,6 +422,15 @@ func (e *Event) size() int64 {
 	return int64(len(e.chunk))
 }
 
+// valueCount is how many values the fields of h have.
+func valueCount(h map[string][]string) int {
+	n := 0
+	for _, values := range h {
+		n += len(values)
+	}
+	return n
+}
+
 // headerValues is how many values headers have, and headerBytes about how many
 // bytes they take.
 func headerValues(headers []Header) int {
@@ -973,12 +982,8 @@ func (rs *reports) next(wanted func(id string) bool) (id string, a Answer, err e
 	}
 	defer resp.Body.Close()
 	id, a.Status, a.Err = resp.Header.Get("X-Relay-Event-Id"), resp.StatusCode, resp.Header.Get("X-Relay-Error")
-	fields := 0
-	for _, values := range resp.Header {
-		fields += len(values)
-	}
 	switch {
-	case replicaOf(id) == "" || a.Status < 200 || a.Status > 599 || fields > fieldLimit+ownFields,
+	case replicaOf(id) == "" || a.Status < 200 || a.Status > 599 || valueCount(resp.Header) > fieldLimit+ownFields,
 		resp.ContentLength < 0 && len(resp.TransferEncoding) == 0 || resp.ContentLength > answerLimit,
 		!slices.Contains([]string{"", answerUnreachable, answerTimeout, answerTaken}, a.Err):
 		return "", a, errNoReport

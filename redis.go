@@ -239,7 +239,8 @@ func (b *RedisBus) Peers(ctx context.Context) ([]string, error) {
 	if err := b.Check(ctx); err != nil {
 		return nil, err
 	}
-	return b.askPeers(ctx)
+	peers, err := b.peersIn(b.do(ctx, "PUBSUB", "CHANNELS", b.peerPattern()))
+	return slices.Sorted(maps.Keys(peers)), err
 }
 
 // publish hands message to Redis and returns how many take it. It waits for a
@@ -855,19 +856,7 @@ func (s *session) do(cmd string, args ...any) (any, error) {
 
 // peers asks Redis which other replicas listen.
 func (s *session) peers() (map[string]bool, error) {
-	list, err := redis.Strings(s.do("PUBSUB", "CHANNELS", s.bus.peerPattern()))
-	if err != nil {
-		return nil, fmt.Errorf("ask redis for replicas: %w", err)
-	}
-	return s.bus.peersIn(list), nil
-}
-
-func (b *RedisBus) askPeers(ctx context.Context) ([]string, error) {
-	list, err := redis.Strings(b.do(ctx, "PUBSUB", "CHANNELS", b.peerPattern()))
-	if err != nil {
-		return nil, fmt.Errorf("ask redis for replicas: %w", err)
-	}
-	return slices.Sorted(maps.Keys(b.peersIn(list))), nil
+	return s.bus.peersIn(s.do("PUBSUB", "CHANNELS", s.bus.peerPattern()))
 }
 
 // peerPattern matches the channels of replicas
@@ -876,15 +865,19 @@ func (b *RedisBus) peerPattern() string {
 	return strings.NewReplacer(`\`, `\\`, "*", `\*`, "?", `\?`, "[", `\[`, "]", `\]`).Replace(b.opts.Prefix) + "@*"
 }
 
-// peersIn are the names of the other replicas in a list of channels.
-func (b *RedisBus) peersIn(list []string) map[string]bool {
+// peersIn are the names of the other replicas in a reply that lists channels.
+func (b *RedisBus) peersIn(reply any, err error) (map[string]bool, error) {
+	list, err := redis.Strings(reply, err)
+	if err != nil {
+		return nil, fmt.Errorf("ask redis for replicas: %w", err)
+	}
 	peers := map[string]bool{}
 	for _, name := range list {
 		if replica := strings.TrimPrefix(name, b.replicaName("")); replica != b.replica && len(replica) == replicaLength {
 			peers[replica] = true
 		}
 	}
-	return peers
+	return peers, nil
 }
 
 // keep works over conn, and over a new connection when that breaks. It ends with

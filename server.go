@@ -446,8 +446,8 @@ func (s *Server) serveWebhook(w http.ResponseWriter, r *http.Request, t *request
 		s.Refused.refuse(w, r, err)
 		return
 	}
-	h := &hold{event: event, mode: event.Mode}
-	if respond(h.mode) {
+	h := &hold{event: event}
+	if respond(event.Mode) {
 		h.done, h.claim = make(chan struct{}), claim
 	}
 	w.Header()["X-Relay-Event-Id"] = []string{event.ID}
@@ -461,7 +461,7 @@ func (s *Server) serveWebhook(w http.ResponseWriter, r *http.Request, t *request
 		s.Refused.refuse(w, r, err)
 		return
 	}
-	if respond(h.mode) {
+	if respond(event.Mode) {
 		s.answer(w, r, h)
 	}
 }
@@ -478,7 +478,7 @@ func (s *Server) admitWebhook(r *http.Request, t *requestTarget) *refusal {
 		return errInvalidPath
 	case checkQuery(t.Query) != nil:
 		return errQuery
-	case tooManyFields(r.Header):
+	case valueCount(r.Header) > fieldLimit:
 		return errFields
 	}
 	if s.opts.WebhooksAllowed != nil {
@@ -490,15 +490,6 @@ func (s *Server) admitWebhook(r *http.Request, t *requestTarget) *refusal {
 		return errTooLarge
 	}
 	return nil
-}
-
-// tooManyFields reports whether h has more values than a request may have.
-func tooManyFields(h map[string][]string) bool {
-	n := 0
-	for _, values := range h {
-		n += len(values)
-	}
-	return n > fieldLimit
 }
 
 // buffers are for request bodies until they are encoded, and for frames that
@@ -587,7 +578,6 @@ func (s *Server) capture(w http.ResponseWriter, r *http.Request, t *requestTarge
 // hold is one webhook that is not done. Server.mu guards it.
 type hold struct {
 	event   *Event
-	mode    string
 	line    *line
 	order   uint64        // among all holds: the oldest first
 	since   time.Time     // when it began
@@ -778,7 +768,7 @@ func (s *Server) published(h *hold, receivers int) {
 func (s *Server) heed(h *hold) {
 	now, size := time.Now(), holdCost+int64(len(h.event.wire))
 	switch {
-	case h.mode != modeAccept, !h.line.seen.IsZero() && now.Sub(h.line.seen) < s.opts.HoldTime:
+	case h.event.Mode != modeAccept, !h.line.seen.IsZero() && now.Sub(h.line.seen) < s.opts.HoldTime:
 	case now.Sub(s.unsure) < s.opts.HoldTime && s.strange+size <= s.budget.Limit/strangeShare:
 		h.strange = size
 		s.strange += size
@@ -1165,7 +1155,7 @@ func (s *Server) take(sig *Signal) {
 		s.log.Warn("webhook lost: no space for what was handed over", "channel", e.Channel, "event", e.ID)
 		return
 	}
-	e.claim = kept
+	e.claim, e.Mode = kept, modeAccept // nothing else is handed over
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.over || s.holds[e.ID] != nil {
@@ -1173,7 +1163,7 @@ func (s *Server) take(sig *Signal) {
 		return
 	}
 	orphan := sig.Client != "" // readers have it, and it would be done if no client had died
-	h := &hold{event: e, mode: modeAccept, readers: orphan, died: orphan}
+	h := &hold{event: e, readers: orphan, died: orphan}
 	s.keep(h)
 	h.line.seen, h.line.tried = time.Now(), time.Now() // look publishes it a little later: a report may be on its way
 	s.wait(h)
@@ -1329,7 +1319,7 @@ func (s *Server) drop(l *line, now time.Time) {
 	for q, seen := range map[*waiting]time.Time{&l.waiting: l.seen, &l.orphans: l.clients} {
 		for len(*q) > 0 {
 			h := (*q)[0]
-			if h.mode != modeAccept || h.publish || h.receipts > 0 || now.Sub(h.since) < s.opts.HoldTime || now.Sub(seen) < s.opts.HoldTime {
+			if h.event.Mode != modeAccept || h.publish || h.receipts > 0 || now.Sub(h.since) < s.opts.HoldTime || now.Sub(seen) < s.opts.HoldTime {
 				break
 			}
 			s.lost(h, "no client came in time")
@@ -1468,7 +1458,7 @@ func (s *Server) answer(w http.ResponseWriter, r *http.Request, h *hold) {
 	header := w.Header()
 	header["Content-Type"] = nil // net/http must not guess one
 	var said []byte
-	if h.mode == modeResponse {
+	if e.Mode == modeResponse {
 		public(header, answer.Headers, r.Header["Origin"] != nil)
 		said = answer.Body
 	}

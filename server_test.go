@@ -3152,7 +3152,7 @@ func TestHoldVerdict(t *testing.T) {
 				}
 				s.over = true // nothing is published again
 				w := &Webhook{ID: testID, Method: "POST", Path: "/webhooks/ci", Mode: mode, Timeout: time.Minute}
-				h := &hold{event: eventOf("ci", w), mode: mode}
+				h := &hold{event: eventOf("ci", w)}
 				if mode == modeStatus {
 					h.done = make(chan struct{})
 					h.claim, _ = s.budget.claim("ci", requestCost)
