@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	"math"
 	mathrand "math/rand/v2"
@@ -1359,6 +1360,7 @@ type Subscriber struct {
 	Write      func()   // writes what Take gives until that is nothing; runs in a goroutine of its own, one at a time
 
 	ID      string
+	Since   time.Time       // when it subscribed
 	Live    <-chan struct{} // closed once every replica's events reach it
 	Gone    atomic.Bool     // set before abort is called
 	Moving  atomic.Bool     // its client was asked to open another stream
@@ -1414,7 +1416,7 @@ func (h *Hub) Subscribe(s *Subscriber) error {
 		return errPerChannel
 	}
 	s.hub = h
-	s.ID = rand.Text()
+	s.ID, s.Since = rand.Text(), time.Now()
 	s.writing = true
 	if h.channels == nil {
 		h.channels, h.addresses = map[string]*hubChannel{}, map[netip.Addr]int{}
@@ -1490,6 +1492,24 @@ func (h *Hub) Subscribers() (list []*Subscriber) {
 		list = slices.AppendSeq(list, maps.Keys(c.subscribers))
 	}
 	return list
+}
+
+// Waiting is how many bytes wait for each subscriber of channel, for at most so
+// many of them, and how many there are.
+func (h *Hub) Waiting(channel string, most int) (waiting map[*Subscriber]int64, count int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	c := h.channels[channel]
+	if c == nil {
+		return nil, 0
+	}
+	waiting = map[*Subscriber]int64{}
+	for s := range c.subscribers {
+		if len(waiting) < most {
+			waiting[s] = s.bytes
+		}
+	}
+	return waiting, len(c.subscribers)
 }
 
 // Reason is why s ended; nil while it lives.
@@ -1780,4 +1800,95 @@ func (h *Hub) Check(ctx context.Context) error {
 	}
 	h.mu.Unlock()
 	return nil
+}
+
+// What servers and clients tell and count of webhooks.
+
+// Passage is one webhook as an operator sees it on one side: metadata alone. It
+// is made anew for each stage.
+type Passage struct {
+	Event   string    `json:"event,omitempty"`
+	Channel string    `json:"channel"`
+	Method  string    `json:"method,omitempty"`
+	Path    string    `json:"path,omitempty"` // as shown makes it
+	Time    time.Time `json:"time"`           // when it came
+	Bytes   int       `json:"bytes"`          // of its body
+	Status  int       `json:"status,omitempty"`
+	Attempt int       `json:"attempt,omitempty"`
+	Outcome string    `json:"outcome"`
+	Reason  string    `json:"reason,omitempty"`
+	MS      float64   `json:"ms"` // since it came; 0 while it is under way
+}
+
+// Outcomes of webhooks, at the server and at the client.
+const (
+	outcomeHeld     = "held" // not known yet
+	outcomeAccepted = "accepted"
+	outcomeAnswered = "answered"
+	outcomeRefused  = "refused"
+	outcomeLost     = "lost"
+
+	outcomeForwarding = "forwarding" // not known yet
+	outcomeForwarded  = "forwarded"
+	outcomeFailed     = "failed"
+)
+
+// became is p with its outcome, which is known now.
+func (p Passage) became(outcome, reason string) Passage {
+	p.Outcome, p.Reason, p.MS = outcome, reason, float64(time.Since(p.Time).Microseconds())/1e3
+	return p
+}
+
+// attrs is p for the log of its channel.
+func (p *Passage) attrs(more ...slog.Attr) []slog.Attr {
+	return append([]slog.Attr{
+		slog.String("event", p.Event), slog.String("method", p.Method), slog.String("path", p.Path),
+		slog.Int("bytes", p.Bytes), slog.Int("status", p.Status), slog.Int("attempt", p.Attempt), slog.Float64("ms", p.MS),
+	}, more...)
+}
+
+// shown is a path, or anything else that strangers choose, as it is logged: cut
+// where nobody reads on.
+func shown(s string) string {
+	if len(s) <= shownLimit {
+		return s
+	}
+	return strings.ToValidUTF8(s[:shownLimit], "") + "…"
+}
+
+// shownLimit is how many bytes of a path are shown.
+const shownLimit = 256
+
+// tally counts by a label whose values are fixed when it is made. It is safe for
+// concurrent use.
+type tally map[string]*atomic.Int64
+
+func newTally(values ...string) tally {
+	t := tally{}
+	for _, v := range values {
+		t[v] = new(atomic.Int64)
+	}
+	return t
+}
+
+// Histogram counts durations by how long they are. The zero value is ready; it
+// is safe for concurrent use.
+type Histogram struct {
+	counts [len(histogramBounds) + 1]atomic.Int64 // of those up to each bound, and of the rest
+	sum    atomic.Int64                           // nanoseconds
+}
+
+// histogramBounds are in seconds: what is fast is told apart, and what nears the
+// time limits.
+var histogramBounds = [...]float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60}
+
+// Observe counts d; less than nothing is nothing.
+func (h *Histogram) Observe(d time.Duration) {
+	d = max(d, 0)
+	i := 0
+	for i < len(histogramBounds) && d.Seconds() > histogramBounds[i] {
+		i++
+	}
+	h.counts[i].Add(1)
+	h.sum.Add(int64(d))
 }

@@ -130,6 +130,7 @@ type RedisBus struct {
 	mu      sync.Mutex
 	session *session            // guarded by mu, like all below; nil while Redis is away
 	back    chan struct{}       // closed while there is a session
+	cause   error               // why there is no session; nil: none was tried
 	refused error               // what Redis said to the last message, when it took none
 	noting  bool                // a session is there that will look at dirty
 	dirty   map[string]struct{} // channels whose subscription may have to change; empty without a session
@@ -185,6 +186,8 @@ func (b *RedisBus) Check(context.Context) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	switch {
+	case b.session == nil && b.cause != nil:
+		return fmt.Errorf("%w: %w", errBusDown, b.cause)
 	case b.session == nil:
 		return errBusDown
 	case b.refused != nil:
@@ -328,6 +331,9 @@ func (b *RedisBus) Run(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return nil
 		}
+		b.mu.Lock()
+		b.cause = err
+		b.mu.Unlock()
 		if worked || !told {
 			b.log.Error("redis is down", "err", err)
 			told = true

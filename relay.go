@@ -224,6 +224,7 @@ import (
 	"os"
 	"os/signal"
 	"regexp"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -277,7 +278,6 @@ func main() {
 		os.Exit(1)
 	})
 	if err := run(ctx, os.Environ(), os.Stderr); err != nil {
-		fmt.Fprintln(os.Stderr, "webhook-relay:", err)
 		if _, ok := errors.AsType[configError](err); ok {
 			os.Exit(2)
 		}
@@ -286,17 +286,26 @@ func main() {
 }
 
 // run is the whole program: it reads its configuration from environ, logs to
-// stderr, and returns once ctx has ended and everything is finished. A
-// configError means that it did not start.
-func run(ctx context.Context, environ []string, stderr io.Writer) error {
+// stderr, and returns once ctx has ended and everything is finished. Its error has
+// been logged; a configError means that it did not start.
+func run(ctx context.Context, environ []string, stderr io.Writer) (err error) {
 	c, warnings, err := loadConfig(environ)
-	if err != nil {
+	log := newLogger(c, stderr)
+	if mistakes, ok := errors.AsType[configError](err); ok {
+		for mistake := range strings.Lines(mistakes.text) {
+			log.Error("mistake in the configuration", "err", strings.TrimSuffix(mistake, "\n"))
+		}
+		log.Error("not started: the configuration has mistakes", "hint", "webhook-relay -help tells of every variable")
 		return err
 	}
-	log := newLogger(c, stderr)
+	defer func() {
+		if err != nil {
+			log.Error("failed", "err", err)
+		}
+	}()
 	log.Info("starting", "role", c.Role, "version", version, "settings", c.shown)
 	for _, w := range warnings {
-		log.Warn(w.message, "variable", w.variable)
+		log.Warn(w.message, w.attrs...)
 	}
 	if c.Role == "server" {
 		if c.Server.Token == "" && c.Server.TokensFile == "" {
@@ -326,15 +335,23 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 	if redisBus != nil {
 		redisBus.OnAlone = server.AskToMove
 	}
+	journal := &Journal{}
 	health := &Health{
-		Info:  map[string]string{"role": c.Role, "version": version},
-		Live:  hub.Check,
-		Ready: server.Check,
+		Info:    map[string]string{"role": c.Role, "version": version},
+		Checks:  []Check{{"hub", false, hub.Check}, {"server", true, server.Check}},
+		State:   func() any { return server.State() },
+		Journal: journal,
+	}
+	if redisBus != nil {
+		health.Checks = append(health.Checks, Check{"redis", true, redisBus.Check})
+	}
+	if c.Health {
+		server.Note = noteIn(journal)
 	}
 	web := webServer(server, log)
 	listener, err := net.Listen("tcp", net.JoinHostPort("", strconv.Itoa(c.Port)))
 	if err != nil {
-		return fmt.Errorf("listen for webhooks: %w", err)
+		return fmt.Errorf("listen for webhooks (SERVER_PORT): %w", err)
 	}
 	limited := limit(listener, c.Limits.Subscribers+extraConnections, c.Server.TrustedProxies)
 	web.ConnState = limited.state
@@ -409,27 +426,31 @@ func runClient(ctx context.Context, c *Config, log *slog.Logger) error {
 	for _, source := range c.Sources {
 		clients = append(clients, NewClient(c.clientOf(source), log))
 	}
-	all := func(check func(*Client, context.Context) error) Check {
-		return func(probe context.Context) error {
-			for _, client := range clients {
-				if err := check(client, probe); err != nil {
-					return fmt.Errorf("%s: %w", client.channel, err)
-				}
-			}
-			return nil
-		}
-	}
-	alive := all((*Client).Alive)
 	health := &Health{
-		Info: map[string]string{"role": c.Role, "version": version},
-		Live: func(probe context.Context) error {
+		Info:    map[string]string{"role": c.Role, "version": version},
+		Metrics: clientMetrics(clients),
+		State: func() any {
+			var state struct {
+				Streams []StreamState `json:"streams"`
+			}
+			for _, client := range clients {
+				state.Streams = append(state.Streams, client.State())
+			}
+			return state
+		},
+		Journal: &Journal{},
+	}
+	for _, client := range clients {
+		alive := func(probe context.Context) error {
 			if ctx.Err() != nil {
 				return nil // forwards are finishing
 			}
-			return alive(probe)
-		},
-		Ready:   all((*Client).Check),
-		Metrics: clientMetrics(clients),
+			return client.Alive(probe)
+		}
+		health.Checks = append(health.Checks, Check{"client " + client.channel, false, alive}, Check{"stream " + client.channel, true, client.Check})
+		if c.Health {
+			client.Note = noteIn(health.Journal)
+		}
 	}
 	stopProbes, err := serveHealth(c, health, log)
 	if err != nil {
@@ -444,6 +465,17 @@ func runClient(ctx context.Context, c *Config, log *slog.Logger) error {
 	stopProbes()
 	log.Info("stopped")
 	return nil
+}
+
+// noteIn keeps what servers and clients tell of webhooks in j.
+func noteIn(j *Journal) func(entry uint64, p Passage) uint64 {
+	return func(entry uint64, p Passage) uint64 {
+		if p.Outcome != outcomeHeld && p.Outcome != outcomeForwarding {
+			failed := p.Outcome != outcomeAccepted && p.Outcome != outcomeAnswered && p.Outcome != outcomeForwarded
+			j.Count(time.Since(p.Time), failed || p.Status >= 500)
+		}
+		return j.Put(entry, p)
+	}
 }
 
 // webServer is the http.Server for providers and subscribers.
@@ -492,7 +524,7 @@ func serveHealth(c *Config, health *Health, log *slog.Logger) (stop func(), err 
 	}
 	listener, err := net.Listen("tcp", net.JoinHostPort("", strconv.Itoa(c.HealthPort)))
 	if err != nil {
-		return nil, fmt.Errorf("listen for probes: %w", err)
+		return nil, fmt.Errorf("listen for probes (HEALTH_SERVICE_PORT): %w", err)
 	}
 	log.Info("health service listening", "addr", listener.Addr().String())
 	web := &http.Server{
@@ -505,9 +537,12 @@ func serveHealth(c *Config, health *Health, log *slog.Logger) (stop func(), err 
 	web.SetKeepAlivesEnabled(false) // a connection that is only there keeps a probe out
 	limited := limit(listener, probeConnections, nil)
 	web.ConnState = limited.state
+	looking, enough := context.WithCancel(context.Background())
 	var serving sync.WaitGroup
 	serving.Go(func() { web.Serve(limited) })
+	serving.Go(func() { health.Run(looking) })
 	return func() {
+		enough()
 		web.Close()
 		serving.Wait()
 	}, nil
@@ -705,69 +740,136 @@ func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	return c.pair, nil
 }
 
-// counter and gauge make the lines of /metrics.
+// Metrics. What may have several values has labels.
+
+// counter, gauge, and histogram are families of one value, and tallied one of a
+// value for each of label's.
 func counter(name, help string, v *atomic.Int64) Metric {
-	return Metric{name, "counter", help, v.Load}
+	return Metric{name, "counter", help, one(func() float64 { return float64(v.Load()) })}
 }
 
-func gauge(name, help string, v func() int64) Metric {
-	return Metric{name, "gauge", help, v}
+func gauge(name, help string, v func() float64) Metric { return Metric{name, "gauge", help, one(v)} }
+
+func histogram(name, help string, h *Histogram) Metric {
+	return Metric{name, "histogram", help, func(sample func(suffix, labels string, value float64)) { buckets(sample, "", h) }}
+}
+
+func tallied(name, help, label string, t tally) Metric {
+	return Metric{name, "counter", help, func(sample func(suffix, labels string, value float64)) {
+		for _, value := range slices.Sorted(maps.Keys(t)) {
+			sample("", fmt.Sprintf("%s=%q", label, value), float64(t[value].Load()))
+		}
+	}}
+}
+
+// buckets gives the samples of h; labels, when there are any, end in a comma.
+func buckets(sample func(suffix, labels string, value float64), labels string, h *Histogram) {
+	count := int64(0)
+	for i, bound := range histogramBounds {
+		count += h.counts[i].Load()
+		sample("_bucket", fmt.Sprintf("%sle=%q", labels, strconv.FormatFloat(bound, 'g', -1, 64)), float64(count))
+	}
+	count += h.counts[len(histogramBounds)].Load()
+	sample("_bucket", labels+`le="+Inf"`, float64(count))
+	sample("_sum", strings.TrimSuffix(labels, ","), time.Duration(h.sum.Load()).Seconds())
+	sample("_count", strings.TrimSuffix(labels, ","), float64(count))
+}
+
+// buildInfo says which build this is.
+var buildInfo = Metric{"relay_build_info", "gauge", "The build: version, and the version of Go.", func(sample func(suffix, labels string, value float64)) {
+	sample("", fmt.Sprintf("version=%q,goversion=%q", version, runtime.Version()), 1)
+}}
+
+// truth is 1 when check holds.
+func truth(check func(context.Context) error) float64 {
+	if check(context.Background()) != nil {
+		return 0
+	}
+	return 1
 }
 
 func serverMetrics(s *Server, hub *Hub, bus *RedisBus, d *door) []Metric {
-	metrics := []Metric{
-		counter("relay_webhooks_total", "Webhooks received.", &s.Webhooks),
-		counter("relay_webhooks_unheard_total", "Webhooks accepted in accept mode that reached no subscriber.", &s.Unheard),
-		counter("relay_webhooks_answered_total", "Held webhooks answered by the target.", &s.Answered),
-		counter("relay_webhooks_unanswered_total", "Held webhooks that ended without an answer.", &s.Unanswered),
-		counter("relay_webhooks_lost_total", "Webhooks accepted in accept mode that no client took in time.", &s.Lost),
+	list := []Metric{
+		buildInfo,
+		{"relay_webhooks_total", "counter", "Webhooks by what became of them: each is counted once, when that is known.", func(sample func(suffix, labels string, value float64)) {
+			sample("", `outcome="accepted",reason=""`, float64(s.Accepted.Load()))
+			sample("", `outcome="answered",reason=""`, float64(s.Answered.Load()))
+			for _, reason := range lostReasons {
+				sample("", fmt.Sprintf(`outcome="lost",reason=%q`, reason), float64(s.Lost[reason].Load()))
+			}
+			for _, reason := range webhookReasons {
+				sample("", fmt.Sprintf(`outcome="refused",reason=%q`, reason), float64(s.Refused[reason].Load()))
+			}
+		}},
+		histogram("relay_webhook_taken_seconds", "From a webhook's coming until a client has it, in accept mode.", &s.Taken),
+		histogram("relay_webhook_answer_seconds", "From a webhook's coming until the target's answer, in status and response mode.", &s.Replied),
+		gauge("relay_held_webhooks", "Webhooks held until a client has reported.", func() float64 { return float64(s.Held().Webhooks) }),
+		gauge("relay_held_bytes", "Bytes of webhooks that are held, read or queued.", func() float64 { return float64(s.Held().Bytes) }),
+		gauge("relay_held_limit_bytes", "Most bytes of webhooks that are held, read or queued.", func() float64 { return float64(s.Held().Limit) }),
 		counter("relay_events_delivered_total", "Events queued for subscribers.", &hub.Delivered),
 		counter("relay_events_full_total", "Times an event found a subscriber's queue full, and waited.", &hub.Full),
+		gauge("relay_subscribers", "Live streams.", func() float64 { n, _ := hub.Count(); return float64(n) }),
+		gauge("relay_channels", "Channels with subscribers.", func() float64 { _, n := hub.Count(); return float64(n) }),
+		tallied("relay_subscribers_refused_total", "Streams and reports that were refused.", "reason", s.Rejected),
 		counter("relay_subscribers_evicted_total", "Subscribers evicted because they were stuck.", &hub.Evicted),
 		counter("relay_heartbeats_total", "Heartbeats queued.", &s.Heartbeats),
-		gauge("relay_subscribers", "Live streams.", func() int64 { n, _ := hub.Count(); return int64(n) }),
-		gauge("relay_channels", "Channels with subscribers.", func() int64 { _, n := hub.Count(); return int64(n) }),
-		gauge("relay_held_webhooks", "Webhooks held until a client has reported.", func() int64 { n, _ := s.Held(); return int64(n) }),
-		gauge("relay_held_bytes", "Bytes of webhooks that are held, read or queued.", func() int64 { _, n := s.Held(); return n }),
-	}
-	for _, reason := range webhookReasons {
-		metrics = append(metrics, counter(fmt.Sprintf("relay_webhooks_refused_total{reason=%q}", reason),
-			"Webhooks answered with an error of the relay before they were published.", s.Refused[reason]))
-	}
-	for _, reason := range subscriberReasons {
-		metrics = append(metrics, counter(fmt.Sprintf("relay_subscribers_refused_total{reason=%q}", reason),
-			"Streams and reports that were refused.", s.Rejected[reason]))
-	}
-	metrics = append(metrics,
-		gauge("relay_connections", "Connections to the port for webhooks and streams.", d.Open.Load),
+		gauge("relay_connections", "Connections to the port for webhooks and streams.", func() float64 { return float64(d.Open.Load()) }),
 		counter("relay_connections_closed_total", "Connections closed because there was no place, or to make one.", &d.Closed),
-	)
+	}
 	if bus != nil {
-		metrics = append(metrics,
+		list = append(list,
+			gauge("relay_redis_up", "1 while the replica is connected to Redis.", func() float64 { return truth(bus.Check) }),
 			counter("relay_redis_sessions_total", "Times the connection to Redis came up.", &bus.Sessions),
 			counter("relay_redis_received_total", "Events received from Redis.", &bus.Received),
 		)
 	}
-	return metrics
+	return list
 }
 
-func clientMetrics(clients []*Client) (metrics []Metric) {
-	add := func(name, kind, help string, value func(*Client) int64) {
-		for _, c := range clients { // the operator's own names
-			metrics = append(metrics, Metric{fmt.Sprintf("%s{channel=%q}", name, c.channel), kind, help, func() int64 { return value(c) }})
-		}
+// clientMetrics have the channel as a label: the operator's own names.
+func clientMetrics(clients []*Client) []Metric {
+	each := func(name, kind, help string, value func(*Client) float64) Metric {
+		return Metric{name, kind, help, func(sample func(suffix, labels string, value float64)) {
+			for _, c := range clients {
+				sample("", fmt.Sprintf("channel=%q", c.channel), value(c))
+			}
+		}}
 	}
-	add("relay_events_total", "counter", "Events received.", func(c *Client) int64 { return c.Events.Load() })
-	add("relay_events_duplicate_total", "counter", "Events dropped because they had come before.", func(c *Client) int64 { return c.Duplicates.Load() })
-	add("relay_events_invalid_total", "counter", "Events refused.", func(c *Client) int64 { return c.Invalid.Load() })
-	add("relay_events_overdue_total", "counter", "Events skipped because their sender had been answered already.", func(c *Client) int64 { return c.Overdue.Load() })
-	add("relay_forwarded_total", "counter", "Webhooks the target gave a final answer to.", func(c *Client) int64 { return c.Forwarded.Load() })
-	add("relay_forward_failures_total", "counter", "Webhooks given up.", func(c *Client) int64 { return c.Failed.Load() })
-	add("relay_forward_retries_total", "counter", "Attempts repeated.", func(c *Client) int64 { return c.Retries.Load() })
-	add("relay_reports_total", "counter", "Reports that arrived.", func(c *Client) int64 { return c.Reports.Load() })
-	add("relay_stream_ends_total", "counter", "Streams that ended after they were ready.", func(c *Client) int64 { return c.Reconnects.Load() })
-	add("relay_forwards", "gauge", "Forwards under way.", func(c *Client) int64 { return int64(len(c.slots)) })
-	return metrics
+	count := func(name, help string, value func(*Client) *atomic.Int64) Metric {
+		return each(name, "counter", help, func(c *Client) float64 { return float64(value(c).Load()) })
+	}
+	tallied := func(name, help, label string, of func(*Client) tally) Metric {
+		return Metric{name, "counter", help, func(sample func(suffix, labels string, value float64)) {
+			for _, c := range clients {
+				for _, value := range slices.Sorted(maps.Keys(of(c))) {
+					sample("", fmt.Sprintf("channel=%q,%s=%q", c.channel, label, value), float64(of(c)[value].Load()))
+				}
+			}
+		}}
+	}
+	histogram := func(name, help string, of func(*Client) *Histogram) Metric {
+		return Metric{name, "histogram", help, func(sample func(suffix, labels string, value float64)) {
+			for _, c := range clients {
+				buckets(sample, fmt.Sprintf("channel=%q,", c.channel), of(c))
+			}
+		}}
+	}
+	return []Metric{
+		buildInfo,
+		each("relay_stream_ready", "gauge", "1 while the stream is ready and its last byte fresh.", func(c *Client) float64 { return truth(c.Check) }),
+		tallied("relay_subscribes_failed_total", "Tries to subscribe that did not succeed.", "reason", func(c *Client) tally { return c.Denied }),
+		count("relay_stream_ends_total", "Streams that ended after they were ready.", func(c *Client) *atomic.Int64 { return &c.Reconnects }),
+		count("relay_events_total", "Events received.", func(c *Client) *atomic.Int64 { return &c.Events }),
+		histogram("relay_event_age_seconds", "Age of events when they arrive, beside the youngest seen.", func(c *Client) *Histogram { return &c.Age }),
+		count("relay_events_duplicate_total", "Events dropped because they had come before.", func(c *Client) *atomic.Int64 { return &c.Duplicates }),
+		count("relay_events_invalid_total", "Events refused.", func(c *Client) *atomic.Int64 { return &c.Invalid }),
+		count("relay_events_overdue_total", "Events skipped because their sender had been answered already.", func(c *Client) *atomic.Int64 { return &c.Overdue }),
+		tallied("relay_forwards_total", "Webhooks that are done, by what the target said last, or why it said nothing.", "code", func(c *Client) tally { return c.Forwards }),
+		count("relay_forward_retries_total", "Attempts repeated.", func(c *Client) *atomic.Int64 { return &c.Retries }),
+		histogram("relay_forward_attempt_seconds", "One attempt at the target.", func(c *Client) *Histogram { return &c.Attempts }),
+		each("relay_forwards_in_flight", "gauge", "Forwards under way.", func(c *Client) float64 { return float64(len(c.slots)) }),
+		count("relay_reports_total", "Reports that arrived.", func(c *Client) *atomic.Int64 { return &c.Reports }),
+	}
 }
 
 // Configuration.
@@ -823,7 +925,7 @@ func settings(c *Config) []setting {
 		{"AUTH_TOKENS_FILE", "", "server", "lines of channel and token, * for any channel, several per channel for rotation, # comments; re-read when it changes; with AUTH_TOKEN set too, either is enough", readable(&s.TokensFile), nil},
 		{"LOG_LEVEL", "info", "both", "debug, info, warn or error", level(&c.LogLevel), nil},
 		{"LOG_FORMAT", "", "both", "text or json; by default text on a terminal, else json", oneOf(&c.LogFormat, "text", "json"), nil},
-		{"HEALTH_SERVICE_PORT", "9000", "both", "port of /live, /ready, /health and /metrics", port(&c.HealthPort), nil},
+		{"HEALTH_SERVICE_PORT", "9000", "both", "port of /live, /ready, /health, /metrics and the status page", port(&c.HealthPort), nil},
 		{"HEALTH_SERVICE_DETECT_KUBERNETES", "true", "both", "outside Kubernetes, start the health service only when its port is set", boolean(&c.DetectKubernetes), nil},
 		{"HEALTH_SERVICE_SHUTDOWN_DELAY", "5000", "both", "server: time between turning unready and asking streams to move, when the health service runs", duration(&c.ShutdownDelay, 0, maxDuration), nil},
 		{"HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT", "10000", "both", "time to finish what is under way at the end", duration(&c.HandlerTimeout, time.Millisecond, maxDuration), nil},
@@ -870,16 +972,21 @@ func settings(c *Config) []setting {
 }
 
 // warning is something to know about the environment that stops nothing.
-type warning struct{ message, variable string }
+type warning struct {
+	message string
+	attrs   []any
+}
 
 // ours matches the names a typo would hide in; links matches what Kubernetes
-// sets by itself for a Service of such a name.
+// sets by itself for a Service of such a name; proxies what is for all programs.
 var (
-	ours  = regexp.MustCompile(`^(RELAY|SERVER|TARGET)_`)
-	links = regexp.MustCompile(`_SERVICE_(HOST|PORT)|_PORT_\d+_(TCP|UDP)|_PORT$`)
+	ours    = regexp.MustCompile(`^(RELAY|SERVER|SOURCE|TARGET|RESPONSE|SUBSCRIBE|WEBHOOKS?|TRUSTED|REDIS|RECONNECT|HEALTH_SERVICE|AUTH_TOKENS?)_`)
+	links   = regexp.MustCompile(`_SERVICE_(HOST|PORT)|_PORT_\d+_(TCP|UDP)|_PORT$`)
+	proxies = regexp.MustCompile(`^(HTTPS?|NO|ALL|FTP)_PROXY$`)
 )
 
-// loadConfig reads environ. Its error names every mistake at once.
+// loadConfig reads environ. Its error names every mistake at once; what there is
+// of a Config then tells how to log it.
 func loadConfig(environ []string) (*Config, []warning, error) {
 	env := map[string]string{}
 	c := &Config{}
@@ -901,6 +1008,9 @@ func loadConfig(environ []string) (*Config, []warning, error) {
 	for _, v := range table {
 		value := cmp.Or(env[v.name], v.fallback)
 		other := v.role != "both" && v.role != mode && (mode == "server" || mode == "client")
+		if other && env[v.name] != "" && !proxies.MatchString(v.name) {
+			warnings = append(warnings, warning{"variable is of the other role, and has no effect", []any{"variable", v.name, "role", v.role}})
+		}
 		if value == "" || other {
 			continue
 		}
@@ -918,9 +1028,12 @@ func loadConfig(environ []string) (*Config, []warning, error) {
 		if v.show != nil {
 			value = v.show(value)
 		}
+		if env[v.name] == "" {
+			continue
+		}
 		shown = append(shown, slog.String(v.name, value))
-		if env[v.name] != "" && strings.HasSuffix(v.help, "has no effect") {
-			warnings = append(warnings, warning{"variable has no effect", v.name})
+		if strings.HasSuffix(v.help, "has no effect") {
+			warnings = append(warnings, warning{"variable has no effect", []any{"variable", v.name}})
 		}
 	}
 	c.Health = env["KUBERNETES_SERVICE_HOST"] != "" || env["HEALTH_SERVICE_PORT"] != "" || !c.DetectKubernetes
@@ -946,17 +1059,55 @@ func loadConfig(environ []string) (*Config, []warning, error) {
 			}
 		}
 	}
+	var names []string
+	for _, v := range table {
+		names = append(names, v.name)
+	}
 	for _, name := range slices.Sorted(maps.Keys(env)) {
-		known := slices.ContainsFunc(table, func(v setting) bool { return v.name == name })
-		if !known && ours.MatchString(name) && !links.MatchString(name) {
-			warnings = append(warnings, warning{"unknown variable", name})
+		if slices.Contains(names, name) || links.MatchString(name) || proxies.MatchString(strings.ToUpper(name)) {
+			continue
+		}
+		meant, distance := nearest(name, names)
+		switch {
+		case distance <= len(meant)/5:
+			warnings = append(warnings, warning{"unknown variable", []any{"variable", name, "meant", meant}})
+		case ours.MatchString(name):
+			warnings = append(warnings, warning{"unknown variable", []any{"variable", name}})
 		}
 	}
 	c.shown = slog.GroupValue(shown...)
 	if len(mistakes) > 0 {
-		return nil, nil, configError{strings.Join(mistakes, "\n")}
+		return c, nil, configError{strings.Join(mistakes, "\n")}
 	}
 	return c, warnings, nil
+}
+
+// nearest is the one of names that is the fewest edits away from name, and how
+// many that are: letters put in, left out or changed.
+func nearest(name string, names []string) (best string, least int) {
+	least = math.MaxInt
+	for _, other := range names {
+		row := make([]int, len(other)+1) // edits from what of name is behind to each beginning of other
+		for j := range row {
+			row[j] = j
+		}
+		for i := range len(name) {
+			corner := row[0]
+			row[0] = i + 1
+			for j := range len(other) {
+				change := corner
+				if name[i] != other[j] {
+					change++
+				}
+				corner = row[j+1]
+				row[j+1] = min(change, row[j]+1, row[j+1]+1)
+			}
+		}
+		if row[len(other)] < least {
+			best, least = other, row[len(other)]
+		}
+	}
+	return best, least
 }
 
 // clientOf is what the client of one source is told.
@@ -1010,7 +1161,12 @@ func printHelp(w io.Writer) {
 
 // newLogger logs to w: text for people, JSON for machines.
 func newLogger(c *Config, w io.Writer) *slog.Logger {
-	options := &slog.HandlerOptions{Level: c.LogLevel}
+	options := &slog.HandlerOptions{Level: c.LogLevel, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+		if a.Value.Kind() == slog.KindDuration { // milliseconds, as all times in the log
+			a.Value = slog.Int64Value(a.Value.Duration().Milliseconds())
+		}
+		return a
+	}}
 	var handler slog.Handler = slog.NewJSONHandler(w, options)
 	asText := c.LogFormat == "text"
 	if f, ok := w.(*os.File); ok && c.LogFormat == "" {
