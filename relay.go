@@ -2,7 +2,8 @@
 //
 // RELAY_MODE picks the role. A server runs where providers reach it and takes
 // webhooks; a client runs inside, holds one outbound stream to the server, and
-// forwards each webhook to its target exactly as it was sent.
+// forwards each webhook to its target exactly as it was sent. A demo runs both, and
+// a target, on loopback.
 //
 // # Endpoints of the server
 //
@@ -313,6 +314,9 @@ func run(ctx context.Context, environ []string, stderr io.Writer) (err error) {
 		}
 		return runServer(ctx, c, log)
 	}
+	if c.Role == "demo" {
+		return runDemo(ctx, environ, c, log, stderr)
+	}
 	return runClient(ctx, c, log)
 }
 
@@ -349,7 +353,7 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 		server.Note = noteIn(journal)
 	}
 	web := webServer(server, log)
-	listener, err := net.Listen("tcp", net.JoinHostPort("", strconv.Itoa(c.Port)))
+	listener, err := c.listen(c.Port)
 	if err != nil {
 		return fmt.Errorf("listen for webhooks (SERVER_PORT): %w", err)
 	}
@@ -478,6 +482,169 @@ func noteIn(j *Journal) func(entry uint64, p Passage) uint64 {
 	}
 }
 
+// Demo.
+
+const (
+	demoHook  = "/webhooks/demo/hello"
+	demoStart = 10 * time.Second // for the client to become ready
+	demoShown = 4 << 10          // bytes of one webhook
+)
+
+// runDemo shows one webhook's way: through a server and a client, which environ
+// sets like any others, to a target, all in this process and on loopback alone.
+// It writes to out, from several goroutines, what the target gets, until ctx ends.
+func runDemo(ctx context.Context, environ []string, c *Config, log *slog.Logger, out io.Writer) error {
+	environ = slices.DeleteFunc(slices.Clone(environ), func(entry string) bool { // blank means unset
+		_, value, _ := strings.Cut(entry, "=")
+		return strings.TrimSpace(value) == ""
+	})
+	isSet := func(name string) bool {
+		return slices.ContainsFunc(environ, func(entry string) bool { return strings.HasPrefix(entry, name+"=") })
+	}
+	var ports []int // of the server, its health service, the client's, and the target
+	listeners := map[int]net.Listener{}
+	for _, wanted := range []struct {
+		variable string
+		port     int
+	}{{"SERVER_PORT", c.Port}, {"HEALTH_SERVICE_PORT", c.HealthPort}, {"", 0}, {"", 0}} {
+		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", wanted.port))
+		if err != nil && !isSet(wanted.variable) { // the default is taken
+			l, err = net.Listen("tcp", "127.0.0.1:0")
+		}
+		if err != nil {
+			return fmt.Errorf("%w (%s)", err, wanted.variable)
+		}
+		defer l.Close()
+		port := l.Addr().(*net.TCPAddr).Port
+		ports, listeners[port] = append(ports, port), l
+	}
+	usual := []string{"RESPONSE_MODE=response", "HEALTH_SERVICE_SHUTDOWN_DELAY=0"}
+	fixed := []string{ // so that it meets nothing but itself
+		fmt.Sprintf("SOURCE_URL=http://127.0.0.1:%d/subscribe/demo/", ports[0]),
+		fmt.Sprintf("TARGET_BASE_URL=http://127.0.0.1:%d", ports[3]),
+		"AUTH_TOKENS_FILE=", "SERVER_TLS_CERT_FILE=", "SERVER_TLS_KEY_FILE=", "REDIS_URL=",
+	}
+	for _, entry := range fixed {
+		if name, _, _ := strings.Cut(entry, "="); isSet(name) {
+			log.Warn("variable has no effect", "variable", name)
+		}
+	}
+	running, fail := context.WithCancelCause(ctx) // ends with the first failure, too
+	defer fail(nil)
+	parts := []func() error{func() error { return greet(running, out, ports) }}
+	for i, role := range []string{"server", "client"} {
+		c, _, err := loadConfig(slices.Concat(usual, environ, fixed, []string{"RELAY_MODE=" + role,
+			fmt.Sprintf("SERVER_PORT=%d", ports[0]), fmt.Sprintf("HEALTH_SERVICE_PORT=%d", ports[1+i])}))
+		if err != nil {
+			return err
+		}
+		c.listeners = listeners
+		start := []func(context.Context, *Config, *slog.Logger) error{runServer, runClient}[i]
+		parts = append(parts, func() error { return start(running, c, log.With("role", role)) })
+	}
+	web := &http.Server{Handler: demoTarget(out), ReadTimeout: bodyTimeout, ErrorLog: stdlog.New(httpLog{log}, "", 0)}
+	var serving, working sync.WaitGroup
+	serving.Go(func() { web.Serve(listeners[ports[3]]) })
+	for _, part := range parts {
+		working.Go(func() {
+			if err := part(); err != nil {
+				fail(err)
+			}
+		})
+	}
+	working.Wait()
+	web.Close() // after the client, which finishes its forwards
+	serving.Wait()
+	if ctx.Err() != nil {
+		return nil
+	}
+	return context.Cause(running)
+}
+
+// greet sends the demo's webhook once its client is ready, and says what to try next.
+func greet(ctx context.Context, out io.Writer, ports []int) error {
+	ready, cancel := context.WithTimeout(ctx, demoStart)
+	defer cancel()
+	for {
+		err := askHealth(ctx, ports[2], "ready")
+		if err == nil {
+			break
+		}
+		if time.Sleep(5 * time.Millisecond); ready.Err() != nil {
+			return fmt.Errorf("client is not ready: %w", err)
+		}
+	}
+	fmt.Fprint(out, "A server, a client and a target run in this process, on loopback alone. One webhook's way:\n")
+	began := time.Now()
+	resp, err := onLoopback(ctx, http.MethodPost, ports[0], demoHook, `{"hello":"world"}`)
+	if err != nil {
+		return fmt.Errorf("send a webhook: %w", err)
+	}
+	resp.Body.Close()
+	_, err = fmt.Fprintf(out, "\nPOST %s: %d after %.0f ms\n\n"+
+		"send another  curl -i -d '{\"hello\":\"again\"}' http://127.0.0.1:%d%s\n"+
+		"status page   http://127.0.0.1:%d/\n"+
+		"to end        Ctrl-C\n", demoHook, resp.StatusCode, math.Ceil(time.Since(began).Seconds()*1000), ports[0], demoHook, ports[1])
+	return err
+}
+
+var (
+	unprintable = regexp.MustCompile(`[^\n\t \pL\pM\pN\pP\pS]|\x{FFFD}`) // which a broken byte is, too
+	lineStart   = regexp.MustCompile(`(?m)^.`)
+)
+
+// demoTarget writes each request to out, cut and with everything escaped that a
+// terminal would act on: strangers on this machine may send one.
+func demoTarget(out io.Writer) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		var b strings.Builder
+		fmt.Fprintf(&b, "%s %s %s\nHost: %s\n", r.Method, r.RequestURI, r.Proto, r.Host)
+		r.Header.Write(&b)
+		b.WriteByte('\n')
+		n, _ := io.Copy(&b, io.LimitReader(r.Body, demoShown))
+		more, _ := io.Copy(io.Discard, r.Body)
+		text := strings.TrimRight(strings.ReplaceAll(b.String(), "\r\n", "\n"), "\n")
+		if more > 0 || len(text) > demoShown {
+			text = fmt.Sprintf("%s\n[cut: the body has %d bytes]", text[:min(len(text), demoShown)], n+more)
+		}
+		text = unprintable.ReplaceAllStringFunc(text, func(s string) string {
+			return strings.Trim(strconv.Quote(s), `"`)
+		})
+		fmt.Fprintf(out, "\nthe target received\n\n%s\n", lineStart.ReplaceAllString(text, "  $0"))
+		io.WriteString(w, "hello from the target\n")
+	})
+}
+
+// askHealth asks a health service on this machine; its error is why the answer is not 200.
+func askHealth(ctx context.Context, port int, path string) error {
+	ctx, cancel := context.WithTimeout(ctx, probeTime)
+	defer cancel()
+	resp, err := onLoopback(ctx, http.MethodGet, port, "/"+path, "")
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		reason, _ := io.ReadAll(io.LimitReader(resp.Body, demoShown))
+		return fmt.Errorf("%s: %q", resp.Status, bytes.TrimSpace(reason))
+	}
+	return nil
+}
+
+// onLoopback is one request to this machine, on a connection of its own and never
+// through a proxy.
+func onLoopback(ctx context.Context, method string, port int, path, body string) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, method, fmt.Sprintf("http://127.0.0.1:%d%s", port, path), strings.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("User-Agent", "webhook-relay/"+version)
+	if body != "" {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	return (&http.Transport{DisableKeepAlives: true, DisableCompression: true}).RoundTrip(req)
+}
+
 // webServer is the http.Server for providers and subscribers.
 func webServer(handler http.Handler, log *slog.Logger) *http.Server {
 	var protocols http.Protocols
@@ -522,7 +689,7 @@ func serveHealth(c *Config, health *Health, log *slog.Logger) (stop func(), err 
 	if !c.Health {
 		return func() {}, nil
 	}
-	listener, err := net.Listen("tcp", net.JoinHostPort("", strconv.Itoa(c.HealthPort)))
+	listener, err := c.listen(c.HealthPort)
 	if err != nil {
 		return nil, fmt.Errorf("listen for probes (HEALTH_SERVICE_PORT): %w", err)
 	}
@@ -896,7 +1063,16 @@ type Config struct {
 	Targets           byChannel[*url.URL]
 	Strip             byChannel[bool]
 
-	shown slog.Value // the settings as they may be logged
+	shown     slog.Value           // the settings as they may be logged
+	listeners map[int]net.Listener // that the demo has opened, by port
+}
+
+// listen takes a port on all addresses.
+func (c *Config) listen(port int) (net.Listener, error) {
+	if l := c.listeners[port]; l != nil {
+		return l, nil
+	}
+	return net.Listen("tcp", net.JoinHostPort("", strconv.Itoa(port)))
 }
 
 // configError is one line for each mistake in the environment.
@@ -920,7 +1096,7 @@ func settings(c *Config) []setting {
 	s, l, r := &c.Server, &c.Limits, &c.Redis
 	ignored := func(string) error { return nil }
 	return []setting{
-		{"RELAY_MODE", "", "both", "the role, server or client; required", oneOf(&c.Role, "server", "client"), nil},
+		{"RELAY_MODE", "", "both", "the role, server or client, or demo, which shows one webhook's way through both; required", oneOf(&c.Role, "server", "client", "demo"), nil},
 		{"AUTH_TOKEN", "", "both", "subscribers must send it as X-Auth-Token or Authorization: Bearer", header(&s.Token), hidden},
 		{"AUTH_TOKENS_FILE", "", "server", "lines of channel and token, * for any channel, several per channel for rotation, # comments; re-read when it changes; with AUTH_TOKEN set too, either is enough", readable(&s.TokensFile), nil},
 		{"LOG_LEVEL", "info", "both", "debug, info, warn or error", level(&c.LogLevel), nil},
@@ -1002,7 +1178,7 @@ func loadConfig(environ []string) (*Config, []warning, error) {
 	var warnings []warning
 	mode := strings.ToLower(env["RELAY_MODE"])
 	if mode == "" {
-		mistakes = append(mistakes, "RELAY_MODE: required, server or client")
+		mistakes = append(mistakes, "RELAY_MODE: required, server, client or demo")
 	}
 	table := settings(c)
 	for _, v := range table {
@@ -1043,6 +1219,10 @@ func loadConfig(environ []string) (*Config, []warning, error) {
 		}
 	}
 	switch mode {
+	case "demo":
+		if env["LOG_LEVEL"] == "" {
+			c.LogLevel = slog.LevelWarn // what it shows is to be read
+		}
 	case "client":
 		require("SOURCE_URL")
 		require("TARGET_BASE_URL")
@@ -1150,7 +1330,7 @@ func (c *Config) checkChannels() (mistakes []string) {
 // printHelp writes the table of variables.
 func printHelp(w io.Writer) {
 	fmt.Fprintf(w, "webhook-relay %s brings webhooks into clusters that the internet cannot reach.\n\n"+
-		"usage: RELAY_MODE=server|client webhook-relay [-help] [-version]\n\n"+
+		"usage: RELAY_MODE=server|client|demo webhook-relay [-help] [-version]\n\n"+
 		"Durations are milliseconds or Go durations (5s); sizes are bytes or take kb, mb, gb.\n\n", version)
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	for _, v := range settings(&Config{}) {

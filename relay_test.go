@@ -389,6 +389,157 @@ func TestMainPath(t *testing.T) {
 	}
 }
 
+// demoTranscript is all that a demo says by itself; its submatches are the
+// webhook's URL and the status page's.
+var demoTranscript = regexp.MustCompile(`^A server, a client and a target run in this process, on loopback alone\. One webhook's way:
+
+the target received
+
+  POST /webhooks/demo/hello HTTP/1\.1
+  Host: 127\.0\.0\.1:\d+
+(?:  [A-Z][A-Za-z-]+: .+\n)*  Content-Type: application/json
+(?:  [A-Z][A-Za-z-]+: .+\n)*  X-Relay-Event-Id: .+
+
+  {"hello":"world"}
+
+POST /webhooks/demo/hello: 200 after \d+ ms
+
+send another  curl -i -d '{"hello":"again"}' (http://127\.0\.0\.1:\d+/webhooks/demo/hello)
+status page   (http://127\.0\.0\.1:\d+/)
+to end        Ctrl-C
+$`)
+
+// logLine is a line of the log in JSON.
+var logLine = regexp.MustCompile(`(?m)^\{"time":.*\n`)
+
+// startDemo runs a demo until it has said what it says by itself.
+func startDemo(t *testing.T, env ...string) (p *program, hook, page string) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	p = &program{t: t, log: &logBuffer{}, cancel: cancel, done: make(chan struct{})}
+	go func() {
+		defer close(p.done)
+		p.err = run(ctx, append([]string{"RELAY_MODE=demo"}, env...), p.log)
+	}()
+	t.Cleanup(func() { p.stop() })
+	eventually(t, "the demo has begun", func() bool {
+		select {
+		case <-p.done:
+			t.Fatalf("the demo ended: %v\n%s", p.err, p.log)
+		default:
+		}
+		return strings.Contains(p.log.String(), "to end        Ctrl-C\n")
+	})
+	said := logLine.ReplaceAllString(p.log.String(), "")
+	m := demoTranscript.FindStringSubmatch(said)
+	if m == nil {
+		t.Fatalf("the demo says\n%s", said)
+	}
+	return p, m[1], m[2]
+}
+
+// TestDemo: a demo shows one webhook's way and what comes after it, on ports that
+// are free and on loopback alone, with nothing that a terminal would act on, and
+// ends leaving nothing.
+func TestDemo(t *testing.T) {
+	for _, addr := range []string{":3000", ":9000"} { // if not this test, somebody else has them
+		if l, err := net.Listen("tcp", addr); err == nil {
+			defer l.Close()
+		}
+	}
+	before := runtime.NumGoroutine()
+	demo, hook, page := startDemo(t)
+	if said := demo.log.String(); !demoTranscript.MatchString(said) {
+		t.Errorf("it logs by itself:\n%s", said)
+	}
+	if strings.Contains(hook, ":3000/") || strings.Contains(page, ":9000/") {
+		t.Errorf("%s or %s is taken", hook, page)
+	}
+	if status, _, _ := send(t, "GET", page+"ready", ""); status != 200 {
+		t.Errorf("/ready is %d", status)
+	}
+	for _, address := range []string{hook, page} {
+		_, port, _ := net.SplitHostPort(parseURL(t, address).Host)
+		if conn, err := net.Dial("tcp", "127.0.0.2:"+port); err == nil { // which takes it to a listener on all addresses
+			conn.Close()
+			t.Errorf("%s is not on 127.0.0.1 alone", address)
+		}
+	}
+
+	more := func(body, want string) {
+		t.Helper()
+		old := len(demo.log.String())
+		if status, answer, _ := send(t, "POST", hook+"/more?x=1", body); status != 200 || answer != "hello from the target\n" {
+			t.Errorf("answer %d %q", status, answer)
+		}
+		said := demo.log.String()[old:]
+		if !strings.HasPrefix(said, "\nthe target received\n\n  POST /webhooks/demo/hello/more?x=1 HTTP/1.1\n") || !strings.HasSuffix(said, want) {
+			t.Errorf("of %.80q it says\n%.6000s\nwant at the end\n%s", body, said, want)
+		}
+		if len(said) > 2*demoShown {
+			t.Errorf("of %.80q it says %d bytes", body, len(said))
+		}
+	}
+	more("", "")
+	more("{\"é\":\"\\n\"}\r\n\t日本 😀\n\n", "\n\n  {\"é\":\"\\n\"}\n  \t日本 😀\n")
+	more("\x1b]0;x\x07\x9b1m\r\u202e\u2028\x00\xff\uFFFD\x7f", `
+  \x1b]0;x\a\x9b1m\r\u202e\u2028\x00\xff`+"\uFFFD"+`\x7f
+`)
+	more(strings.Repeat("z", 100_000), "zzz\n  [cut: the body has 100000 bytes]\n")
+	more(strings.Repeat("é", 3<<19), "é\\xc3\n  [cut: the body has 3145728 bytes]\n")
+
+	if err := demo.stop(); err != nil {
+		t.Errorf("it ended with %v", err)
+	}
+	eventually(t, "no goroutine is left", func() bool { return runtime.NumGoroutine() <= before })
+}
+
+// TestDemoSettings: what a user sets is in force, but for what would reach out of
+// the process; a port that is asked for and taken is a failure.
+func TestDemoSettings(t *testing.T) {
+	ports := freePorts(t, 2)
+	env := []string{fmt.Sprintf("SERVER_PORT=%d", ports[0]), fmt.Sprintf("HEALTH_SERVICE_PORT=%d", ports[1])}
+	demo, hook, page := startDemo(t, append(env, "LOG_LEVEL=info", "LOG_FORMAT=json", "RESPONSE_MODE=demo=status", "AUTH_TOKEN=secret",
+		"REDIS_URL=redis://127.0.0.1:1", "TARGET_BASE_URL=http://127.0.0.1:1", "SERVER_STREAM_MAX_AGE= ", "RELAY_TYPO=1")...)
+	if want := fmt.Sprintf("http://127.0.0.1:%d/webhooks/demo/hello", ports[0]); hook != want {
+		t.Errorf("webhooks go to %s, want %s", hook, want)
+	}
+	if want := fmt.Sprintf("http://127.0.0.1:%d/", ports[1]); page != want {
+		t.Errorf("the page is %s, want %s", page, want)
+	}
+	if status, answer, _ := send(t, "POST", hook, "{}"); status != 200 || answer != "" {
+		t.Errorf("answer %d %q, want that of mode status", status, answer)
+	}
+	var warned []any
+	for _, message := range []string{"unknown variable", "variable has no effect"} {
+		for _, record := range demo.log.lines(message) {
+			warned = append(warned, record["variable"])
+		}
+	}
+	if !slices.Equal(warned, []any{"RELAY_TYPO", "TARGET_BASE_URL", "REDIS_URL"}) {
+		t.Errorf("warned about %q", warned)
+	}
+	if n := len(demo.log.lines("stream ready")); n != 1 {
+		t.Errorf("%d streams became ready, want 1 in the log", n)
+	}
+	for i, name := range []string{"SERVER_PORT", "HEALTH_SERVICE_PORT"} {
+		err := run(t.Context(), []string{"RELAY_MODE=demo", env[i]}, io.Discard)
+		if !errors.Is(err, syscall.EADDRINUSE) || !strings.HasSuffix(err.Error(), "("+name+")") {
+			t.Errorf("%s is taken: error %v", name, err)
+		}
+	}
+	complaint(t, "RELAY_MODE=demo", "SERVER_PORT=x")
+	complaint(t, "RELAY_MODE=demo", "TARGET_STRIP_PREFIX=other=true")
+
+	p := launch(t, []string{"RELAY_MODE=demo", "HEALTH_SERVICE_PORT=0", "LOG_LEVEL="})
+	complete := func() bool { return demoTranscript.MatchString(logLine.ReplaceAllString(p.stderr.String(), "")) }
+	eventually(t, "the demo has begun", complete)
+	p.cmd.Process.Signal(os.Interrupt)
+	if code := p.code(t); code != 0 || !complete() {
+		t.Errorf("Ctrl-C: exit code %d:\n%s", code, &p.stderr)
+	}
+}
+
 // wire sends the bytes of one request on a connection of its own and returns
 // the answer. A body announced by Expect waits for the 100, as curl does.
 func wire(t testing.TB, addr, request string) (status int, answer string, header http.Header) {
