@@ -255,6 +255,8 @@ func main() {
 	flags := flag.NewFlagSet("webhook-relay", flag.ContinueOnError)
 	flags.Usage = func() { printHelp(os.Stdout) }
 	showVersion := flags.Bool("version", false, "")
+	var asked string
+	flags.Func("probe", "", oneOf(&asked, "live", "ready", "health"))
 	if err := flags.Parse(os.Args[1:]); err != nil {
 		if err == flag.ErrHelp {
 			return
@@ -268,6 +270,13 @@ func main() {
 	if flags.NArg() > 0 {
 		fmt.Fprintf(os.Stderr, "webhook-relay: unexpected argument %q: everything is set by environment variables, see -help\n", flags.Arg(0))
 		os.Exit(2)
+	}
+	if asked != "" {
+		if err := askOwnHealth(asked); err != nil {
+			fmt.Fprintf(os.Stderr, "webhook-relay: probe /%s: %v\n", asked, err)
+			os.Exit(1)
+		}
+		return
 	}
 	stdlog.SetOutput(io.Discard) // net/http would quote what a target sends unasked
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
@@ -615,11 +624,23 @@ func demoTarget(out io.Writer) http.Handler {
 	})
 }
 
+// askOwnHealth asks the health service that the environment sets.
+func askOwnHealth(path string) error {
+	c, _, err := loadConfig([]string{"RELAY_MODE=demo", "HEALTH_SERVICE_PORT=" + os.Getenv("HEALTH_SERVICE_PORT")}) // a demo requires nothing
+	if err != nil {
+		return err
+	}
+	return askHealth(context.Background(), c.HealthPort, path)
+}
+
 // askHealth asks a health service on this machine; its error is why the answer is not 200.
 func askHealth(ctx context.Context, port int, path string) error {
 	ctx, cancel := context.WithTimeout(ctx, probeTime)
 	defer cancel()
 	resp, err := onLoopback(ctx, http.MethodGet, port, "/"+path, "")
+	if errors.Is(err, syscall.ECONNREFUSED) {
+		return fmt.Errorf("%w (outside Kubernetes the health service runs when HEALTH_SERVICE_PORT is set)", err)
+	}
 	if err != nil {
 		return err
 	}
@@ -1330,7 +1351,8 @@ func (c *Config) checkChannels() (mistakes []string) {
 // printHelp writes the table of variables.
 func printHelp(w io.Writer) {
 	fmt.Fprintf(w, "webhook-relay %s brings webhooks into clusters that the internet cannot reach.\n\n"+
-		"usage: RELAY_MODE=server|client|demo webhook-relay [-help] [-version]\n\n"+
+		"usage: RELAY_MODE=server|client|demo webhook-relay [-help] [-version] [-probe live|ready|health]\n\n"+
+		"-probe asks the health service on this machine, at HEALTH_SERVICE_PORT, and exits with 0 or 1.\n"+
 		"Durations are milliseconds or Go durations (5s); sizes are bytes or take kb, mb, gb.\n\n", version)
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	for _, v := range settings(&Config{}) {

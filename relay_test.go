@@ -3019,6 +3019,50 @@ func TestExitCodes(t *testing.T) {
 	}
 }
 
+// TestProbeFlag: -probe exits with 0 when the health service on this machine says
+// 200; otherwise with 1, and says why in one line.
+func TestProbeFlag(t *testing.T) {
+	t.Parallel()
+	portOf := func(addr string) string {
+		_, port, _ := net.SplitHostPort(addr)
+		return "HEALTH_SERVICE_PORT=" + port
+	}
+	answers := func(status int) string {
+		l := loopback(t)
+		serveOn(t, &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			http.Error(w, "draining\x1b", status)
+		})}, l)
+		return portOf(l.Addr().String())
+	}
+	silent, closed := loopback(t), loopback(t)
+	t.Cleanup(func() { silent.Close() })
+	closed.Close()
+	server := portOf(startServer(t, "HEALTH_SERVICE_PORT=0").health)
+	tests := []struct {
+		env, path string
+		code      int
+		stderr    string
+	}{
+		{server, "live", 0, ""},
+		{server, "ready", 0, ""},
+		{server, "health", 0, ""},
+		{server, "metrics", 2, `invalid value "metrics" for flag -probe: must be live or ready or health`},
+		{server, "", 2, `invalid value "" for flag -probe: must be `},
+		{answers(503), "ready", 1, `webhook-relay: probe /ready: 503 Service Unavailable: "draining\x1b"`},
+		{answers(302), "live", 1, `webhook-relay: probe /live: 302 Found: "draining\x1b"`},
+		{portOf(closed.Addr().String()), "ready", 1, "webhook-relay: probe /ready: dial tcp 127.0.0.1:"},
+		{portOf(silent.Addr().String()), "ready", 1, "webhook-relay: probe /ready: context deadline exceeded\n"},
+		{"HEALTH_SERVICE_PORT=x", "ready", 1, `webhook-relay: probe /ready: HEALTH_SERVICE_PORT: "x": must be `},
+	}
+	for _, test := range tests {
+		p := launch(t, []string{test.env, "HTTP_PROXY=http://127.0.0.1:1"}, "-probe", test.path)
+		code, said := p.code(t), p.stderr.String()
+		if code != test.code || !strings.HasPrefix(said, test.stderr) || strings.Count(said, "\n") != min(1, test.code) {
+			t.Errorf("-probe %q with %s: exit code %d, want %d; stderr %q, want %q", test.path, test.env, code, test.code, said, test.stderr)
+		}
+	}
+}
+
 // TestStderrIsTheLogAlone: nothing but records of the log is written, not even
 // by net/http, which would quote what a target sends unasked.
 func TestStderrIsTheLogAlone(t *testing.T) {
