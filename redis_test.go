@@ -52,14 +52,7 @@ type redisServer struct {
 // may move it to another kind of port: %d in them stands for its number.
 func startRedis(t testing.TB, args ...string) *redisServer {
 	t.Helper()
-	binary, err := exec.LookPath("redis-server")
-	switch {
-	case err == nil:
-	case os.Getenv("CI") != "":
-		t.Fatal("redis-server is not on the PATH")
-	default:
-		t.Skip("redis-server is not on the PATH")
-	}
+	binary := need(t, "redis-server", "redis-server")
 	port := freePorts(t, 1)[0]
 	r := &redisServer{
 		t: t, binary: binary, addr: fmt.Sprintf("127.0.0.1:%d", port), url: fmt.Sprintf("redis://127.0.0.1:%d", port),

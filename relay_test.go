@@ -52,6 +52,100 @@ import (
 // patience bounds every wait of a test for something that should happen soon.
 const patience = 15 * time.Second
 
+// wants is what tests were skipped for. "go test" shows it at the end, and so does
+// "go test -v ./..."; of a package that it is given by name or pattern, and that
+// passes, go test shows nothing else.
+type wants struct {
+	mu    sync.Mutex
+	tests map[string]bool   // guarded by mu, as the next is; names of tests and benchmarks
+	how   map[string]string // to get what is missing, by that
+}
+
+var lacking = wants{tests: map[string]bool{}, how: map[string]string{}}
+
+// need is where program is; a test is skipped without it. pkg is Debian's.
+func need(t testing.TB, program, pkg string) (path string) {
+	t.Helper()
+	for _, name := range []string{program, "/usr/sbin/" + program} { // not on the PATH of everybody
+		if path, err := exec.LookPath(name); err == nil {
+			return path
+		}
+	}
+	lacking.skip(t, program, "apt-get install "+pkg)
+	return ""
+}
+
+// skip ends a test for want of something; CI must not do without.
+func (w *wants) skip(t testing.TB, what, how string) {
+	t.Helper()
+	if os.Getenv("CI") != "" {
+		t.Fatalf("no %s: %s", what, how)
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.tests[t.Name()], w.how[what] = true, how
+	t.Skipf("no %s: %s", what, how)
+}
+
+// String is one line, or nothing where nobody asked and nothing was skipped.
+func (w *wants) String() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var missing []string
+	for _, what := range slices.Sorted(maps.Keys(w.how)) {
+		missing = append(missing, fmt.Sprintf("no %s (%s)", what, w.how[what]))
+	}
+	switch {
+	case len(missing) > 0:
+		return fmt.Sprintf("skipped %d tests: %s", len(w.tests), strings.Join(missing, ", "))
+	case testing.Verbose() || os.Getenv("CI") != "":
+		return "skipped no test for want of anything"
+	}
+	return ""
+}
+
+// skipper is a test that notes how it was ended.
+type skipper struct {
+	testing.TB
+	name, ended string
+}
+
+func (s *skipper) Name() string                  { return s.name }
+func (s *skipper) Skipf(format string, a ...any) { s.ended = "skipped, " + fmt.Sprintf(format, a...) }
+func (s *skipper) Fatalf(format string, a ...any) {
+	s.ended = "failed, " + fmt.Sprintf(format, a...)
+	runtime.Goexit()
+}
+
+// TestWants: one line tells of all tests that were skipped; in CI none is.
+func TestWants(t *testing.T) {
+	t.Setenv("CI", "")
+	w := &wants{tests: map[string]bool{}, how: map[string]string{}}
+	for i, what := range []string{"sun", "rain", "sun"} {
+		s := &skipper{TB: t, name: strconv.Itoa(i % 2)}
+		if w.skip(s, what, "wait for "+what); s.ended != "skipped, no "+what+": wait for "+what {
+			t.Errorf("without %s a test was %s", what, s.ended)
+		}
+	}
+	want := "skipped 2 tests: no rain (wait for rain), no sun (wait for sun)"
+	if got := w.String(); got != want {
+		t.Errorf("line %q, want %q", got, want)
+	}
+	t.Setenv("CI", "true")
+	s := &skipper{TB: t, name: "other"}
+	done := make(chan struct{})
+	go func() { // which Fatalf ends
+		defer close(done)
+		w.skip(s, "snow", "wait for snow")
+	}()
+	if <-done; s.ended != "failed, no snow: wait for snow" || w.String() != want {
+		t.Errorf("in CI a test was %s, and the line is %q", s.ended, w)
+	}
+	if got := (&wants{}).String(); got != "skipped no test for want of anything" {
+		t.Errorf("line %q when nothing was skipped", got)
+	}
+}
+
 // logBuffer collects what a program logs. It is safe for concurrent use.
 type logBuffer struct {
 	mu  sync.Mutex

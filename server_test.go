@@ -53,7 +53,11 @@ func TestMain(m *testing.M) {
 	case "bare":
 		bareMain()
 	default:
-		os.Exit(m.Run())
+		code := m.Run()
+		if line := lacking.String(); line != "" {
+			fmt.Println(line)
+		}
+		os.Exit(code)
 	}
 }
 
@@ -1931,12 +1935,7 @@ func TestDrainIsSpread(t *testing.T) {
 // TestNginx runs streams and webhooks through an nginx that knows nothing of
 // them but where to pass them. It buffers answers by default.
 func TestNginx(t *testing.T) {
-	path, err := exec.LookPath("nginx")
-	if err != nil && os.Getenv("CI") == "" {
-		t.Skip("nginx is not installed")
-	} else if err != nil {
-		t.Fatal("nginx is not installed, and CI must not do without")
-	}
+	path := need(t, "nginx", "nginx-light")
 	server := startServer(t)
 	l := loopback(t)
 	front := l.Addr().String()
@@ -4410,7 +4409,7 @@ func residentBytes(tb testing.TB, pid int) int64 {
 	tb.Helper()
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
-		tb.Skip("no /proc on this system")
+		lacking.skip(tb, "/proc", "run them on Linux")
 	}
 	_, rest, _ := strings.Cut(string(status), "VmRSS:")
 	kb, err := strconv.ParseInt(strings.Fields(rest)[0], 10, 64)
