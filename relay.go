@@ -12,6 +12,14 @@
 //	POST /subscribe/{channel}/responses     a client reports on one or more events
 //	GET  /                                  as /ready of the health service
 //
+// And of the health service of both roles, on a port of its own:
+//
+//	GET  /live, /ready                      200, or 503 with the reason
+//	GET  /health                            all checks: since when, and the last error
+//	GET  /metrics                           for Prometheus
+//	GET  /                                  the status page, which reads /events
+//	GET  /status                            the same as JSON
+//
 // Errors of the relay itself are JSON, {"statusCode":413,"message":"…"}. A
 // passing state is 503, 504 or 502, never a status on which providers disable
 // a hook. One reading of the request target decides everything: what is
@@ -158,6 +166,10 @@
 //	connection to the health service     one request, 5 s for its header,   closed
 //	                                     10 s for its answer
 //	check for GET /                      2 s                                503
+//	webhooks on the status page          200                                the oldest is gone
+//	status pages that are open           16, 5 s to take what is sent       503; closed
+//	path of a webhook in the log and     256 bytes                          cut
+//	on the page
 //	requests on an HTTP/2 connection     50                                 wait at the sender
 //	subscribers                          SERVER_MAX_SUBSCRIBERS 10000       503
 //	subscribers of one address           SERVER_MAX_SUBSCRIBERS_PER_ADDRESS
