@@ -1839,12 +1839,14 @@ func (p Passage) became(outcome, reason string) Passage {
 	return p
 }
 
-// attrs is p for the log of its channel.
+// attrs is p for the log of its channel, but for what is not known.
 func (p *Passage) attrs(more ...slog.Attr) []slog.Attr {
-	return append([]slog.Attr{
-		slog.String("event", p.Event), slog.String("method", p.Method), slog.String("path", p.Path),
-		slog.Int("bytes", p.Bytes), slog.Int("status", p.Status), slog.Int("attempt", p.Attempt), slog.Float64("ms", p.MS),
-	}, more...)
+	return append(slices.DeleteFunc([]slog.Attr{
+		slog.String("event", p.Event), slog.String("method", p.Method), slog.String("path", p.Path), slog.Int("bytes", p.Bytes),
+		slog.Int("status", p.Status), slog.Int("attempt", p.Attempt), slog.Float64("ms", p.MS),
+	}, func(a slog.Attr) bool {
+		return a.Value.Any() == "" || a.Key != "bytes" && a.Value.Equal(slog.IntValue(0))
+	}), more...)
 }
 
 // shown is a path, or anything else that strangers choose, as it is logged: cut

@@ -603,7 +603,7 @@ func (c *Client) take(m *message, clocks *clocks) error {
 	w, err := c.open(m)
 	if err != nil {
 		c.Invalid.Add(1)
-		c.log.Warn("event refused", "event", shown(m.id), "err", err)
+		c.log.Warn("event refused", "err", err)
 		return nil
 	}
 	var age time.Duration

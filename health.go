@@ -329,9 +329,9 @@ func goMetric(name, kind, help string, of ...string) Metric {
 // concurrent use.
 type Journal struct {
 	mu      sync.Mutex
-	last    uint64             // number of the newest entry; guarded by mu, like all below
-	entries [journalSize]any   // by number; immutable
-	points  [seriesSize]points // by time
+	last    uint64                 // number of the newest entry; guarded by mu, like all below
+	entries [journalSize]any       // by number; immutable
+	points  [seriesSize + 1]points // by time; one is under way
 }
 
 // points is one step of the plots.
@@ -362,7 +362,7 @@ func (j *Journal) Count(took time.Duration, failed bool) {
 	of := max(0, min(int(4*math.Log2(float64(max(took.Microseconds(), 1)))), 4*32-1))
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	p := &j.points[step%seriesSize]
+	p := &j.points[step%int64(len(j.points))]
 	if p.step != step {
 		*p = points{step: step}
 	}
@@ -384,7 +384,7 @@ func (j *Journal) latest() []any {
 	return list
 }
 
-// series is what the plots show: the last whole steps, and the one under way.
+// series is what the plots show: the last whole steps.
 type series struct {
 	Step     int        `json:"step"`  // seconds
 	Until    int64      `json:"until"` // Unix time of the end of the last one
@@ -397,10 +397,10 @@ type series struct {
 func (j *Journal) series(now time.Time) series {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	last := now.Unix() / seriesStep
+	last := now.Unix()/seriesStep - 1
 	s := series{Step: seriesStep, Until: (last + 1) * seriesStep}
 	for step := last - seriesSize + 1; step <= last; step++ {
-		p := &j.points[step%seriesSize]
+		p := &j.points[step%int64(len(j.points))]
 		if p.step != step {
 			p = &points{}
 		}
@@ -493,6 +493,420 @@ func digest(text string) string {
 	return "'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'"
 }
 
-const pageStyle = ``
-const pageScript = ``
-const page = "<!doctype html>"
+// The page: one document without anything from outside. What it shows goes in as
+// text, never as markup.
+const page = `<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Webhook Relay</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16' fill='none' stroke='%236b82f0' stroke-width='2'%3E%3Ccircle cx='3.5' cy='11' r='2.5'/%3E%3Ccircle cx='12.5' cy='11' r='2.5'/%3E%3Cpath d='M3.5 8.5a4.5 4.5 0 0 1 9 0'/%3E%3C/svg%3E">
+<style>` + pageStyle + `</style>
+<header class="bar">
+  <h1>Webhook Relay <span id="role"></span></h1>
+  <p class="dim push" id="up"></p>
+  <p id="link" class="state wait">connecting</p>
+</header>
+<noscript><p>This page needs JavaScript. The same facts are in <a href="status">status</a> as JSON.</p></noscript>
+<p id="spoken" class="unseen" role="status"></p>
+<p id="banner" hidden></p>
+<main id="main" hidden>
+  <section aria-label="Checks"><ul id="checks" class="grid"></ul></section>
+  <section class="of-server grid tiles" aria-label="Totals">
+    <dl class="card"><dt>streams</dt><dd id="streams-total"></dd></dl>
+    <dl class="card"><dt>channels</dt><dd id="channels-total"></dd></dl>
+    <dl class="card"><dt>webhooks held</dt><dd id="held"></dd></dl>
+    <dl class="card"><dt>bytes held</dt><dd id="held-bytes"></dd>
+      <dd class="meter" id="meter" role="meter" aria-label="held part of the budget" aria-valuemax="100"><div></div></dd>
+      <dd class="dim" id="budget"></dd></dl>
+  </section>
+  <section class="of-client"><h2>Streams</h2><div id="streams" class="grid"></div></section>
+  <section class="grid" aria-label="The last ten minutes">
+    <figure class="card" id="rates"><figcaption>Webhooks <span class="dim">per second</span></figcaption>
+      <div class="bar legend"><span class="webhooks"></span><span class="failures"></span></div>
+      <div class="plot"><div></div><svg viewBox="0 0 600 120" preserveAspectRatio="none" role="img">
+        <path class="rule"/><path class="webhooks"/><path class="failures"/></svg></div>
+      <div class="axis"><span>10 min ago</span><span class="when"></span><span>now</span></div></figure>
+    <figure class="card" id="latencies"><figcaption>Latency <span class="dim">in milliseconds</span></figcaption>
+      <div class="bar legend"><span class="p50"></span><span class="p99"></span></div>
+      <div class="plot"><div></div><svg viewBox="0 0 600 120" preserveAspectRatio="none" role="img">
+        <path class="rule"/><path class="p99"/><path class="p50"/></svg></div>
+      <div class="axis"><span>10 min ago</span><span class="when"></span><span>now</span></div></figure>
+  </section>
+  <section class="of-server">
+    <h2>Channels</h2>
+    <p class="card" id="nobody">No client is connected. Start one with <code>RELAY_MODE=client</code> and
+      <code>SOURCE_URL=https://{this relay}/subscribe/{channel}/</code></p>
+    <div class="card list" id="channels" tabindex="0" role="group" aria-label="Channels and their subscribers">
+      <table><thead><tr><th class="client">channel, client</th><th class="since">connected for</th><th class="waiting">waiting</th><th class="addr">address</th></tr></thead>
+        <tbody id="subscribers"></tbody></table></div>
+    <p class="dim" id="more"></p>
+  </section>
+  <section>
+    <div class="bar"><h2>Webhooks</h2><span class="dim push" id="count"></span>
+      <input id="find" type="search" placeholder="find" aria-label="find webhooks"><button id="pause" aria-pressed="false">Pause</button></div>
+    <p class="card" id="none"><span></span> <code></code></p>
+    <div class="card list" id="list"><table><thead><tr id="columns"></tr></thead><tbody id="webhooks"></tbody></table></div>
+  </section>
+</main>
+<script>` + pageScript + `</script>
+</html>
+`
+
+const pageStyle = `
+:root {
+  color-scheme: light dark;
+  --page: #f6f6f4; --card: #fff; --text: #1d2125; --dim: #5c656f; --line: #e2e2dd;
+  --accent: #3f5bd8; --good: #1c7a3a; --bad: #c0272d; --wait: #8f5f00;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #121416; --card: #1a1d20; --text: #d5d9de; --dim: #98a0aa; --line: #2c3137;
+    --accent: #8b9ff5; --good: #5dbd78; --bad: #f5827a; --wait: #d6a546;
+  }
+}
+*, ::before { box-sizing: border-box; margin: 0; padding: 0; }
+body {
+  max-width: 80rem; margin: auto; padding: 1.25rem clamp(.75rem, 3vw, 2rem) 5rem; background: var(--page); color: var(--text);
+  font: .875rem/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; overflow-wrap: anywhere;
+}
+section { margin-top: 1.5rem; }
+h1 { font-size: 1.25rem; } h1 span { color: var(--accent); }
+h2, h3 { font-size: .9375rem; } h2 { margin-bottom: .5rem; }
+code, .code { font: .8125rem/1.6 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
+.whole { user-select: all; }
+.dim, dt, th { color: var(--dim); font-weight: normal; }
+.bar { display: flex; flex-wrap: wrap; gap: .25rem 1rem; align-items: baseline; }
+.push { margin-right: auto; }
+.card { padding: .75rem 1rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }
+.card:has(.state.bad):not(.list) { border-color: var(--bad); }
+.grid { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); list-style: none; }
+.tiles { grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); }
+.tiles dt + dd { font-size: 1.5rem; line-height: 1.3; }
+.facts { display: grid; grid-template-columns: auto 1fr; gap: 0 1rem; margin: .25rem 0; }
+.meter { height: .375rem; margin-top: .25rem; background: var(--line); border-radius: 1rem; overflow: hidden; }
+.meter div { height: 100%; background: var(--accent); } .meter .full { background: var(--bad); }
+input, button {
+  padding: .125rem .625rem; margin-bottom: .5rem; font: inherit; color: inherit; background: var(--card); border: 1px solid var(--dim); border-radius: .375rem;
+}
+input { width: 8rem; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+[hidden], [data-role=server] .of-client, [data-role=client] .of-server { display: none !important; }
+
+/* A state is a word, a colour and a shape: a dot, a diamond when it is bad, a ring otherwise. */
+.good { color: var(--good); } .wait { color: var(--wait); } .bad { color: var(--bad); }
+.state::before {
+  content: ""; display: inline-block; width: .5625rem; height: .5625rem; margin-right: .4375rem; border: 2px solid; border-radius: 50%;
+}
+.good::before, .bad::before { background: currentColor; }
+.bad::before { border-radius: 0; transform: rotate(45deg) scale(.85); }
+
+/* What is old stays readable, and looks it. */
+.stale main { opacity: .85; filter: grayscale(1); }
+#banner { position: fixed; z-index: 1; inset: auto 0 0; padding: .625rem 1rem; text-align: center; background: var(--card); border-top: 3px solid var(--bad); }
+
+/* Plots: the drawing is stretched to its box, so the words are HTML beside it. */
+.plot { position: relative; height: 7.5rem; margin: .75rem 0 .375rem 3.25rem; }
+.plot svg { position: absolute; width: 100%; height: 100%; overflow: visible; }
+.plot span { position: absolute; right: calc(100% + .5rem); transform: translateY(-50%); white-space: nowrap; }
+.plot span, .axis { color: var(--dim); font-size: .75rem; }
+.plot path { fill: none; vector-effect: non-scaling-stroke; stroke-width: 2; stroke-linecap: round; stroke-linejoin: round; }
+.plot .rule { stroke: var(--line); stroke-width: 1; }
+.plot .webhooks { fill: var(--accent); } .plot .failures { fill: var(--bad); }
+.plot .p50 { stroke: var(--accent); } .plot .p99 { stroke: var(--dim); stroke-width: 1.25; }
+.axis { display: flex; justify-content: space-between; margin-left: 3.25rem; }
+.legend span::before { content: ""; display: inline-block; width: .75rem; height: .25rem; margin-right: .375rem; vertical-align: middle; background: var(--accent); }
+.legend .failures::before { background: var(--bad); } .legend .p99::before { background: var(--dim); height: .125rem; }
+
+table { width: 100%; border-collapse: collapse; table-layout: fixed; }
+.list { padding: 0 .5rem; overflow: auto; }
+#channels { max-height: 30rem; }
+th, td { padding: .3125rem .5rem; text-align: left; vertical-align: baseline; }
+tbody tr { border-top: 1px solid var(--line); }
+.head .client { font-weight: 600; }
+/* What is cut here is whole in its title; an id is also copied whole. */
+td div { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden; }
+.outcome div { display: inline; }
+.event div, .method div { display: block; text-overflow: ellipsis; white-space: nowrap; }
+th.method, th.status { width: 4.5rem; } th.bytes, th.attempt, th.ms { width: 5.25rem; } th.time { width: 6.5rem; }
+th.channel, th.since, th.waiting { width: 9rem; } th.event { width: 10rem; } th.outcome { width: 11.5rem; } th.addr { width: 17rem; }
+@media (min-width: 60.01rem) { .bytes, .status, .attempt, .ms { text-align: right; } }
+@media (max-width: 60rem) { /* A row becomes a small stack. */
+  thead { position: absolute; clip-path: inset(50%); }
+  tbody tr { display: flex; flex-wrap: wrap; gap: 0 .875rem; padding: .5rem; }
+  tr::before, tr:not(.head)::after { content: ""; flex-basis: 100%; order: 2; } /* line breaks */
+  tr::after { order: 4 !important; }
+  td { padding: 0; max-width: 100%; order: 5; color: var(--dim); }
+  td:has(div:empty) { display: none; }
+  td.outcome, td.status { order: 0; }
+  td.time { order: 1; margin-left: auto; }
+  td.method, td.path, td.client { order: 3; }
+  td.path, td.client { flex: 1; }
+  td.method { max-width: 6rem; }
+  td.path, td.client, td.method, td.status { color: var(--text); }
+  td.good { color: var(--good); } td.wait { color: var(--wait); } td.bad { color: var(--bad); }
+  td.since div::before { content: "for "; } td.attempt div::before { content: "attempt "; } td.ms div::after { content: " ms"; }
+  tr:not(.head) td.waiting div::after { content: " waiting"; }
+}
+`
+
+const pageScript = `
+'use strict';
+// The page shows one document, the same as /status; the event stream brings a whole new one whenever something changes.
+// Channels, paths and names come from outside. They go in as text and titles alone, which are never markup.
+
+const $ = id => document.getElementById(id);
+let doc, webhooks = [], paused = false; // webhooks: those of the document, or of the one before the pause
+
+function el(tag, className = '', ...children) {
+  const e = document.createElement(tag);
+  e.className = className;
+  e.append(...children);
+  return e;
+}
+
+// put touches only what differs: what is selected, hovered or read aloud stays.
+function put(e, text, title = '', className = e.className) {
+  text = String(text ?? '');
+  if (e.textContent !== text) e.textContent = text;
+  if (e.title !== title) e.title = title;
+  if (e.className !== className) e.className = className;
+}
+
+// keyed gives parent one child for each item, in their order. The element of an item that was there before stays, and
+// is not moved, so that nothing flickers and the scroll position holds.
+const kept = new WeakMap();
+function keyed(parent, items, keyOf, make, fill) {
+  const old = kept.get(parent) || new Map(), now = new Map();
+  for (const item of items || []) {
+    let key = keyOf(item);
+    while (now.has(key)) key += '+';
+    now.set(key, old.get(key) || make());
+    fill(now.get(key), item);
+  }
+  for (const [key, e] of old) if (!now.has(key)) e.remove();
+  let place = parent.firstElementChild;
+  for (const e of now.values()) {
+    if (e === place) place = e.nextElementSibling;
+    else parent.insertBefore(e, place);
+  }
+  kept.set(parent, now);
+}
+
+const makeRow = n => () => el('tr', '', ...Array.from({length: n}, () => el('td', '', el('div'))));
+function fillRow(row, cells) { // of [class, text, title]
+  cells.forEach(([className, text, title], i) => {
+    put(row.cells[i].firstChild, text, title);
+    if (row.cells[i].className !== className) row.cells[i].className = className;
+  });
+}
+
+// Ages are between two times of the server: the browser's clock may be wrong.
+const age = time => span(Date.parse(doc.now) - Date.parse(time));
+function span(ms) {
+  const s = Math.max(0, Math.round(ms / 1000));
+  return s < 100 ? s + ' s' : s < 6000 ? Math.round(s / 60) + ' min' : s < 172800 ? Math.round(s / 3600) + ' h' : Math.round(s / 86400) + ' d';
+}
+const utc = (ms, from, to) => new Date(ms).toISOString().slice(from, to).replace('T', ' ') + ' UTC';
+const number = n => (n || 0).toLocaleString('en');
+const plural = (n, one) => number(n) + ' ' + one + (n === 1 ? '' : 's');
+const millis = ms => ms == null ? '' : ms < 10 ? String(+ms.toFixed(1)) : number(Math.round(ms));
+function bytes(n) {
+  let unit = 0;
+  for (n ||= 0; n >= 1024 && unit < 3; unit++) n /= 1024;
+  return (n < 100 ? +n.toFixed(1) : Math.round(n)) + ' ' + ['B', 'KiB', 'MiB', 'GiB'][unit];
+}
+
+// ---- checks, totals, streams, channels
+
+const makeCheck = () => el('li', 'card', el('div', 'bar', el('b'), el('span'), el('span', 'dim')), el('div'));
+function fillCheck(e, check) {
+  const [name, state, of] = e.firstChild.children;
+  put(name, check.name);
+  put(state, (check.ok ? 'ok for ' : 'failing for ') + age(check.since), check.since, check.ok ? 'state good' : 'state bad');
+  put(of, check.of && 'part of /' + check.of);
+  fillError(e.lastChild, check, check.ok);
+}
+function fillError(e, {error, errorAt}, past) {
+  put(e, error && (past ? 'last error ' : '') + age(errorAt) + ' ago: ' + error, errorAt, past ? 'dim' : 'bad');
+}
+
+function fillTotals({streams, channels, held}) {
+  const percent = held.limit ? Math.min(100, 100 * held.bytes / held.limit) : 0, meter = $('meter');
+  put($('streams-total'), number(streams));
+  put($('channels-total'), number(channels));
+  put($('held'), number(held.webhooks));
+  put($('held-bytes'), bytes(held.bytes), plural(held.bytes, 'byte'));
+  put($('budget'), Math.round(percent) + ' % of ' + bytes(held.limit));
+  meter.ariaValueNow = percent;
+  meter.firstChild.style.width = percent + '%';
+  meter.firstChild.className = percent > 80 ? 'full' : '';
+}
+
+const makeStream = () => el('article', 'card', el('div', 'bar', el('h3', 'push'), el('span')), el('dl', 'facts',
+  ...['source', 'target', 'webhook URL', 'forwards', 'retries'].flatMap((name, i) => [el('dt', '', name), el('dd', i < 3 ? 'code whole' : '')])), el('div'));
+function fillStream(e, stream) {
+  const [head, facts, error] = e.children;
+  put(head.firstChild, stream.channel);
+  put(head.lastChild, stream.state + ' for ' + age(stream.since), stream.since, {ready: 'state good', waiting: 'state bad'}[stream.state] || 'state wait');
+  const values = [stream.source, stream.target, stream.webhooks,
+    number(stream.forwards) + ' under way, ' + number(stream.waiting) + ' waiting for a retry', number(stream.retries)];
+  facts.querySelectorAll('dd').forEach((dd, i) => put(dd, values[i]));
+  fillError(error, stream, stream.state === 'ready');
+}
+
+function fillChannels({streams, channels, list}) {
+  const rows = (list || []).flatMap(c => [{...c, head: true}, ...(c.subscribers || []).map(s => ({...s, channel: c.channel}))]);
+  keyed($('subscribers'), rows, r => JSON.stringify([r.channel, r.client, r.addr, r.since]), makeRow(4), (row, r) => {
+    row.className = r.head ? 'head' : '';
+    fillRow(row, r.head
+      ? [['client', r.channel], ['since', ''], ['waiting', r.held ? plural(r.held, 'webhook') + ' held' : ''], ['addr', r.subscribers?.length ? '' : 'no subscribers']]
+      : [['client', r.client || 'a client without a name'], ['since', age(r.since), r.since], ['waiting', bytes(r.waiting), plural(r.waiting, 'byte')], ['addr code', r.addr]]);
+  });
+  const shown = rows.filter(r => r.head).length, more = [[channels - shown, 'channel'], [streams - (rows.length - shown), 'stream']];
+  put($('more'), more.filter(([n]) => n > 0).map(([n, one]) => 'and ' + number(n) + ' more ' + one + (n > 1 ? 's' : '')).join(', '));
+  $('nobody').hidden = shown > 0;
+  $('channels').hidden = !shown;
+}
+
+// ---- webhooks
+
+const kinds = {accepted: 'good', answered: 'good', forwarded: 'good', held: 'wait', forwarding: 'wait', refused: 'bad', lost: 'bad', failed: 'bad'};
+const names = ['time', 'channel', 'method', 'path', 'bytes', 'outcome', 'status', 'attempt', 'ms', 'event'];
+const cellsOf = w => [
+  ['time', age(w.time) + ' ago', w.time],
+  ['channel', w.channel, w.channel],
+  ['method', w.method, w.method],
+  ['path code', w.path, w.path],
+  ['bytes', bytes(w.bytes), plural(w.bytes || 0, 'byte')],
+  ['outcome state ' + (w.outcome === 'answered' && w.status >= 400 ? 'bad' : kinds[w.outcome] || ''), w.outcome + (w.reason ? ': ' + w.reason : '')],
+  [w.status >= 400 ? 'status bad' : 'status', w.status || ''],
+  ['attempt of-client', w.attempt || ''],
+  ['ms', millis(w.ms)],
+  ['event code whole', w.event, w.event],
+];
+for (const name of names) $('columns').append(el('th', name === 'attempt' ? 'attempt of-client' : name, name));
+
+function fillWebhooks() {
+  if (!paused) webhooks = doc.webhooks || [];
+  const all = webhooks.length, word = $('find').value.trim().toLowerCase();
+  const list = webhooks.filter(w => !word || cellsOf(w).some(([, text]) => String(text).toLowerCase().includes(word)));
+  keyed($('webhooks'), list, w => w.time + ' ' + w.event, makeRow(names.length), (row, w) => fillRow(row, cellsOf(w)));
+  put($('count'), all ? (word ? list.length + ' of ' : '') + 'the last ' + all : '');
+  $('list').hidden = !list.length;
+  $('none').hidden = list.length > 0;
+  const first = (doc.client?.streams || doc.server?.list)?.[0], url = first?.webhooks || 'https://{this relay}/webhooks/' + (first?.channel || '{channel}');
+  put($('none').firstChild, all ? 'None of them has this.' : 'No webhooks yet. Send one:');
+  put($('none').lastChild, all ? '' : 'curl -d hello ' + url + '/');
+}
+$('find').oninput = fillWebhooks;
+$('pause').onclick = () => {
+  $('pause').ariaPressed = paused = !paused;
+  put($('pause'), paused ? 'Resume' : 'Pause');
+  fillWebhooks();
+};
+
+// ---- plots
+
+// makePlot draws into a box of 600 by 120, ten for each step. The legend tells the last values, or those at the pointer.
+// scale gives the rules to draw, and from where to where a value lies.
+function makePlot(figure, names, shape, scale) {
+  const find = selector => figure.querySelector(selector), box = find('.plot'), caption = find('figcaption').textContent;
+  let lines, pointed, timeOf;
+  const legend = () => names.map((name, i) => {
+    const value = lines[i][pointed ?? lines[i].findLastIndex(v => v != null)], text = name + ' ' + (millis(value) || 'none');
+    put(find('.legend .' + name), text);
+    put(find('.when'), pointed == null ? '' : timeOf(pointed));
+    return text;
+  }).join(', ');
+  box.onpointermove = event => {
+    const {left, width} = box.getBoundingClientRect();
+    pointed = Math.max(0, Math.min(59, Math.floor((event.clientX - left) / width * 60)));
+    if (lines) legend();
+  };
+  box.onpointerleave = () => { pointed = null; legend(); };
+  return (series, values) => {
+    lines = values;
+    timeOf = i => utc((series.until - (60 - i) * series.step) * 1000, 11, 19);
+    const {rules, at} = scale(lines.flat().filter(v => v > 0)), y = v => 120 - 120 * Math.min(1, Math.max(0, at(v)));
+    find('.rule').setAttribute('d', rules.map(v => 'M0 ' + y(v) + 'H600').join(''));
+    keyed(box.firstChild, rules, String, () => el('span'), (e, v) => { put(e, millis(v)); e.style.top = y(v) / 1.2 + '%'; });
+    names.forEach((name, i) => find('path.' + name).setAttribute('d', lines[i].map((v, x) => v == null ? '' : shape(x, y(v), lines[i][x - 1] != null)).join('')));
+    find('svg').ariaLabel = caption + ', last ten minutes; latest: ' + legend();
+  };
+}
+const bars = (x, y) => y < 120 ? 'M' + (x * 10 + 1) + ' 120V' + y + 'h8V120z' : '';
+// A line goes on from the step before; a step alone is a dash.
+const line = (x, y, on) => on ? 'L' + (x * 10 + 5) + ' ' + y : 'M' + (x * 10 + 1) + ' ' + y + 'h8';
+const rates = makePlot($('rates'), ['webhooks', 'failures'], bars, values => {
+  const top = Math.max(1, ...values), power = 10 ** Math.floor(Math.log10(top)), most = power * [1, 2, 3, 4, 6, 8, 10].find(n => n * power >= top);
+  return {rules: [0, most / 2, most], at: v => v / most};
+});
+// Latencies spread over decades; on a linear scale, p50 would lie on the floor.
+const latencies = makePlot($('latencies'), ['p50', 'p99'], line, values => {
+  const from = Math.max(-1, Math.floor(Math.log10(Math.min(...values, 1)))), to = Math.max(1, Math.ceil(Math.log10(Math.max(...values, 10))));
+  return {rules: Array.from({length: to - from + 1}, (_, i) => 10 ** (from + i)), at: v => (Math.log10(v) - from) / (to - from)};
+});
+
+// ---- the document and its stream
+
+function render() {
+  const {series} = doc, failing = (doc.checks || []).filter(c => !c.ok).map(c => c.name);
+  document.body.dataset.role = doc.role;
+  put($('role'), doc.role);
+  put($('up'), 'version ' + doc.version + ', up for ' + age(doc.started) + ', since ' + utc(doc.started, 0, 16), doc.started);
+  keyed($('checks'), doc.checks, c => c.name + ' ' + c.of, makeCheck, fillCheck);
+  if (doc.server) {
+    fillTotals(doc.server);
+    fillChannels(doc.server);
+  }
+  if (doc.client) keyed($('streams'), doc.client.streams, s => s.channel + ' ' + s.source, makeStream, fillStream);
+  rates(series, [series.webhooks, series.failures].map(counts => counts.map(n => n / series.step)));
+  latencies(series, [series.p50, series.p99]);
+  fillWebhooks();
+  $('main').hidden = false;
+  say(failing.length ? 'failing: ' + failing.join(', ') : '');
+}
+
+// say is for the eyes that are elsewhere: the tab's title, and screen readers, which tell only what is new.
+function say(trouble) {
+  put($('spoken'), trouble || 'connected, all checks are ok');
+  document.title = (trouble && trouble + ' · ') + 'Webhook Relay ' + (doc?.role || '');
+}
+
+let source, timer, heard, lively; // heard: when the last document came; lively: that, or the last try
+function connect() {
+  lively = Date.now();
+  source = new EventSource('events');
+  source.onmessage = message => {
+    heard = lively = Date.now();
+    doc = JSON.parse(message.data);
+    document.body.className = '';
+    $('banner').hidden = true;
+    put($('link'), 'connected', '', 'state good');
+    render();
+  };
+  source.onerror = reconnect;
+}
+// An EventSource comes back by itself after a cut, but never after an answer that is not 200, as a balancer gives, and a
+// connection that only went silent is no error to it: so it is always replaced. A document comes at least every five seconds.
+function reconnect() {
+  source.close();
+  clearTimeout(timer);
+  timer = setTimeout(connect, 2000);
+  document.body.className = 'stale';
+  put($('link'), 'disconnected', '', 'state bad');
+  say('disconnected');
+  tell();
+}
+function tell() {
+  $('banner').hidden = false;
+  put($('banner'), doc ? 'Disconnected for ' + span(Date.now() - heard) + ': this is the state of ' + utc(doc.now, 11, 19) + '. Trying again.' : 'Not connected yet. Trying again.');
+}
+setInterval(() => {
+  if (source.readyState !== EventSource.CLOSED && Date.now() - lively > 15000) reconnect();
+  if (document.body.className) tell();
+}, 1000);
+connect();
+`

@@ -1,7 +1,9 @@
 package main
 
 import (
+	"bufio"
 	"context"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -13,6 +15,8 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -184,9 +188,10 @@ func TestSeries(t *testing.T) {
 				}
 				j.Count(took, i%10 == 0)
 			}
+			time.Sleep(seriesStep * time.Second)
 			s := j.series(time.Now())
 			last := seriesSize - 1
-			if s.Webhooks[last] != point || s.Failures[last] != (point+9)/10 || len(s.P50) != seriesSize || s.Until%seriesStep != 0 || s.Until <= time.Now().Unix() {
+			if s.Webhooks[last] != point || s.Failures[last] != (point+9)/10 || len(s.P50) != seriesSize || s.Until%seriesStep != 0 || s.Until != time.Now().Unix() {
 				t.Fatalf("point %d: %d, %d failed, until %d", point, s.Webhooks[last], s.Failures[last], s.Until)
 			}
 			for i, n := range s.Webhooks {
@@ -198,7 +203,6 @@ func TestSeries(t *testing.T) {
 					t.Fatalf("of %d: p50 %v ms, p99 %v ms", n, *s.P50[i], *s.P99[i])
 				}
 			}
-			time.Sleep(seriesStep * time.Second)
 		}
 		time.Sleep(time.Hour)
 		for _, n := range j.series(time.Now()).Webhooks {
@@ -591,4 +595,370 @@ func must[T any](v T, err error) T {
 		panic(err)
 	}
 	return v
+}
+
+// The page, in a browser.
+
+// TestPage: the page of both roles loads without a complaint, shows a webhook as
+// it comes, outlives a restart, and takes nothing that strangers choose for
+// markup.
+func TestPage(t *testing.T) {
+	c := startChromium(t)
+	health := fmt.Sprintf("HEALTH_SERVICE_PORT=%d", freePorts(t, 1)[0])
+	env := []string{health, "HEALTH_SERVICE_SHUTDOWN_DELAY=0", "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=1s", "RESPONSE_MODE=slow=status"}
+	server := startServer(t, env...)
+	release := make(chan string)
+	target := newTarget(t, func(r recorded) string {
+		if strings.Contains(r.line, "slow") {
+			return <-release
+		}
+		return ok200
+	})
+	client := start(t, "RELAY_MODE=client", "HEALTH_SERVICE_PORT=0", "RECONNECT_INTERVAL=50", "TARGET_BASE_URL=http://user:hunter2@"+hostOf(target.url),
+		fmt.Sprintf("SOURCE_URL=http://%[1]s/subscribe/ci/,http://%[1]s/subscribe/slow/", server.addr))
+	eventually(t, "both streams", func() bool { return len(client.log.lines("stream ready")) == 2 })
+	pages := map[string]*tab{"server": c.open("http://" + server.health + "/"), "client": c.open("http://" + client.health + "/")}
+	holds := func(text string) string { return fmt.Sprintf("document.body.innerText.includes(%q)", text) }
+	for role, p := range pages {
+		p.await(holds(role))
+		p.await(holds("No webhooks yet"))
+		p.await(holds("ci"))
+	}
+	send(t, "POST", "http://"+server.addr+"/webhooks/ci/first?hunter2=1", "hunter2", "X-Secret", "hunter2")
+	for _, p := range pages {
+		p.await(holds("/webhooks/ci/first"))
+	}
+	pages["server"].await(holds("accepted"))
+	pages["client"].await(holds("forwarded"))
+
+	answered := make(chan outcome)
+	go func() {
+		answered <- post(t.Context(), http.DefaultTransport, "POST", "http://"+server.addr+"/webhooks/slow/one", "{}")
+	}()
+	pages["server"].await(holds("held"))
+	pages["client"].await(holds("forwarding"))
+	release <- "HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n"
+	<-answered
+	pages["server"].await(holds("answered"))
+
+	const markup = `<img/src=x/onerror="document.title='owned'">`
+	for _, target := range []string{"/webhooks/ci/" + markup, "/webhooks/" + markup, "/webhooks/<img onerror>"} {
+		wire(t, server.addr, "POST "+target+" HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+	}
+	pages["server"].await(holds("/webhooks/ci/" + markup))
+	pages["server"].await(holds("/webhooks/<img/src"))
+	pages["client"].await(holds("/webhooks/ci/" + markup))
+	for role, p := range pages {
+		if n := p.eval("document.images.length + document.querySelectorAll('iframe, object, embed').length"); n != 0.0 || p.eval("document.title.includes('owned')") == true {
+			t.Errorf("%s: markup of a stranger is on the page", role)
+		}
+		if text := p.eval("document.documentElement.outerHTML").(string); strings.Contains(text, "hunter2") {
+			t.Errorf("%s: a secret is on the page", role)
+		}
+		if list := p.complaints(); len(list) > 0 {
+			t.Errorf("%s: %q", role, list)
+		}
+	}
+
+	if err := server.stop(); err != nil {
+		t.Error(err)
+	}
+	pages["server"].await(holds("disconnected"))
+	pages["client"].await(holds("failing"))
+	again := startServer(t, env...)
+	pages["server"].await("!" + holds("disconnected") + " && " + holds("No webhooks yet"))
+	send(t, "POST", "http://"+again.addr+"/webhooks/ci/second", "{}")
+	pages["server"].await(holds("/webhooks/ci/second"))
+	for role, p := range pages { // that nobody was there is no fault of the page
+		if list := p.complaints("network"); len(list) > 0 {
+			t.Errorf("%s: %q", role, list)
+		}
+	}
+}
+
+// chromium is a headless Chromium that a test drives: its DevTools protocol,
+// JSON messages that each end with a NUL, over two pipes. No port is opened.
+type chromium struct {
+	t       *testing.T
+	process *exec.Cmd
+	to      *os.File      // its fd 3
+	ended   chan struct{} // closed when the process and the goroutine that reads have ended
+
+	mu    sync.Mutex
+	last  int                     // id of the last call
+	calls map[int]chan devMessage // who waits for an answer, by id
+	tabs  map[string]*tab         // by session
+}
+
+// tab is one page.
+type tab struct {
+	c       *chromium
+	session string
+	said    []string // see complaints; under c.mu
+}
+
+// devMessage is an answer to a call, or an event of a tab.
+type devMessage struct {
+	ID      int                       `json:"id"`
+	Method  string                    `json:"method"`
+	Params  json.RawMessage           `json:"params"`
+	Result  json.RawMessage           `json:"result"`
+	Error   *struct{ Message string } `json:"error"`
+	Session string                    `json:"sessionId"`
+}
+
+// startChromium starts Chromium and ends it with the test.
+func startChromium(t *testing.T) *chromium {
+	t.Helper()
+	path := need(t, "chromium", "chromium")
+	// Not t.TempDir: what Chromium started may still write there for a moment
+	// after it has ended, and t.TempDir would fail the test for that.
+	profile, err := os.MkdirTemp("", "chromium")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		for end := time.Now().Add(10 * time.Second); os.RemoveAll(profile) != nil && time.Now().Before(end); {
+			time.Sleep(50 * time.Millisecond)
+		}
+	})
+	itsIn, to, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	from, itsOut, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// A file, not a buffer: Wait would wait for everybody who has the pipe.
+	stderr, err := os.Create(filepath.Join(profile, "stderr"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &chromium{t: t, to: to, ended: make(chan struct{}), calls: map[int]chan devMessage{}, tabs: map[string]*tab{}}
+	c.process = exec.Command(path, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+		"--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+		"--user-data-dir="+profile, "--remote-debugging-pipe")
+	c.process.ExtraFiles = []*os.File{itsIn, itsOut}
+	c.process.Stderr = stderr
+	err = c.process.Start()
+	itsIn.Close()
+	itsOut.Close()
+	stderr.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	go c.read(from)
+	t.Cleanup(c.end)
+	if err := c.ask("", "Browser.getVersion", nil, nil); err != nil {
+		said, _ := os.ReadFile(stderr.Name())
+		t.Fatalf("start chromium: %v\n%s", err, said)
+	}
+	return c
+}
+
+// end asks Chromium to end, which ends its children too; kills it when it does
+// not; and waits for it.
+func (c *chromium) end() {
+	fmt.Fprintf(c.to, "{\"id\":%d,\"method\":\"Browser.close\"}\x00", 1<<30)
+	late := time.AfterFunc(10*time.Second, func() { c.process.Process.Kill() })
+	c.process.Wait()
+	late.Stop()
+	c.to.Close()
+	<-c.ended
+}
+
+// read hands on what Chromium says; it ends with Chromium.
+func (c *chromium) read(from *os.File) {
+	defer close(c.ended)
+	defer from.Close()
+	for r := bufio.NewReader(from); ; {
+		line, err := r.ReadBytes(0)
+		if err != nil {
+			return
+		}
+		var m devMessage
+		if json.Unmarshal(line[:len(line)-1], &m) != nil {
+			continue
+		}
+		c.mu.Lock()
+		if call, ok := c.calls[m.ID]; ok {
+			delete(c.calls, m.ID)
+			call <- m
+		} else if p := c.tabs[m.Session]; p != nil {
+			if said := complaintOf(m); said != "" {
+				p.said = append(p.said, said)
+			}
+		}
+		c.mu.Unlock()
+	}
+}
+
+// complaintOf is what an event complains about: its source and its text.
+func complaintOf(m devMessage) string {
+	var p struct {
+		Type             string
+		Args             []struct{ Value, Description any }
+		ExceptionDetails struct {
+			Text      string
+			Exception struct{ Description string }
+		}
+		Entry struct{ Source, Level, Text, URL string }
+	}
+	json.Unmarshal(m.Params, &p)
+	switch {
+	case m.Method == "Runtime.exceptionThrown":
+		return "exception: " + p.ExceptionDetails.Text + " " + p.ExceptionDetails.Exception.Description
+	case m.Method == "Runtime.consoleAPICalled" && (p.Type == "error" || p.Type == "warning" || p.Type == "assert"):
+		return fmt.Sprintf("console: %v", p.Args)
+	case m.Method == "Log.entryAdded" && (p.Entry.Level == "error" || p.Entry.Level == "warning"):
+		return p.Entry.Source + ": " + p.Entry.Text + " " + p.Entry.URL
+	}
+	return ""
+}
+
+// call asks Chromium, or the tab of a session, and reads the answer into result.
+func (c *chromium) call(session, method string, params, result any) {
+	c.t.Helper()
+	if err := c.ask(session, method, params, result); err != nil {
+		c.t.Fatalf("%s: %v", method, err)
+	}
+}
+
+func (c *chromium) ask(session, method string, params, result any) error {
+	answer := make(chan devMessage, 1)
+	c.mu.Lock()
+	c.last++
+	id := c.last
+	c.calls[id] = answer
+	c.mu.Unlock()
+	message, err := json.Marshal(struct {
+		ID      int    `json:"id"`
+		Session string `json:"sessionId,omitempty"`
+		Method  string `json:"method"`
+		Params  any    `json:"params,omitempty"`
+	}{id, session, method, params})
+	if err != nil {
+		return err
+	}
+	if _, err := c.to.Write(append(message, 0)); err != nil {
+		return err
+	}
+	select {
+	case m := <-answer:
+		if m.Error != nil {
+			return errors.New(m.Error.Message)
+		}
+		if result == nil {
+			return nil
+		}
+		return json.Unmarshal(m.Result, result)
+	case <-c.ended:
+		return errors.New("chromium has ended")
+	case <-time.After(time.Minute):
+		return errors.New("no answer")
+	}
+}
+
+// open opens a new tab and waits until its page is complete.
+func (c *chromium) open(url string) *tab {
+	c.t.Helper()
+	var target struct{ TargetID string }
+	c.call("", "Target.createTarget", map[string]any{"url": "about:blank"}, &target)
+	var attached struct{ SessionID string }
+	c.call("", "Target.attachToTarget", map[string]any{"targetId": target.TargetID, "flatten": true}, &attached)
+	p := &tab{c: c, session: attached.SessionID}
+	c.mu.Lock()
+	c.tabs[p.session] = p
+	c.mu.Unlock()
+	for _, domain := range []string{"Runtime", "Log", "Page"} {
+		p.call(domain+".enable", nil, nil)
+	}
+	var gone struct{ ErrorText string }
+	p.call("Page.navigate", map[string]any{"url": url}, &gone)
+	if gone.ErrorText != "" {
+		c.t.Fatalf("open %s: %s", url, gone.ErrorText)
+	}
+	p.await(`location.href !== "about:blank" && document.readyState === "complete"`)
+	return p
+}
+
+func (p *tab) call(method string, params, result any) {
+	p.c.t.Helper()
+	p.c.call(p.session, method, params, result)
+}
+
+// eval is the value of a JavaScript expression, as encoding/json reads it.
+func (p *tab) eval(expression string) any {
+	p.c.t.Helper()
+	value, err := p.try(expression)
+	if err != nil {
+		p.c.t.Fatalf("%s: %v", expression, err)
+	}
+	return value
+}
+
+func (p *tab) try(expression string) (any, error) {
+	var r struct {
+		Result           struct{ Value any }
+		ExceptionDetails *struct{ Exception struct{ Description string } }
+	}
+	err := p.c.ask(p.session, "Runtime.evaluate", map[string]any{"expression": expression, "returnByValue": true, "awaitPromise": true}, &r)
+	if err == nil && r.ExceptionDetails != nil {
+		err = errors.New(r.ExceptionDetails.Exception.Description)
+	}
+	return r.Result.Value, err
+}
+
+// await waits until a JavaScript expression is true. An exception is not yet
+// true: the page may be under way.
+func (p *tab) await(expression string) {
+	p.c.t.Helper()
+	var err error
+	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		var value any
+		if value, err = p.try(expression); value == true {
+			return
+		}
+	}
+	text, _ := p.try(`document.body.innerText.slice(0, 1000)`)
+	p.c.t.Fatalf("never true: %s (%v)\ncomplaints: %q\npage:\n%v", expression, err, p.complaints(), text)
+}
+
+// complaints are the errors and warnings so far, each after its source:
+// exception, console, security (the policy), network, …
+func (p *tab) complaints(except ...string) (list []string) {
+	p.c.mu.Lock()
+	defer p.c.mu.Unlock()
+next:
+	for _, said := range p.said {
+		for _, source := range except {
+			if strings.HasPrefix(said, source+": ") {
+				continue next
+			}
+		}
+		list = append(list, said)
+	}
+	return list
+}
+
+// look sets the width and height of the page in CSS pixels, and "light" or "dark".
+func (p *tab) look(width, height int, scheme string) {
+	p.c.t.Helper()
+	p.call("Emulation.setDeviceMetricsOverride", map[string]any{"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}, nil)
+	p.call("Emulation.setEmulatedMedia", map[string]any{"features": []map[string]string{{"name": "prefers-color-scheme", "value": scheme}}}, nil)
+}
+
+// screenshot writes what is in view to a PNG file.
+func (p *tab) screenshot(file string) {
+	p.c.t.Helper()
+	var shot struct{ Data string }
+	p.call("Page.captureScreenshot", map[string]any{"format": "png"}, &shot)
+	png, err := base64.StdEncoding.DecodeString(shot.Data)
+	if err != nil {
+		p.c.t.Fatal(err)
+	}
+	if err := os.WriteFile(file, png, 0o644); err != nil {
+		p.c.t.Fatal(err)
+	}
 }

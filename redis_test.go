@@ -204,16 +204,11 @@ func probeStatus(t testing.TB, p *program, path string) int {
 // metricOf is the value of one line of /metrics.
 func metricOf(t testing.TB, p *program, name string) int {
 	t.Helper()
-	_, text, _ := send(t, "GET", "http://"+p.health+"/metrics", "")
-	for line := range strings.Lines(text) {
-		line = channelLabel.ReplaceAllString(line, "") // of a client, which has one channel here
-		if value, ok := strings.CutPrefix(line, name+" "); ok {
-			n, _ := strconv.Atoi(strings.TrimSpace(value))
-			return n
-		}
+	n, ok := scrape(t, p)[name]
+	if !ok {
+		t.Fatalf("no metric %s", name)
 	}
-	t.Fatalf("no metric %s", name)
-	return 0
+	return int(n)
 }
 
 func webhookURL(p *program, channel, tail string) string {

@@ -440,7 +440,7 @@ func (s *Server) serveReady(w http.ResponseWriter, r *http.Request) {
 // was told. In accept mode its fate may be known only later.
 func (s *Server) serveWebhook(w http.ResponseWriter, r *http.Request, t *requestTarget) {
 	h := &hold{passage: Passage{
-		Channel: shown(t.Channel), Method: shown(r.Method), Path: shown(t.Path), Time: time.Now(), Attempt: 1, Outcome: outcomeHeld,
+		Channel: shown(t.Channel), Method: shown(r.Method), Path: shown(t.Path), Time: time.Now(), Bytes: int(max(r.ContentLength, 0)), Attempt: 1, Outcome: outcomeHeld,
 	}}
 	status, refused := s.relay(w, r, t, h)
 	p, level := &h.passage, slog.LevelInfo
