@@ -1839,14 +1839,20 @@ func (p Passage) became(outcome, reason string) Passage {
 	return p
 }
 
-// attrs is p for the log of its channel, but for what is not known.
-func (p *Passage) attrs(more ...slog.Attr) []slog.Attr {
-	return append(slices.DeleteFunc([]slog.Attr{
-		slog.String("event", p.Event), slog.String("method", p.Method), slog.String("path", p.Path), slog.Int("bytes", p.Bytes),
-		slog.Int("status", p.Status), slog.Int("attempt", p.Attempt), slog.Float64("ms", p.MS),
-	}, func(a slog.Attr) bool {
-		return a.Value.Any() == "" || a.Key != "bytes" && a.Value.Equal(slog.IntValue(0))
-	}), more...)
+// tell logs p, but for what is not known, behind what else there is to say.
+func (p *Passage) tell(log *slog.Logger, level slog.Level, message string, more ...slog.Attr) {
+	attrs := append(make([]slog.Attr, 0, 16), more...) // on the stack
+	if p.Event != "" {
+		attrs = append(attrs, slog.String("event", p.Event))
+	}
+	attrs = append(attrs, slog.String("method", p.Method), slog.String("path", p.Path), slog.Int("bytes", p.Bytes))
+	if p.Status != 0 {
+		attrs = append(attrs, slog.Int("status", p.Status))
+	}
+	if p.Attempt != 0 {
+		attrs = append(attrs, slog.Int("attempt", p.Attempt))
+	}
+	log.LogAttrs(context.Background(), level, message, append(attrs, slog.Float64("ms", p.MS))...)
 }
 
 // shown is a path, or anything else that strangers choose, as it is logged: cut

@@ -737,26 +737,21 @@ func (c *Client) forward(ctx context.Context, w *Webhook, received time.Time, sl
 		code = fmt.Sprintf("%dxx", a.Status/100)
 	}
 	c.Forwards[code].Add(1)
-	target := slog.String("target", location(c.opts.Target))
-	if err != nil {
-		p = p.became(outcomeFailed, code)
-	} else {
-		p = p.became(outcomeForwarded, "")
-	}
-	p.Status, p.Attempt = a.Status, attempt
-	c.Note(entry, p)
+	p = p.became(outcomeForwarded, "")
+	level, message, more := slog.LevelInfo, "webhook forwarded", []slog.Attr{slog.String("target", location(c.opts.Target))}
 	switch {
 	case err != nil:
-		more := []slog.Attr{target, slog.Any("err", err)}
+		p.Outcome, p.Reason = outcomeFailed, code
+		level, message, more = slog.LevelError, "webhook given up", append(more, slog.Any("err", err))
 		if _, hint := trouble(err); hint != "" {
 			more = append(more, slog.String("hint", hint))
 		}
-		c.log.LogAttrs(ctx, slog.LevelError, "webhook given up", p.attrs(more...)...)
 	case a.Status >= 400:
-		c.log.LogAttrs(ctx, slog.LevelWarn, "webhook forwarded", p.attrs(target)...)
-	default:
-		c.log.LogAttrs(ctx, slog.LevelInfo, "webhook forwarded", p.attrs(target)...)
+		level = slog.LevelWarn
 	}
+	p.Status, p.Attempt = a.Status, attempt
+	c.Note(entry, p)
+	p.tell(c.log, level, message, more...)
 	return a
 }
 

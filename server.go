@@ -451,7 +451,7 @@ func (s *Server) serveWebhook(w http.ResponseWriter, r *http.Request, t *request
 		end.Status = refused.status
 		s.Note(h.entry, end)
 		addr, _ := s.remote(r)
-		s.tell(slog.LevelWarn, "webhook refused", &end, slog.String("reason", refused.message), slog.Any("addr", addr))
+		end.tell(s.log, slog.LevelWarn, "webhook refused", slog.String("channel", end.Channel), slog.String("reason", refused.message), slog.Any("addr", addr))
 		refuse(w, r, refused)
 	case h.done != nil:
 		s.Answered.Add(1)
@@ -462,17 +462,12 @@ func (s *Server) serveWebhook(w http.ResponseWriter, r *http.Request, t *request
 		if status >= 500 {
 			level = slog.LevelWarn
 		}
-		s.tell(level, "webhook answered", &end)
+		end.tell(s.log, level, "webhook answered", slog.String("channel", end.Channel))
 	case status != 0:
 		end := p.became(outcomeAccepted, "")
 		end.Status = status
-		s.tell(level, "webhook accepted", &end)
+		end.tell(s.log, level, "webhook accepted", slog.String("channel", end.Channel))
 	}
-}
-
-// tell logs what became of a webhook.
-func (s *Server) tell(level slog.Level, message string, p *Passage, more ...slog.Attr) {
-	s.log.LogAttrs(context.Background(), level, message, append([]slog.Attr{slog.String("channel", p.Channel)}, p.attrs(more...)...)...)
 }
 
 // relay brings a webhook on its way, and returns when its provider is to be
@@ -899,7 +894,7 @@ func (s *Server) conclude(h *hold) {
 		s.Taken.Observe(time.Since(p.Time))
 	case outcomeLost:
 		s.Lost[p.Reason].Add(1)
-		s.tell(slog.LevelWarn, "webhook lost", &p, slog.String("reason", p.Reason))
+		p.tell(s.log, slog.LevelWarn, "webhook lost", slog.String("channel", p.Channel), slog.String("reason", p.Reason))
 	}
 	s.Note(h.entry, p)
 }

@@ -4278,6 +4278,23 @@ func benchmarkStreams(b *testing.B, unit string, body, senders, streams, n int, 
 // BenchmarkIngest is a 10 KiB push event by 8 senders to 1 subscriber.
 func BenchmarkIngest(b *testing.B) { benchmarkStreams(b, "request", 10<<10, 8, 1, 2000, false) }
 
+// BenchmarkTold is what it costs to tell of each webhook: BenchmarkIngest with
+// lines in the log and on the status page, beside one without.
+func BenchmarkTold(b *testing.B) {
+	request := webhookRequest(githubBody(10 << 10))
+	frame := frameLength(request)
+	load := func(env ...string) (*rig, func()) {
+		l := loopback(b)
+		r := newRig(b, l, append(env, quiet)...)
+		loaded := newLoad(b, l.Addr().String(), request, 8, 1)
+		return r, func() { loaded.run(2000, frame) }
+	}
+	r, told := load()
+	r.Note = noteIn(&Journal{})
+	_, silent := load("LOG_LEVEL=error")
+	duel(b, "request", 2000, told, silent)
+}
+
 // BenchmarkFanout is 1 KiB events to 500 subscribers: as fast as they come, and
 // each when all have the one before.
 func BenchmarkFanout(b *testing.B) {
