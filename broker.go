@@ -88,7 +88,7 @@ var hopByHop = map[string]bool{
 	"Content-Length": true, "Expect": true,
 }
 
-// relaysOwn tells whether a header name belongs to the relay: nobody outside
+// relaysOwn reports whether a header name belongs to the relay: nobody outside
 // may set those. Targets behind CGI or WSGI read "_" as "-".
 func relaysOwn(name string) bool {
 	const prefix = "x-relay-"
@@ -216,7 +216,7 @@ func checkPath(path string) error {
 	return nil
 }
 
-// token tells whether s is a token of RFC 9110 section 5.6.2, as methods and
+// token reports whether s is a token of RFC 9110 section 5.6.2, as methods and
 // header names must be.
 func token(s string) bool {
 	for i := range len(s) {
@@ -915,7 +915,7 @@ func jsonError(err error) error {
 	return errors.New("malformed JSON")
 }
 
-// validName tells whether s can be a channel or an id: 1 to 128 of the
+// validName reports whether s can be a channel or an id: 1 to 128 of the
 // unreserved characters of RFC 3986 section 2.3, and no dot segment. The
 // Redis channels of the replicas themselves begin with "@", which no name does.
 func validName(s string) bool {
@@ -1173,8 +1173,10 @@ func receipt(e *Event, replica string, given []Given) Signal {
 type Budget struct {
 	Limit int64
 
-	mu       sync.Mutex
-	used     int64            // guarded by mu, like all below
+	mu sync.Mutex
+
+	// Guarded by mu.
+	used     int64
 	reading  int64            // of used: bodies being read
 	channels map[string]int64 // of used, by channel
 	bodies   list.List        // of *claim: being read, the one that stalled longest first
@@ -1184,10 +1186,12 @@ type Budget struct {
 type claim struct {
 	budget  *Budget
 	channel string
-	bytes   int64              // guarded by budget.mu, like all below
-	place   *list.Element      // in bodies; nil: no body is being read
-	moved   time.Time          // when the body was last seen to come
-	body    interface{ cut() } // its reading can be made to fail
+
+	// Guarded by budget.mu.
+	bytes int64
+	place *list.Element      // in bodies; nil: no body is being read
+	moved time.Time          // when the body was last seen to come
+	body  interface{ cut() } // its reading can be made to fail
 }
 
 // claim begins with n bytes for channel; ok is false, and there is no claim,
@@ -1366,8 +1370,10 @@ type Subscriber struct {
 	Moving  atomic.Bool     // its client was asked to open another stream
 	Writers sync.WaitGroup  // Write under way; nobody is added once Gone is set
 
-	hub     *Hub
-	abort   func() // guarded by hub.mu, like all below: makes a blocked read or write fail; called once, must not block
+	hub *Hub
+
+	// Guarded by hub.mu.
+	abort   func() // makes a blocked read or write fail; called once, must not block
 	writing bool   // Write is under way, or the stream has not begun
 	missed  bool   // an event found no space in queue
 	finish  error  // end with this reason once the queue is empty
@@ -1646,7 +1652,7 @@ func (h *Hub) admit(e *Event, c *hubChannel) bool {
 }
 
 // Push queues a frame of the relay's own, such as a heartbeat, for s alone. It
-// tells whether s still lives.
+// reports whether s still lives.
 func (h *Hub) Push(s *Subscriber, e *Event) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -1741,7 +1747,7 @@ func (h *Hub) Suspend() {
 	}
 }
 
-// Wants tells whether the channel has subscribers here.
+// Wants reports whether the channel has subscribers here.
 func (h *Hub) Wants(channel string) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()

@@ -984,7 +984,7 @@ func (c *Client) redirect(resp *http.Response, from string) (target string, ok b
 	return to.RequestURI(), true
 }
 
-// within tells whether path is base or below it, and stays there.
+// within reports whether path is base or below it, and stays there.
 func within(base, path string) bool {
 	rest, ok := strings.CutPrefix(path, base)
 	return ok && checkPath(cmp.Or(rest, "/")) == nil
@@ -1014,11 +1014,13 @@ func sleep(ctx context.Context, d time.Duration) bool {
 type reporter struct {
 	client *Client
 	mu     sync.Mutex
-	queue  []*report     // guarded by mu, like all below: somebody waits for them
-	lazy   []*report     // nobody does
-	delay  *time.Timer   // set while lazy may wait for company
-	busy   int           // goroutines in send
-	idle   chan struct{} // closed when there are none; nil: nobody waits for that
+
+	// Guarded by mu.
+	queue []*report     // somebody waits for them
+	lazy  []*report     // nobody does
+	delay *time.Timer   // set while lazy may wait for company
+	busy  int           // goroutines in send
+	idle  chan struct{} // closed when there are none; nil: nobody waits for that
 }
 
 // report is one answer on its way to the source.
@@ -1249,10 +1251,12 @@ type memory struct {
 
 // memoryEntry is guarded by memory.mu.
 type memoryEntry struct {
-	id     string
-	mode   string
-	taken  bool    // it has a slot, or had one
-	answer *Answer // nil while the forward is under way, like all below
+	id    string
+	mode  string
+	taken bool // it has a slot, or had one
+
+	// Zero while the forward is under way.
+	answer *Answer
 	since  time.Time
 	size   int
 }

@@ -328,8 +328,10 @@ func goMetric(name, kind, help string, of ...string) Metric {
 // last ten minutes, and how soon. The zero value is ready; it is safe for
 // concurrent use.
 type Journal struct {
-	mu      sync.Mutex
-	last    uint64                 // number of the newest entry; guarded by mu, like all below
+	mu sync.Mutex
+
+	// Guarded by mu.
+	last    uint64                 // number of the newest entry
 	entries [journalSize]any       // by number; immutable
 	points  [seriesSize + 1]points // by time; one is under way
 }

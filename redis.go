@@ -127,8 +127,10 @@ type RedisBus struct {
 	speak   chan struct{} // holds one token while told has entries
 	ask     chan *request // unbuffered: what is given up before it is written is never queued
 
-	mu      sync.Mutex
-	session *session            // guarded by mu, like all below; nil while Redis is away
+	mu sync.Mutex
+
+	// Guarded by mu.
+	session *session            // nil while Redis is away
 	back    chan struct{}       // closed while there is a session
 	cause   error               // why there is no session; nil: none was tried
 	refused error               // what Redis said to the last message, when it took none

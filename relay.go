@@ -769,8 +769,10 @@ type door struct {
 	Open   atomic.Int64 // connections
 	Closed atomic.Int64 // that had to make place, or found none
 
-	mu     sync.Mutex
-	shares map[netip.Addr]*doorShare // guarded by mu, like all below; by neighbourhood
+	mu sync.Mutex
+
+	// Guarded by mu.
+	shares map[netip.Addr]*doorShare // by neighbourhood
 	idle   list.List                 // of *guest: without a request, the longest first
 }
 
@@ -783,9 +785,11 @@ type doorShare struct {
 // guest is one open connection.
 type guest struct {
 	net.Conn
-	door  *door
-	addr  netip.Addr
-	share *doorShare    // guarded by door.mu, like all below; nil once it is closed
+	door *door
+	addr netip.Addr
+
+	// Guarded by door.mu.
+	share *doorShare    // nil once it is closed
 	all   *list.Element // in door.idle; nil while there is a request
 	own   *list.Element // in share.idle, likewise
 }

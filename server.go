@@ -126,8 +126,10 @@ type Server struct {
 	streams  sync.WaitGroup // goroutines of streams; Add only under mu while !leaving
 	couriers sync.WaitGroup // goroutines that publish again; Add only under mu while !over
 
-	mu       sync.Mutex
-	leaving  bool                // guarded by mu, like all below: no new streams
+	mu sync.Mutex
+
+	// Guarded by mu.
+	leaving  bool                // no new streams
 	alone    bool                // no other replica will take what is held at the end
 	closed   bool                // no new webhooks
 	over     bool                // nothing is published again
@@ -1742,7 +1744,7 @@ func parseTokens(text string) (map[string][][32]byte, error) {
 	return tokens, nil
 }
 
-// allows tells whether the hash of a token opens channel, in a time that does
+// allows reports whether the hash of a token opens channel, in a time that does
 // not depend on how much of it is right.
 func (k *keyring) allows(channel string, credential [32]byte) bool {
 	found := 0
