@@ -1084,6 +1084,8 @@ type Bus interface {
 	Send(ctx context.Context, sig Signal) (receivers int, err error)
 	// Tell queues sig and does not wait. What is queued keeps its order.
 	Tell(sig Signal)
+	// Flush returns once what was told before has been sent, or ctx ends.
+	Flush(ctx context.Context)
 	// Peers are the names of the other replicas.
 	Peers(ctx context.Context) ([]string, error)
 	// Run serves until ctx ends; only a failure beyond repair ends it earlier.
@@ -1389,6 +1391,13 @@ func wake(c chan struct{}) {
 	case c <- struct{}{}:
 	default:
 	}
+}
+
+// alarm is a timer that is not set yet: f, which it calls, may set it again.
+func alarm(f func()) *time.Timer {
+	t := time.AfterFunc(math.MaxInt64, f)
+	t.Stop()
+	return t
 }
 
 // Why a stream ends; logged as its reason.
@@ -1785,6 +1794,9 @@ func (h *Hub) Send(_ context.Context, sig Signal) (int, error) {
 
 // Tell implements Bus for a relay of one replica.
 func (h *Hub) Tell(sig Signal) { h.OnSignal(sig) }
+
+// Flush implements Bus: Tell has done it.
+func (h *Hub) Flush(context.Context) {}
 
 // Peers implements Bus: there are none.
 func (h *Hub) Peers(context.Context) ([]string, error) { return nil, nil }

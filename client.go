@@ -439,14 +439,14 @@ func (c *Client) subscribe(ctx context.Context, streams *sync.WaitGroup, before 
 		defer close(s.done)
 		defer s.cancel()
 		var watchdog *time.Timer
-		watchdog = time.AfterFunc(time.Hour, func() {
+		watchdog = alarm(func() {
 			if s.doubted.Swap(true) {
 				cancel(errSilent)
 			} else { // while the process stood still, the time proves nothing
 				watchdog.Reset(lookAgain)
 			}
 		})
-		watchdog.Reset(readyTimeout) // it resets itself, so it must be there first
+		watchdog.Reset(readyTimeout)
 		defer watchdog.Stop()
 		s.err = c.read(ctx, s, watchdog)
 		if cause := context.Cause(ctx); cause == errSilent {

@@ -239,6 +239,14 @@ func (b *RedisBus) Tell(sig Signal) {
 	}
 }
 
+// Flush implements Bus: what was told goes out together with a command that is
+// given after it.
+func (b *RedisBus) Flush(ctx context.Context) {
+	if b.Check(ctx) == nil {
+		b.do(ctx, "PING")
+	}
+}
+
 // Peers implements Bus.
 func (b *RedisBus) Peers(ctx context.Context) ([]string, error) {
 	if err := b.Check(ctx); err != nil {

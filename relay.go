@@ -431,9 +431,7 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 	if web.Shutdown(finish) != nil {
 		web.Close()
 	}
-	if bus.Check(finish) == nil { // what was told keeps its order, and goes out before what is sent after it
-		bus.Send(finish, Signal{Kind: signalJoined, From: c.Server.Replica})
-	}
+	bus.Flush(finish)
 	stopProbes()
 	fail(nil)
 	parts.Wait()

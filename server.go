@@ -2084,7 +2084,7 @@ func (st *stream) begin(out sink, abort func(), head []byte) {
 		return
 	}
 	s.log.Info("subscriber ready", "channel", sub.Channel, "subscriber", sub.ID, "addr", sub.Addr, "client", sub.Client)
-	st.heartbeat = time.AfterFunc(time.Hour, st.beat) // beat resets it, so it must be there first
+	st.heartbeat = alarm(st.beat)
 	st.heartbeat.Reset(s.opts.Heartbeat)
 	if age := s.opts.StreamMaxAge; age > 0 {
 		age -= mathrand.N(age/10 + 1) // not all streams of a replica at once

@@ -728,6 +728,8 @@ func (b *simBus) Tell(sig Signal) {
 	})
 }
 
+func (b *simBus) Flush(ctx context.Context) { b.Send(ctx, Signal{Kind: signalJoined, From: b.replica}) }
+
 func (b *simBus) Peers(ctx context.Context) (names []string, err error) {
 	if err := b.Check(ctx); err != nil {
 		return nil, err
@@ -852,7 +854,7 @@ func (r *simReplica) stop(delay time.Duration) {
 	if r.web.Shutdown(finish) != nil {
 		r.web.Close()
 	}
-	r.bus.Send(finish, Signal{Kind: signalJoined, From: r.name})
+	r.bus.Flush(finish)
 	r.finish()
 	r.w.note("%s has ended", r.name)
 }
