@@ -343,15 +343,18 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // misdirected refuses what has no place here. That may be a webhook whose
 // provider was given a wrong path; GET is a browser or a scanner.
 func (s *Server) misdirected(w http.ResponseWriter, r *http.Request, refused *refusal) {
-	level := slog.LevelWarn
-	if r.Method == http.MethodGet || r.Method == http.MethodHead {
-		level = slog.LevelInfo
-	}
-	path, _, _ := strings.Cut(r.RequestURI, "?")
-	addr, _ := s.remote(r)
 	s.Refused[refused.reason].Add(1)
-	s.log.Log(r.Context(), level, "request refused", "method", shown(r.Method), "path", shown(path), "status", refused.status,
-		"reason", refused, "addr", addr, "hint", "webhooks go to /webhooks/{channel}, streams are at /subscribe/{channel}")
+	path, _, _ := strings.Cut(r.RequestURI, "?")
+	p := Passage{Method: shown(r.Method), Path: shown(path), Time: time.Now(), Bytes: int(max(r.ContentLength, 0))}.became(outcomeRefused, refused.reason)
+	p.Status = refused.status
+	level := slog.LevelInfo
+	if r.Method != http.MethodGet && r.Method != http.MethodHead {
+		level = slog.LevelWarn
+		s.Note(0, p)
+	}
+	addr, _ := s.remote(r)
+	p.tell(s.log, level, "request refused", slog.String("reason", refused.message), slog.Any("addr", addr),
+		slog.String("hint", "webhooks go to /webhooks/{channel}, streams are at /subscribe/{channel}"))
 	refuse(w, r, refused)
 }
 
