@@ -1209,6 +1209,13 @@ func (b *Budget) claim(channel string, n int64) (c *claim, ok bool) {
 	return c, true
 }
 
+// force begins with n bytes for channel, whatever the space.
+func (b *Budget) force(channel string, n int64) *claim {
+	c := &claim{budget: b, channel: channel}
+	c.add(n)
+	return c
+}
+
 // share is what one party may have.
 func (b *Budget) share() int64 { return (b.Limit + 1) / 2 }
 
@@ -1645,19 +1652,27 @@ func (s *Subscriber) run() {
 }
 
 // admit takes space for an event of another replica; without, all subscribers of
-// the channel miss it. It needs mu.
+// the channel miss it. One that has nothing queued gets one event whatever the
+// space: what is held may take it all, and would wait for itself. It needs mu.
 func (h *Hub) admit(e *Event, c *hubChannel) bool {
 	if h.Budget == nil {
 		return true
 	}
 	var ok bool
-	if e.claim, ok = h.Budget.claim(e.Channel, e.size()); !ok {
-		for s := range c.subscribers {
-			s.missed = true
-		}
-		h.Full.Add(1)
+	if e.claim, ok = h.Budget.claim(e.Channel, e.size()); ok {
+		return true
 	}
-	return ok
+	for s := range c.subscribers {
+		if s.bytes == 0 {
+			e.claim = h.Budget.force(e.Channel, e.size())
+			return true
+		}
+	}
+	for s := range c.subscribers {
+		s.missed = true
+	}
+	h.Full.Add(1)
+	return false
 }
 
 // Push queues a frame of the relay's own, such as a heartbeat, for s alone. It

@@ -1472,6 +1472,33 @@ func TestHubBounds(t *testing.T) {
 	}
 }
 
+// TestHeldLeavesSpace: although what is held takes the whole budget, a subscriber
+// with nothing queued is given one event, and the next when it has taken that.
+func TestHeldLeavesSpace(t *testing.T) {
+	h := &Hub{Limits: wide, Budget: &Budget{Limit: 1000}}
+	held, _ := h.Budget.claim("a", 500)
+	h.Budget.claim("b", 500)
+	s := joined(t, h, "a")
+	for n := 1; n <= 3; n++ {
+		e := sized("a", n)
+		if given := h.Deliver(e); len(given) != 1 {
+			t.Fatalf("event %d was given to %d", n, len(given))
+		}
+		if given := h.Deliver(sized("a", 100+n)); len(given) != 0 || !s.missed {
+			t.Errorf("a second one was given to %d, missed is %v", len(given), s.missed)
+		}
+		if got := took(s); !slices.Equal(got, []string{strconv.Itoa(n)}) {
+			t.Errorf("took %q", got)
+		}
+		e.release() // its maker's
+		e.release() // the stream's
+	}
+	held.end()
+	if used := h.Budget.Used(); used != 500 {
+		t.Errorf("%d bytes are used in the end", used)
+	}
+}
+
 // TestHubDropsWhatIsOver: an event whose sender has been answered leaves the
 // queue without being written.
 func TestHubDropsWhatIsOver(t *testing.T) {

@@ -1735,6 +1735,37 @@ func TestHeldBytesOverReplicas(t *testing.T) {
 	expectAnswer(t, there, 201)
 }
 
+// TestShareFullOfHeld: what a channel holds may take its whole share; it reaches the
+// client all the same, one after the other, and so does what was told 503 and is
+// sent again.
+func TestShareFullOfHeld(t *testing.T) {
+	a, b := startReplicas(t, startRedis(t), "SERVER_HELD_BUFFER=2mb")
+	stream := openStream(t, a.addr, "big", "X-Relay-Features: http, respond", "X-Relay-Client: first") // so that the channel is known
+	stream.conn.Close()
+	eventually(t, "nobody is there", func() bool { return metricOf(t, a, "relay_subscribers") == 0 })
+	body := strings.Repeat("x", 200<<10)
+	sent := 0
+	for _, server := range []*program{a, b, a, b, a, b, a, b, a, b, a, b} {
+		if status, _, _ := send(t, "POST", webhookURL(server, "big", strconv.Itoa(sent)), body); status == 200 {
+			sent++
+		}
+	}
+	if sent < 6 {
+		t.Fatalf("%d webhooks are held", sent)
+	}
+	target := newTarget(t, nil)
+	startClient(t, a.addr, "big", target.url)
+	got := map[string]bool{}
+	for range sent {
+		got[target.next(t).line] = true
+	}
+	if len(got) != sent {
+		t.Errorf("%d of %d webhooks at the target", len(got), sent)
+	}
+	awaitHeld(t, a, 0)
+	awaitHeld(t, b, 0)
+}
+
 // TestFormsOverReplicas has a reader of each form at each replica. All get what
 // either replica took, as far as their form can tell it.
 func TestFormsOverReplicas(t *testing.T) {
