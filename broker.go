@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	"math"
 	mathrand "math/rand/v2"
@@ -87,7 +88,7 @@ var hopByHop = map[string]bool{
 	"Content-Length": true, "Expect": true,
 }
 
-// relaysOwn tells whether a header name belongs to the relay: nobody outside
+// relaysOwn reports whether a header name belongs to the relay: nobody outside
 // may set those. Targets behind CGI or WSGI read "_" as "-".
 func relaysOwn(name string) bool {
 	const prefix = "x-relay-"
@@ -215,7 +216,7 @@ func checkPath(path string) error {
 	return nil
 }
 
-// token tells whether s is a token of RFC 9110 section 5.6.2, as methods and
+// token reports whether s is a token of RFC 9110 section 5.6.2, as methods and
 // header names must be.
 func token(s string) bool {
 	for i := range len(s) {
@@ -914,7 +915,7 @@ func jsonError(err error) error {
 	return errors.New("malformed JSON")
 }
 
-// validName tells whether s can be a channel or an id: 1 to 128 of the
+// validName reports whether s can be a channel or an id: 1 to 128 of the
 // unreserved characters of RFC 3986 section 2.3, and no dot segment. The
 // Redis channels of the replicas themselves begin with "@", which no name does.
 func validName(s string) bool {
@@ -1083,6 +1084,8 @@ type Bus interface {
 	Send(ctx context.Context, sig Signal) (receivers int, err error)
 	// Tell queues sig and does not wait. What is queued keeps its order.
 	Tell(sig Signal)
+	// Flush returns once what was told before has been sent, or ctx ends.
+	Flush(ctx context.Context)
 	// Peers are the names of the other replicas.
 	Peers(ctx context.Context) ([]string, error)
 	// Run serves until ctx ends; only a failure beyond repair ends it earlier.
@@ -1172,8 +1175,10 @@ func receipt(e *Event, replica string, given []Given) Signal {
 type Budget struct {
 	Limit int64
 
-	mu       sync.Mutex
-	used     int64            // guarded by mu, like all below
+	mu sync.Mutex
+
+	// Guarded by mu.
+	used     int64
 	reading  int64            // of used: bodies being read
 	channels map[string]int64 // of used, by channel
 	bodies   list.List        // of *claim: being read, the one that stalled longest first
@@ -1183,10 +1188,12 @@ type Budget struct {
 type claim struct {
 	budget  *Budget
 	channel string
-	bytes   int64              // guarded by budget.mu, like all below
-	place   *list.Element      // in bodies; nil: no body is being read
-	moved   time.Time          // when the body was last seen to come
-	body    interface{ cut() } // its reading can be made to fail
+
+	// Guarded by budget.mu.
+	bytes int64
+	place *list.Element      // in bodies; nil: no body is being read
+	moved time.Time          // when the body was last seen to come
+	body  interface{ cut() } // its reading can be made to fail
 }
 
 // claim begins with n bytes for channel; ok is false, and there is no claim,
@@ -1359,13 +1366,16 @@ type Subscriber struct {
 	Write      func()   // writes what Take gives until that is nothing; runs in a goroutine of its own, one at a time
 
 	ID      string
+	Since   time.Time       // when it subscribed
 	Live    <-chan struct{} // closed once every replica's events reach it
 	Gone    atomic.Bool     // set before abort is called
 	Moving  atomic.Bool     // its client was asked to open another stream
 	Writers sync.WaitGroup  // Write under way; nobody is added once Gone is set
 
-	hub     *Hub
-	abort   func() // guarded by hub.mu, like all below: makes a blocked read or write fail; called once, must not block
+	hub *Hub
+
+	// Guarded by hub.mu.
+	abort   func() // makes a blocked read or write fail; called once, must not block
 	writing bool   // Write is under way, or the stream has not begun
 	missed  bool   // an event found no space in queue
 	finish  error  // end with this reason once the queue is empty
@@ -1381,6 +1391,13 @@ func wake(c chan struct{}) {
 	case c <- struct{}{}:
 	default:
 	}
+}
+
+// alarm is a timer that is not set yet: f, which it calls, may set it again.
+func alarm(f func()) *time.Timer {
+	t := time.AfterFunc(math.MaxInt64, f)
+	t.Stop()
+	return t
 }
 
 // Why a stream ends; logged as its reason.
@@ -1414,7 +1431,7 @@ func (h *Hub) Subscribe(s *Subscriber) error {
 		return errPerChannel
 	}
 	s.hub = h
-	s.ID = rand.Text()
+	s.ID, s.Since = rand.Text(), time.Now()
 	s.writing = true
 	if h.channels == nil {
 		h.channels, h.addresses = map[string]*hubChannel{}, map[netip.Addr]int{}
@@ -1490,6 +1507,24 @@ func (h *Hub) Subscribers() (list []*Subscriber) {
 		list = slices.AppendSeq(list, maps.Keys(c.subscribers))
 	}
 	return list
+}
+
+// Waiting is how many bytes wait for each subscriber of channel, for at most so
+// many of them, and how many there are.
+func (h *Hub) Waiting(channel string, most int) (waiting map[*Subscriber]int64, count int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	c := h.channels[channel]
+	if c == nil {
+		return nil, 0
+	}
+	waiting = map[*Subscriber]int64{}
+	for s := range c.subscribers {
+		if len(waiting) < most {
+			waiting[s] = s.bytes
+		}
+	}
+	return waiting, len(c.subscribers)
 }
 
 // Reason is why s ended; nil while it lives.
@@ -1626,7 +1661,7 @@ func (h *Hub) admit(e *Event, c *hubChannel) bool {
 }
 
 // Push queues a frame of the relay's own, such as a heartbeat, for s alone. It
-// tells whether s still lives.
+// reports whether s still lives.
 func (h *Hub) Push(s *Subscriber, e *Event) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -1721,7 +1756,7 @@ func (h *Hub) Suspend() {
 	}
 }
 
-// Wants tells whether the channel has subscribers here.
+// Wants reports whether the channel has subscribers here.
 func (h *Hub) Wants(channel string) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -1760,6 +1795,9 @@ func (h *Hub) Send(_ context.Context, sig Signal) (int, error) {
 // Tell implements Bus for a relay of one replica.
 func (h *Hub) Tell(sig Signal) { h.OnSignal(sig) }
 
+// Flush implements Bus: Tell has done it.
+func (h *Hub) Flush(context.Context) {}
+
 // Peers implements Bus: there are none.
 func (h *Hub) Peers(context.Context) ([]string, error) { return nil, nil }
 
@@ -1780,4 +1818,103 @@ func (h *Hub) Check(ctx context.Context) error {
 	}
 	h.mu.Unlock()
 	return nil
+}
+
+// What servers and clients tell and count of webhooks.
+
+// Passage is one webhook as an operator sees it on one side: metadata alone. It
+// is made anew for each stage.
+type Passage struct {
+	Event   string    `json:"event,omitempty"`
+	Channel string    `json:"channel"`
+	Method  string    `json:"method,omitempty"`
+	Path    string    `json:"path,omitempty"` // as shown makes it
+	Time    time.Time `json:"time"`           // when it came
+	Bytes   int       `json:"bytes"`          // of its body
+	Status  int       `json:"status,omitempty"`
+	Attempt int       `json:"attempt,omitempty"`
+	Outcome string    `json:"outcome"`
+	Reason  string    `json:"reason,omitempty"`
+	MS      float64   `json:"ms"` // since it came; 0 while it is under way
+}
+
+// Outcomes of webhooks, at the server and at the client.
+const (
+	outcomeHeld     = "held" // not known yet
+	outcomeAccepted = "accepted"
+	outcomeAnswered = "answered"
+	outcomeRefused  = "refused"
+	outcomeLost     = "lost"
+
+	outcomeForwarding = "forwarding" // not known yet
+	outcomeForwarded  = "forwarded"
+	outcomeFailed     = "failed"
+)
+
+// became is p with its outcome, which is known now.
+func (p Passage) became(outcome, reason string) Passage {
+	p.Outcome, p.Reason, p.MS = outcome, reason, float64(time.Since(p.Time).Microseconds())/1e3
+	return p
+}
+
+// tell logs p, but for what is not known, behind what else there is to say.
+func (p *Passage) tell(log *slog.Logger, level slog.Level, message string, more ...slog.Attr) {
+	attrs := append(make([]slog.Attr, 0, 16), more...) // on the stack
+	if p.Event != "" {
+		attrs = append(attrs, slog.String("event", p.Event))
+	}
+	attrs = append(attrs, slog.String("method", p.Method), slog.String("path", p.Path), slog.Int("bytes", p.Bytes))
+	if p.Status != 0 {
+		attrs = append(attrs, slog.Int("status", p.Status))
+	}
+	if p.Attempt != 0 {
+		attrs = append(attrs, slog.Int("attempt", p.Attempt))
+	}
+	log.LogAttrs(context.Background(), level, message, append(attrs, slog.Float64("ms", p.MS))...)
+}
+
+// shown is a path, or anything else that strangers choose, as it is logged: cut
+// where nobody reads on.
+func shown(s string) string {
+	if len(s) <= shownLimit {
+		return s
+	}
+	return strings.ToValidUTF8(s[:shownLimit], "") + "…"
+}
+
+// shownLimit is how many bytes of a path are shown.
+const shownLimit = 256
+
+// tally counts by a label whose values are fixed when it is made. It is safe for
+// concurrent use.
+type tally map[string]*atomic.Int64
+
+func newTally(values ...string) tally {
+	t := tally{}
+	for _, v := range values {
+		t[v] = new(atomic.Int64)
+	}
+	return t
+}
+
+// Histogram counts durations by how long they are. The zero value is ready; it
+// is safe for concurrent use.
+type Histogram struct {
+	counts [len(histogramBounds) + 1]atomic.Int64 // of those up to each bound, and of the rest
+	sum    atomic.Int64                           // nanoseconds
+}
+
+// histogramBounds are in seconds: what is fast is told apart, and what nears the
+// time limits.
+var histogramBounds = [...]float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60}
+
+// Observe counts d; less than nothing is nothing.
+func (h *Histogram) Observe(d time.Duration) {
+	d = max(d, 0)
+	i := 0
+	for i < len(histogramBounds) && d.Seconds() > histogramBounds[i] {
+		i++
+	}
+	h.counts[i].Add(1)
+	h.sum.Add(int64(d))
 }

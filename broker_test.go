@@ -349,8 +349,8 @@ func FuzzWebhook(f *testing.F) {
 			want.Timeout = min(max(w.Timeout.Truncate(time.Millisecond), 0), maxResponseTimeout)
 		}
 		whole, err := parsed(&choppy{bytes.Clone(block(e.chunk)), mathrand.New(mathrand.NewPCG(seed, 0))})
-		if err != io.EOF || len(whole) != 1 || shown(whole) != shown(byTheBook(block(e.chunk))) {
-			t.Fatalf("in pieces:\n%s(%v)", shown(whole), err)
+		if err != io.EOF || len(whole) != 1 || formed(whole) != formed(byTheBook(block(e.chunk))) {
+			t.Fatalf("in pieces:\n%s(%v)", formed(whole), err)
 		}
 		got, err := decodeWebhook(to.Channel, whole[0].id, whole[0].data)
 		if err != nil {

@@ -97,10 +97,21 @@ type Client struct {
 	memory   memory
 	reporter reporter
 	aside    atomic.Int64                 // bytes of webhooks that wait outside of a slot
+	waiting  atomic.Int64                 // how many these are
 	current  atomic.Pointer[subscription] // the stream that counts; nil: none is ready
+	state    atomic.Pointer[StreamState]  // what of it only follow knows; immutable
 	probes   chan struct{}                // taken by the follow loop: proof that it lives
 
-	Events, Duplicates, Invalid, Overdue, Forwarded, Failed, Retries, Reconnects, Reports atomic.Int64
+	Events, Duplicates, Invalid, Overdue, Retries, Reconnects, Reports atomic.Int64
+
+	Forwards tally     // webhooks that are done, by what the target said last
+	Denied   tally     // tries to subscribe that did not succeed, by reason
+	Attempts Histogram // one attempt at the target
+	Age      Histogram // of an event when it arrives, beside the youngest seen
+
+	// Note keeps p for the status page in place of entry, or as a new one when that
+	// is 0, and returns its number. Set before use.
+	Note func(entry uint64, p Passage) uint64
 }
 
 // NewClient wires a client. Both transports speak HTTP/1.1 alone: a dead
@@ -131,7 +142,11 @@ func NewClient(opts ClientOptions, log *slog.Logger) *Client {
 		target:  transport(opts.Insecure),
 		slots:   make(chan struct{}, opts.Concurrency),
 		probes:  make(chan struct{}),
+
+		Forwards: newTally(forwardCodes...), Denied: newTally(deniedReasons...),
+		Note: func(uint64, Passage) uint64 { return 0 },
 	}
+	c.turn("connecting", nil)
 	c.reporter.client = c
 	c.source.IdleConnTimeout = time.Minute
 	c.target.IdleConnTimeout = reuseTimeout
@@ -231,6 +246,9 @@ func (c *Client) follow(ctx context.Context) {
 		case <-c.probes:
 		case <-retry.C:
 			waiting = false
+			if current == none {
+				c.turn("connecting", nil)
+			}
 			next = c.subscribe(streaming, &streams, current.done)
 		case <-next.ready:
 			backoff.Reset()
@@ -245,12 +263,16 @@ func (c *Client) follow(ctx context.Context) {
 			}
 			current, next, drained, since = next, none, next.drain, time.Now()
 			c.current.Store(current)
-			c.log.Info("stream ready")
+			c.turn("ready", nil)
+			c.log.Info("stream ready", "source", location(c.opts.Source), "target", location(c.opts.Target), "webhooks", c.webhooks())
 		case <-next.done:
-			c.logEnd("subscribe", next.err)
 			pause := backoff.Next()
 			if e, ok := errors.AsType[*statusError](next.err); ok && e.status < 500 {
 				pause = refused.Next()
+			}
+			c.denied(next.err, pause)
+			if current == none {
+				c.turn("waiting", next.err)
 			}
 			next = none
 			again(pause)
@@ -261,7 +283,8 @@ func (c *Client) follow(ctx context.Context) {
 				again(max(0, max(c.opts.ReconnectInterval, streamLasts)-time.Since(since)))
 			}
 		case <-current.done:
-			c.logEnd("stream", current.err)
+			c.log.Warn("stream ended", "age", time.Since(since), "err", current.err)
+			c.turn("waiting", current.err)
 			c.Reconnects.Add(1)
 			current, drained = none, nil
 			c.current.Store(nil)
@@ -277,13 +300,116 @@ func (c *Client) follow(ctx context.Context) {
 	}
 }
 
-// logEnd tells why a stream ended; a wrong token needs a human.
-func (c *Client) logEnd(operation string, err error) {
+// denied tells why there is no stream yet; a wrong token needs a human.
+func (c *Client) denied(err error, pause time.Duration) {
+	reason, hint := trouble(err)
+	c.Denied[reason].Add(1)
 	level := slog.LevelWarn
-	if e, ok := errors.AsType[*statusError](err); ok && (e.status == http.StatusUnauthorized || e.status == http.StatusForbidden) {
+	if reason == "token" || reason == "address" {
 		level = slog.LevelError
 	}
-	c.log.Log(context.Background(), level, operation+" ended", "err", err)
+	attrs := []any{"source", location(c.opts.Source), "again", pause, "err", err}
+	if hint != "" {
+		attrs = append(attrs, "hint", hint)
+	}
+	c.log.Log(context.Background(), level, "no stream from the source", attrs...)
+}
+
+// deniedReasons are all that may stand in the label.
+var deniedReasons = []string{"address", "busy", "connection", "path", "silent", "status", "tls", "token"}
+
+// trouble is why a connection to the source, or to the target, gave nothing of
+// use, and what may mend it, in the reader's words.
+func trouble(err error) (reason, hint string) {
+	if refused, ok := errors.AsType[*statusError](err); ok {
+		switch refused.status {
+		case http.StatusUnauthorized:
+			return "token", "AUTH_TOKEN is missing, or is not one that the source takes for this channel"
+		case http.StatusForbidden:
+			return "address", "the source does not take streams from this address (SUBSCRIBE_ALLOWED_IPS)"
+		case http.StatusNotFound:
+			return "path", "is this a relay's /subscribe/{channel}? (SOURCE_URL)"
+		case http.StatusServiceUnavailable:
+			return "busy", "the source is full, is shutting down or has lost its Redis"
+		case http.StatusBadRequest:
+			return "status", "does the source want https? (SOURCE_URL)"
+		}
+		return "status", ""
+	}
+	if _, ok := errors.AsType[x509.UnknownAuthorityError](err); ok {
+		return "tls", "nobody known vouches for the certificate: name its CA in CA_FILE"
+	}
+	if _, ok := errors.AsType[x509.HostnameError](err); ok {
+		return "tls", "the certificate is for another host name than the URL has"
+	}
+	if invalid, ok := errors.AsType[x509.CertificateInvalidError](err); ok {
+		if invalid.Reason == x509.Expired {
+			return "tls", "the certificate has expired or is not valid yet: renew it, or set this machine's clock"
+		}
+		return "tls", "the certificate is not valid for a server"
+	}
+	if _, ok := errors.AsType[tls.RecordHeaderError](err); ok {
+		return "tls", "no TLS is spoken there: is it http:// instead of https://?"
+	}
+	if alert, ok := errors.AsType[tls.AlertError](err); ok {
+		return "tls", "the other side refused the handshake: " + alert.Error()
+	}
+	if name, ok := errors.AsType[*net.DNSError](err); ok && name.IsNotFound {
+		return "connection", "no such host: check the URL"
+	}
+	switch {
+	case errors.Is(err, errNotReady):
+		return "silent", "a proxy may be buffering the stream: turn that off for /subscribe/"
+	case errors.Is(err, errNoEvents):
+		return "path", "is this a relay's /subscribe/{channel}? (SOURCE_URL)"
+	}
+	return "connection", ""
+}
+
+// turn notes for the status page what has become of the stream.
+func (c *Client) turn(state string, err error) {
+	next := StreamState{State: state, Since: time.Now()}
+	if last := c.state.Load(); last != nil {
+		next.Error, next.ErrorAt = last.Error, last.ErrorAt
+	}
+	if err != nil {
+		next.Error, next.ErrorAt = err.Error(), &next.Since
+	}
+	c.state.Store(&next)
+}
+
+// StreamState is what the status page shows of a client.
+type StreamState struct {
+	Channel  string     `json:"channel"`
+	State    string     `json:"state"` // ready, connecting or waiting
+	Since    time.Time  `json:"since"`
+	Source   string     `json:"source"`
+	Target   string     `json:"target"`
+	Webhooks string     `json:"webhooks"` // the URL for the provider
+	Forwards int        `json:"forwards"` // under way
+	Waiting  int64      `json:"waiting"`  // for another try, or for their report to arrive
+	Retries  int64      `json:"retries"`
+	Error    string     `json:"error,omitempty"` // the last one
+	ErrorAt  *time.Time `json:"errorAt,omitempty"`
+}
+
+// State is the client now.
+func (c *Client) State() StreamState {
+	s := *c.state.Load()
+	s.Channel, s.Source, s.Target, s.Webhooks = c.channel, location(c.opts.Source), location(c.opts.Target), c.webhooks()
+	s.Forwards, s.Waiting, s.Retries = len(c.slots), c.waiting.Load(), c.Retries.Load()
+	return s
+}
+
+// location is u without what must not be shown: credentials and query.
+func location(u *url.URL) string {
+	return (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path, RawPath: u.RawPath}).String()
+}
+
+// webhooks is the URL to give to a provider, as far as the source's tells.
+func (c *Client) webhooks() string {
+	base := strings.TrimSuffix(strings.TrimRight(location(c.opts.Source), "/"), "/subscribe/"+c.channel)
+	return base + "/webhooks/" + c.channel
 }
 
 // statusError is an answer of the source that is no stream.
@@ -295,6 +421,7 @@ func (e *statusError) Error() string {
 
 var (
 	errSilent   = errors.New("stream went silent")
+	errNotReady = fmt.Errorf("no ready within %s", readyTimeout)
 	errNoEvents = errors.New("source answered 200 but no text/event-stream")
 	errEnded    = errors.New("source ended the stream")
 )
@@ -312,18 +439,20 @@ func (c *Client) subscribe(ctx context.Context, streams *sync.WaitGroup, before 
 		defer close(s.done)
 		defer s.cancel()
 		var watchdog *time.Timer
-		watchdog = time.AfterFunc(time.Hour, func() {
+		watchdog = alarm(func() {
 			if s.doubted.Swap(true) {
 				cancel(errSilent)
 			} else { // while the process stood still, the time proves nothing
 				watchdog.Reset(lookAgain)
 			}
 		})
-		watchdog.Reset(readyTimeout) // it resets itself, so it must be there first
+		watchdog.Reset(readyTimeout)
 		defer watchdog.Stop()
 		s.err = c.read(ctx, s, watchdog)
 		if cause := context.Cause(ctx); cause == errSilent {
-			s.err = cause
+			if s.err = cause; s.interval.Load() == 0 {
+				s.err = errNotReady
+			}
 		}
 		c.source.CloseIdleConnections() // what broke a stream may have broken them
 	})
@@ -477,9 +606,13 @@ func (c *Client) take(m *message, clocks *clocks) error {
 		c.log.Warn("event refused", "err", err)
 		return nil
 	}
+	var age time.Duration
+	if w.ID != "" {
+		age = clocks.age(w)
+		c.Age.Observe(age)
+	}
 	waited := respond(w.Mode)
 	if waited { // its time began when the server took it
-		age := clocks.age(w)
 		if received = received.Add(-age); age > w.Timeout {
 			c.Overdue.Add(1)
 			c.log.Warn("event is over, its sender has been answered", "event", w.ID)
@@ -561,12 +694,16 @@ type slot struct {
 // that, without the slot.
 func (s *slot) stepAside(size int) {
 	c := s.client
+	c.waiting.Add(1)
 	if c.aside.Add(asideCost+int64(size)) <= asideLimit && c.opts.Concurrency > 1 {
 		s.leave()
 	}
 }
 
-func (s *slot) back(size int) { s.client.aside.Add(-asideCost - int64(size)) }
+func (s *slot) back(size int) {
+	s.client.waiting.Add(-1)
+	s.client.aside.Add(-asideCost - int64(size))
+}
 
 // again takes a slot again, as soon as there is one; false when ctx ends first.
 func (s *slot) again(ctx context.Context) bool {
@@ -588,57 +725,79 @@ func (s *slot) leave() {
 	}
 }
 
-// forward sends w to the target until it answers with something final, or the
-// time is over: the retry window, or what the event has left for its sender.
+// forward brings w to the target, and tells once how that went.
 func (c *Client) forward(ctx context.Context, w *Webhook, received time.Time, slot *slot) Answer {
+	p := Passage{
+		Event: w.ID, Channel: c.channel, Method: shown(w.Method), Path: shown(w.Path), Time: time.Now(), Bytes: len(w.Body), Outcome: outcomeForwarding,
+	}
+	entry := c.Note(0, p)
+	a, attempt, err := c.try(ctx, w, received, slot)
+	code := a.Err
+	if a.Status != 0 {
+		code = fmt.Sprintf("%dxx", a.Status/100)
+	}
+	c.Forwards[code].Add(1)
+	p = p.became(outcomeForwarded, "")
+	level, message, more := slog.LevelInfo, "webhook forwarded", []slog.Attr{slog.String("target", location(c.opts.Target))}
+	switch {
+	case err != nil:
+		p.Outcome, p.Reason = outcomeFailed, code
+		level, message, more = slog.LevelError, "webhook given up", append(more, slog.Any("err", err))
+		if _, hint := trouble(err); hint != "" {
+			more = append(more, slog.String("hint", hint))
+		}
+	case a.Status >= 400:
+		level = slog.LevelWarn
+	}
+	p.Status, p.Attempt = a.Status, attempt
+	c.Note(entry, p)
+	p.tell(c.log, level, message, more...)
+	return a
+}
+
+// forwardCodes are all that may stand in the label: what the target said last, or
+// why it said nothing.
+var forwardCodes = []string{"2xx", "3xx", "4xx", "5xx", answerUnreachable, answerTimeout}
+
+// errOver is why w is given up although the target answers.
+var errOver = errors.New("no time is left for another try")
+
+// try sends w to the target until it answers with something final, or the time is
+// over, which is an error: the retry window, or what the event has left for its
+// sender. It returns the best that the target said, and how many attempts it took.
+func (c *Client) try(ctx context.Context, w *Webhook, received time.Time, slot *slot) (last Answer, attempt int, err error) {
 	end := time.Now().Add(c.opts.RetryWindow)
+	backoff := Backoff{Initial: retryInitial, Max: retryMax, Factor: 2, Jitter: true}
 	if respond(w.Mode) {
 		// The report must arrive before the sender's time is over.
 		end = received.Add(w.Timeout - min(w.Timeout/10, 500*time.Millisecond))
+		backoff.Max = retryHeld
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithDeadline(ctx, end)
 		defer cancel()
 	}
-	log := c.log.With("event", w.ID)
-	backoff := Backoff{Initial: retryInitial, Max: retryMax, Factor: 2, Jitter: true}
-	if respond(w.Mode) {
-		backoff.Max = retryHeld
-	}
-	var last Answer
-	for attempt := 1; ; attempt++ {
+	for attempt = 1; ; attempt++ {
+		began := time.Now()
 		a, pause, err := c.attempt(ctx, w)
-		if err == nil && a.Err == "" && !c.passing(a.Status) {
-			c.Forwarded.Add(1)
-			level := slog.LevelDebug
-			if a.Status >= 400 {
-				level = slog.LevelWarn
-			}
-			log.Log(ctx, level, "webhook forwarded", "status", a.Status, "attempt", attempt)
-			return a
-		}
-		if errors.Is(err, errHeard) {
-			c.Failed.Add(1)
-			log.Error("webhook given up", "attempt", attempt, "err", err)
-			return a
+		c.Attempts.Observe(time.Since(began))
+		if err == nil && a.Err == "" && !c.passing(a.Status) || errors.Is(err, errHeard) {
+			return a, attempt, err
 		}
 		if last.Status == 0 || a.Status != 0 { // what the target said beats its silence
 			last = a
 		}
 		wait := max(backoff.Next(), pause)
 		if time.Until(end) <= wait || ctx.Err() != nil {
-			c.Failed.Add(1)
-			log.Error("webhook given up", "status", a.Status, "attempt", attempt, "err", err)
-			return last
+			return last, attempt, cmp.Or(err, errOver)
 		}
 		c.Retries.Add(1)
-		log.Warn("webhook will be forwarded again", "status", a.Status, "attempt", attempt, "wait", wait, "err", err)
+		c.log.Warn("webhook will be forwarded again", "event", w.ID, "method", shown(w.Method), "path", shown(w.Path), "target", location(c.opts.Target),
+			"status", a.Status, "attempt", attempt, "wait", wait, "err", err)
 		slot.stepAside(len(w.Body))
 		sleep(ctx, wait)
 		slot.back(len(w.Body))
 		if !slot.again(ctx) {
-			c.Failed.Add(1)
-			log.Error("webhook given up", "status", last.Status, "attempt", attempt, "err", context.Cause(ctx))
-			return last
+			return last, attempt, context.Cause(ctx)
 		}
 	}
 }
@@ -825,7 +984,7 @@ func (c *Client) redirect(resp *http.Response, from string) (target string, ok b
 	return to.RequestURI(), true
 }
 
-// within tells whether path is base or below it, and stays there.
+// within reports whether path is base or below it, and stays there.
 func within(base, path string) bool {
 	rest, ok := strings.CutPrefix(path, base)
 	return ok && checkPath(cmp.Or(rest, "/")) == nil
@@ -855,11 +1014,13 @@ func sleep(ctx context.Context, d time.Duration) bool {
 type reporter struct {
 	client *Client
 	mu     sync.Mutex
-	queue  []*report     // guarded by mu, like all below: somebody waits for them
-	lazy   []*report     // nobody does
-	delay  *time.Timer   // set while lazy may wait for company
-	busy   int           // goroutines in send
-	idle   chan struct{} // closed when there are none; nil: nobody waits for that
+
+	// Guarded by mu.
+	queue []*report     // somebody waits for them
+	lazy  []*report     // nobody does
+	delay *time.Timer   // set while lazy may wait for company
+	busy  int           // goroutines in send
+	idle  chan struct{} // closed when there are none; nil: nobody waits for that
 }
 
 // report is one answer on its way to the source.
@@ -1090,10 +1251,12 @@ type memory struct {
 
 // memoryEntry is guarded by memory.mu.
 type memoryEntry struct {
-	id     string
-	mode   string
-	taken  bool    // it has a slot, or had one
-	answer *Answer // nil while the forward is under way, like all below
+	id    string
+	mode  string
+	taken bool // it has a slot, or had one
+
+	// Zero while the forward is under way.
+	answer *Answer
 	since  time.Time
 	size   int
 }

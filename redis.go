@@ -127,9 +127,12 @@ type RedisBus struct {
 	speak   chan struct{} // holds one token while told has entries
 	ask     chan *request // unbuffered: what is given up before it is written is never queued
 
-	mu      sync.Mutex
-	session *session            // guarded by mu, like all below; nil while Redis is away
+	mu sync.Mutex
+
+	// Guarded by mu.
+	session *session            // nil while Redis is away
 	back    chan struct{}       // closed while there is a session
+	cause   error               // why there is no session; nil: none was tried
 	refused error               // what Redis said to the last message, when it took none
 	noting  bool                // a session is there that will look at dirty
 	dirty   map[string]struct{} // channels whose subscription may have to change; empty without a session
@@ -185,6 +188,8 @@ func (b *RedisBus) Check(context.Context) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	switch {
+	case b.session == nil && b.cause != nil:
+		return fmt.Errorf("%w: %w", errBusDown, b.cause)
 	case b.session == nil:
 		return errBusDown
 	case b.refused != nil:
@@ -231,6 +236,14 @@ func (b *RedisBus) Tell(sig Signal) {
 		wake(b.speak)
 	default:
 		b.told[toldLimit-1] = Signal{Kind: signalAgain, From: b.replica}
+	}
+}
+
+// Flush implements Bus: what was told goes out together with a command that is
+// given after it.
+func (b *RedisBus) Flush(ctx context.Context) {
+	if b.Check(ctx) == nil {
+		b.do(ctx, "PING")
 	}
 }
 
@@ -328,6 +341,9 @@ func (b *RedisBus) Run(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return nil
 		}
+		b.mu.Lock()
+		b.cause = err
+		b.mu.Unlock()
 		if worked || !told {
 			b.log.Error("redis is down", "err", err)
 			told = true

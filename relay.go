@@ -2,7 +2,8 @@
 //
 // RELAY_MODE picks the role. A server runs where providers reach it and takes
 // webhooks; a client runs inside, holds one outbound stream to the server, and
-// forwards each webhook to its target exactly as it was sent.
+// forwards each webhook to its target exactly as it was sent. A demo runs both, and
+// a target, on loopback.
 //
 // # Endpoints of the server
 //
@@ -10,6 +11,14 @@
 //	GET  /subscribe/{channel}[/]            the event stream
 //	POST /subscribe/{channel}/responses     a client reports on one or more events
 //	GET  /                                  as /ready of the health service
+//
+// And of the health service of both roles, on a port of its own:
+//
+//	GET  /live, /ready                      200, or 503 with the reason
+//	GET  /health                            all checks: since when, and the last error
+//	GET  /metrics                           for Prometheus
+//	GET  /                                  the status page, which reads /events
+//	GET  /status                            the same as JSON
 //
 // Errors of the relay itself are JSON, {"statusCode":413,"message":"…"}. A
 // passing state is 503, 504 or 502, never a status on which providers disable
@@ -157,6 +166,10 @@
 //	connection to the health service     one request, 5 s for its header,   closed
 //	                                     10 s for its answer
 //	check for GET /                      2 s                                503
+//	webhooks on the status page          200                                the oldest is gone
+//	status pages that are open           16, 5 s to take what is sent       503; closed
+//	path of a webhook in the log and     256 bytes                          cut
+//	on the page
 //	requests on an HTTP/2 connection     50                                 wait at the sender
 //	subscribers                          SERVER_MAX_SUBSCRIBERS 10000       503
 //	subscribers of one address           SERVER_MAX_SUBSCRIBERS_PER_ADDRESS
@@ -224,6 +237,7 @@ import (
 	"os"
 	"os/signal"
 	"regexp"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -253,6 +267,8 @@ func main() {
 	flags := flag.NewFlagSet("webhook-relay", flag.ContinueOnError)
 	flags.Usage = func() { printHelp(os.Stdout) }
 	showVersion := flags.Bool("version", false, "")
+	var asked string
+	flags.Func("probe", "", oneOf(&asked, "live", "ready", "health"))
 	if err := flags.Parse(os.Args[1:]); err != nil {
 		if err == flag.ErrHelp {
 			return
@@ -267,6 +283,13 @@ func main() {
 		fmt.Fprintf(os.Stderr, "webhook-relay: unexpected argument %q: everything is set by environment variables, see -help\n", flags.Arg(0))
 		os.Exit(2)
 	}
+	if asked != "" {
+		if err := askOwnHealth(asked); err != nil {
+			fmt.Fprintf(os.Stderr, "webhook-relay: probe /%s: %v\n", asked, err)
+			os.Exit(1)
+		}
+		return
+	}
 	stdlog.SetOutput(io.Discard) // net/http would quote what a target sends unasked
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	again := make(chan os.Signal, 1)
@@ -277,7 +300,6 @@ func main() {
 		os.Exit(1)
 	})
 	if err := run(ctx, os.Environ(), os.Stderr); err != nil {
-		fmt.Fprintln(os.Stderr, "webhook-relay:", err)
 		if _, ok := errors.AsType[configError](err); ok {
 			os.Exit(2)
 		}
@@ -286,23 +308,35 @@ func main() {
 }
 
 // run is the whole program: it reads its configuration from environ, logs to
-// stderr, and returns once ctx has ended and everything is finished. A
-// configError means that it did not start.
-func run(ctx context.Context, environ []string, stderr io.Writer) error {
+// stderr, and returns once ctx has ended and everything is finished. Its error has
+// been logged; a configError means that it did not start.
+func run(ctx context.Context, environ []string, stderr io.Writer) (err error) {
 	c, warnings, err := loadConfig(environ)
-	if err != nil {
+	log := newLogger(c, stderr)
+	if mistakes, ok := errors.AsType[configError](err); ok {
+		for mistake := range strings.Lines(mistakes.text) {
+			log.Error("mistake in the configuration", "err", strings.TrimSuffix(mistake, "\n"))
+		}
+		log.Error("not started: the configuration has mistakes", "hint", "webhook-relay -help tells of every variable")
 		return err
 	}
-	log := newLogger(c, stderr)
+	defer func() {
+		if err != nil {
+			log.Error("failed", "err", err)
+		}
+	}()
 	log.Info("starting", "role", c.Role, "version", version, "settings", c.shown)
 	for _, w := range warnings {
-		log.Warn(w.message, "variable", w.variable)
+		log.Warn(w.message, w.attrs...)
 	}
 	if c.Role == "server" {
 		if c.Server.Token == "" && c.Server.TokensFile == "" {
 			log.Warn("anybody may subscribe: neither AUTH_TOKEN nor AUTH_TOKENS_FILE is set")
 		}
 		return runServer(ctx, c, log)
+	}
+	if c.Role == "demo" {
+		return runDemo(ctx, environ, c, log, stderr)
 	}
 	return runClient(ctx, c, log)
 }
@@ -326,15 +360,23 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 	if redisBus != nil {
 		redisBus.OnAlone = server.AskToMove
 	}
+	journal := &Journal{}
 	health := &Health{
-		Info:  map[string]string{"role": c.Role, "version": version},
-		Live:  hub.Check,
-		Ready: server.Check,
+		Info:    map[string]string{"role": c.Role, "version": version},
+		Checks:  []Check{{"hub", false, hub.Check}, {"server", true, server.Check}},
+		State:   func() any { return server.State() },
+		Journal: journal,
+	}
+	if redisBus != nil {
+		health.Checks = append(health.Checks, Check{"redis", true, redisBus.Check})
+	}
+	if c.Health {
+		server.Note = noteIn(journal)
 	}
 	web := webServer(server, log)
-	listener, err := net.Listen("tcp", net.JoinHostPort("", strconv.Itoa(c.Port)))
+	listener, err := c.listen(c.Port)
 	if err != nil {
-		return fmt.Errorf("listen for webhooks: %w", err)
+		return fmt.Errorf("listen for webhooks (SERVER_PORT): %w", err)
 	}
 	limited := limit(listener, c.Limits.Subscribers+extraConnections, c.Server.TrustedProxies)
 	web.ConnState = limited.state
@@ -389,9 +431,7 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 	if web.Shutdown(finish) != nil {
 		web.Close()
 	}
-	if bus.Check(finish) == nil { // what was told keeps its order, and goes out before what is sent after it
-		bus.Send(finish, Signal{Kind: signalJoined, From: c.Server.Replica})
-	}
+	bus.Flush(finish)
 	stopProbes()
 	fail(nil)
 	parts.Wait()
@@ -409,27 +449,31 @@ func runClient(ctx context.Context, c *Config, log *slog.Logger) error {
 	for _, source := range c.Sources {
 		clients = append(clients, NewClient(c.clientOf(source), log))
 	}
-	all := func(check func(*Client, context.Context) error) Check {
-		return func(probe context.Context) error {
-			for _, client := range clients {
-				if err := check(client, probe); err != nil {
-					return fmt.Errorf("%s: %w", client.channel, err)
-				}
-			}
-			return nil
-		}
-	}
-	alive := all((*Client).Alive)
 	health := &Health{
-		Info: map[string]string{"role": c.Role, "version": version},
-		Live: func(probe context.Context) error {
+		Info:    map[string]string{"role": c.Role, "version": version},
+		Metrics: clientMetrics(clients),
+		State: func() any {
+			var state struct {
+				Streams []StreamState `json:"streams"`
+			}
+			for _, client := range clients {
+				state.Streams = append(state.Streams, client.State())
+			}
+			return state
+		},
+		Journal: &Journal{},
+	}
+	for _, client := range clients {
+		alive := func(probe context.Context) error {
 			if ctx.Err() != nil {
 				return nil // forwards are finishing
 			}
-			return alive(probe)
-		},
-		Ready:   all((*Client).Check),
-		Metrics: clientMetrics(clients),
+			return client.Alive(probe)
+		}
+		health.Checks = append(health.Checks, Check{"client " + client.channel, false, alive}, Check{"stream " + client.channel, true, client.Check})
+		if c.Health {
+			client.Note = noteIn(health.Journal)
+		}
 	}
 	stopProbes, err := serveHealth(c, health, log)
 	if err != nil {
@@ -444,6 +488,192 @@ func runClient(ctx context.Context, c *Config, log *slog.Logger) error {
 	stopProbes()
 	log.Info("stopped")
 	return nil
+}
+
+// noteIn keeps what servers and clients tell of webhooks in j.
+func noteIn(j *Journal) func(entry uint64, p Passage) uint64 {
+	return func(entry uint64, p Passage) uint64 {
+		if p.Outcome != outcomeHeld && p.Outcome != outcomeForwarding {
+			failed := p.Outcome != outcomeAccepted && p.Outcome != outcomeAnswered && p.Outcome != outcomeForwarded
+			j.Count(time.Since(p.Time), failed || p.Status >= 500)
+		}
+		return j.Put(entry, p)
+	}
+}
+
+// Demo.
+
+const (
+	demoHook  = "/webhooks/demo/hello"
+	demoStart = 10 * time.Second // for the client to become ready
+	demoShown = 4 << 10          // bytes of one webhook
+)
+
+// runDemo shows one webhook's way: through a server and a client, which environ
+// sets like any others, to a target, all in this process and on loopback alone.
+// It writes to out, from several goroutines, what the target gets, until ctx ends.
+func runDemo(ctx context.Context, environ []string, c *Config, log *slog.Logger, out io.Writer) error {
+	environ = slices.DeleteFunc(slices.Clone(environ), func(entry string) bool { // blank means unset
+		_, value, _ := strings.Cut(entry, "=")
+		return strings.TrimSpace(value) == ""
+	})
+	isSet := func(name string) bool {
+		return slices.ContainsFunc(environ, func(entry string) bool { return strings.HasPrefix(entry, name+"=") })
+	}
+	var ports []int // of the server, its health service, the client's, and the target
+	listeners := map[int]net.Listener{}
+	for _, wanted := range []struct {
+		variable string
+		port     int
+	}{{"SERVER_PORT", c.Port}, {"HEALTH_SERVICE_PORT", c.HealthPort}, {"", 0}, {"", 0}} {
+		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", wanted.port))
+		if err != nil && !isSet(wanted.variable) { // the default is taken
+			l, err = net.Listen("tcp", "127.0.0.1:0")
+		}
+		if err != nil {
+			return fmt.Errorf("%w (%s)", err, wanted.variable)
+		}
+		defer l.Close()
+		port := l.Addr().(*net.TCPAddr).Port
+		ports, listeners[port] = append(ports, port), l
+	}
+	usual := []string{"RESPONSE_MODE=response", "HEALTH_SERVICE_SHUTDOWN_DELAY=0"}
+	fixed := []string{ // so that it meets nothing but itself
+		fmt.Sprintf("SOURCE_URL=http://127.0.0.1:%d/subscribe/demo/", ports[0]),
+		fmt.Sprintf("TARGET_BASE_URL=http://127.0.0.1:%d", ports[3]),
+		"AUTH_TOKENS_FILE=", "SERVER_TLS_CERT_FILE=", "SERVER_TLS_KEY_FILE=", "REDIS_URL=",
+	}
+	for _, entry := range fixed {
+		if name, _, _ := strings.Cut(entry, "="); isSet(name) {
+			log.Warn("variable has no effect", "variable", name)
+		}
+	}
+	running, fail := context.WithCancelCause(ctx) // ends with the first failure, too
+	defer fail(nil)
+	parts := []func() error{func() error { return greet(running, out, ports) }}
+	for i, role := range []string{"server", "client"} {
+		c, _, err := loadConfig(slices.Concat(usual, environ, fixed, []string{"RELAY_MODE=" + role,
+			fmt.Sprintf("SERVER_PORT=%d", ports[0]), fmt.Sprintf("HEALTH_SERVICE_PORT=%d", ports[1+i])}))
+		if err != nil {
+			return err
+		}
+		c.listeners = listeners
+		start := []func(context.Context, *Config, *slog.Logger) error{runServer, runClient}[i]
+		parts = append(parts, func() error { return start(running, c, log.With("role", role)) })
+	}
+	web := &http.Server{Handler: demoTarget(out), ReadTimeout: bodyTimeout, ErrorLog: stdlog.New(httpLog{log}, "", 0)}
+	var serving, working sync.WaitGroup
+	serving.Go(func() { web.Serve(listeners[ports[3]]) })
+	for _, part := range parts {
+		working.Go(func() {
+			if err := part(); err != nil {
+				fail(err)
+			}
+		})
+	}
+	working.Wait()
+	web.Close() // after the client, which finishes its forwards
+	serving.Wait()
+	if ctx.Err() != nil {
+		return nil
+	}
+	return context.Cause(running)
+}
+
+// greet sends the demo's webhook once its client is ready, and says what to try next.
+func greet(ctx context.Context, out io.Writer, ports []int) error {
+	ready, cancel := context.WithTimeout(ctx, demoStart)
+	defer cancel()
+	for {
+		err := askHealth(ctx, ports[2], "ready")
+		if err == nil {
+			break
+		}
+		if time.Sleep(5 * time.Millisecond); ready.Err() != nil {
+			return fmt.Errorf("client is not ready: %w", err)
+		}
+	}
+	fmt.Fprint(out, "A server, a client and a target run in this process, on loopback alone. One webhook's way:\n")
+	began := time.Now()
+	resp, err := onLoopback(ctx, http.MethodPost, ports[0], demoHook, `{"hello":"world"}`)
+	if err != nil {
+		return fmt.Errorf("send a webhook: %w", err)
+	}
+	resp.Body.Close()
+	_, err = fmt.Fprintf(out, "\nPOST %s: %d after %.0f ms\n\n"+
+		"send another  curl -i -d '{\"hello\":\"again\"}' http://127.0.0.1:%d%s\n"+
+		"status page   http://127.0.0.1:%d/\n"+
+		"to end        Ctrl-C\n", demoHook, resp.StatusCode, math.Ceil(time.Since(began).Seconds()*1000), ports[0], demoHook, ports[1])
+	return err
+}
+
+var (
+	unprintable = regexp.MustCompile(`[^\n\t \pL\pM\pN\pP\pS]|\x{FFFD}`) // which a broken byte is, too
+	lineStart   = regexp.MustCompile(`(?m)^.`)
+)
+
+// demoTarget writes each request to out, cut and with everything escaped that a
+// terminal would act on: strangers on this machine may send one.
+func demoTarget(out io.Writer) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		var b strings.Builder
+		fmt.Fprintf(&b, "%s %s %s\nHost: %s\n", r.Method, r.RequestURI, r.Proto, r.Host)
+		r.Header.Write(&b)
+		b.WriteByte('\n')
+		n, _ := io.Copy(&b, io.LimitReader(r.Body, demoShown))
+		more, _ := io.Copy(io.Discard, r.Body)
+		text := strings.TrimRight(strings.ReplaceAll(b.String(), "\r\n", "\n"), "\n")
+		if more > 0 || len(text) > demoShown {
+			text = fmt.Sprintf("%s\n[cut: the body has %d bytes]", text[:min(len(text), demoShown)], n+more)
+		}
+		text = unprintable.ReplaceAllStringFunc(text, func(s string) string {
+			return strings.Trim(strconv.Quote(s), `"`)
+		})
+		fmt.Fprintf(out, "\nthe target received\n\n%s\n", lineStart.ReplaceAllString(text, "  $0"))
+		io.WriteString(w, "hello from the target\n")
+	})
+}
+
+// askOwnHealth asks the health service that the environment sets.
+func askOwnHealth(path string) error {
+	c, _, err := loadConfig([]string{"RELAY_MODE=demo", "HEALTH_SERVICE_PORT=" + os.Getenv("HEALTH_SERVICE_PORT")}) // a demo requires nothing
+	if err != nil {
+		return err
+	}
+	return askHealth(context.Background(), c.HealthPort, path)
+}
+
+// askHealth asks a health service on this machine; its error is why the answer is not 200.
+func askHealth(ctx context.Context, port int, path string) error {
+	ctx, cancel := context.WithTimeout(ctx, probeTime)
+	defer cancel()
+	resp, err := onLoopback(ctx, http.MethodGet, port, "/"+path, "")
+	if errors.Is(err, syscall.ECONNREFUSED) {
+		return fmt.Errorf("%w (outside Kubernetes the health service runs when HEALTH_SERVICE_PORT is set)", err)
+	}
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		reason, _ := io.ReadAll(io.LimitReader(resp.Body, demoShown))
+		return fmt.Errorf("%s: %q", resp.Status, bytes.TrimSpace(reason))
+	}
+	return nil
+}
+
+// onLoopback is one request to this machine, on a connection of its own and never
+// through a proxy.
+func onLoopback(ctx context.Context, method string, port int, path, body string) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, method, fmt.Sprintf("http://127.0.0.1:%d%s", port, path), strings.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("User-Agent", "webhook-relay/"+version)
+	if body != "" {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	return (&http.Transport{DisableKeepAlives: true, DisableCompression: true}).RoundTrip(req)
 }
 
 // webServer is the http.Server for providers and subscribers.
@@ -490,9 +720,9 @@ func serveHealth(c *Config, health *Health, log *slog.Logger) (stop func(), err 
 	if !c.Health {
 		return func() {}, nil
 	}
-	listener, err := net.Listen("tcp", net.JoinHostPort("", strconv.Itoa(c.HealthPort)))
+	listener, err := c.listen(c.HealthPort)
 	if err != nil {
-		return nil, fmt.Errorf("listen for probes: %w", err)
+		return nil, fmt.Errorf("listen for probes (HEALTH_SERVICE_PORT): %w", err)
 	}
 	log.Info("health service listening", "addr", listener.Addr().String())
 	web := &http.Server{
@@ -505,9 +735,12 @@ func serveHealth(c *Config, health *Health, log *slog.Logger) (stop func(), err 
 	web.SetKeepAlivesEnabled(false) // a connection that is only there keeps a probe out
 	limited := limit(listener, probeConnections, nil)
 	web.ConnState = limited.state
+	looking, enough := context.WithCancel(context.Background())
 	var serving sync.WaitGroup
 	serving.Go(func() { web.Serve(limited) })
+	serving.Go(func() { health.Run(looking) })
 	return func() {
+		enough()
 		web.Close()
 		serving.Wait()
 	}, nil
@@ -534,8 +767,10 @@ type door struct {
 	Open   atomic.Int64 // connections
 	Closed atomic.Int64 // that had to make place, or found none
 
-	mu     sync.Mutex
-	shares map[netip.Addr]*doorShare // guarded by mu, like all below; by neighbourhood
+	mu sync.Mutex
+
+	// Guarded by mu.
+	shares map[netip.Addr]*doorShare // by neighbourhood
 	idle   list.List                 // of *guest: without a request, the longest first
 }
 
@@ -548,9 +783,11 @@ type doorShare struct {
 // guest is one open connection.
 type guest struct {
 	net.Conn
-	door  *door
-	addr  netip.Addr
-	share *doorShare    // guarded by door.mu, like all below; nil once it is closed
+	door *door
+	addr netip.Addr
+
+	// Guarded by door.mu.
+	share *doorShare    // nil once it is closed
 	all   *list.Element // in door.idle; nil while there is a request
 	own   *list.Element // in share.idle, likewise
 }
@@ -705,69 +942,136 @@ func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	return c.pair, nil
 }
 
-// counter and gauge make the lines of /metrics.
+// Metrics. What may have several values has labels.
+
+// counter, gauge, and histogram are families of one value, and tallied one of a
+// value for each of label's.
 func counter(name, help string, v *atomic.Int64) Metric {
-	return Metric{name, "counter", help, v.Load}
+	return Metric{name, "counter", help, one(func() float64 { return float64(v.Load()) })}
 }
 
-func gauge(name, help string, v func() int64) Metric {
-	return Metric{name, "gauge", help, v}
+func gauge(name, help string, v func() float64) Metric { return Metric{name, "gauge", help, one(v)} }
+
+func histogram(name, help string, h *Histogram) Metric {
+	return Metric{name, "histogram", help, func(sample func(suffix, labels string, value float64)) { buckets(sample, "", h) }}
+}
+
+func tallied(name, help, label string, t tally) Metric {
+	return Metric{name, "counter", help, func(sample func(suffix, labels string, value float64)) {
+		for _, value := range slices.Sorted(maps.Keys(t)) {
+			sample("", fmt.Sprintf("%s=%q", label, value), float64(t[value].Load()))
+		}
+	}}
+}
+
+// buckets gives the samples of h; labels, when there are any, end in a comma.
+func buckets(sample func(suffix, labels string, value float64), labels string, h *Histogram) {
+	count := int64(0)
+	for i, bound := range histogramBounds {
+		count += h.counts[i].Load()
+		sample("_bucket", fmt.Sprintf("%sle=%q", labels, strconv.FormatFloat(bound, 'g', -1, 64)), float64(count))
+	}
+	count += h.counts[len(histogramBounds)].Load()
+	sample("_bucket", labels+`le="+Inf"`, float64(count))
+	sample("_sum", strings.TrimSuffix(labels, ","), time.Duration(h.sum.Load()).Seconds())
+	sample("_count", strings.TrimSuffix(labels, ","), float64(count))
+}
+
+// buildInfo says which build this is.
+var buildInfo = Metric{"relay_build_info", "gauge", "The build: version, and the version of Go.", func(sample func(suffix, labels string, value float64)) {
+	sample("", fmt.Sprintf("version=%q,goversion=%q", version, runtime.Version()), 1)
+}}
+
+// truth is 1 when check holds.
+func truth(check func(context.Context) error) float64 {
+	if check(context.Background()) != nil {
+		return 0
+	}
+	return 1
 }
 
 func serverMetrics(s *Server, hub *Hub, bus *RedisBus, d *door) []Metric {
-	metrics := []Metric{
-		counter("relay_webhooks_total", "Webhooks received.", &s.Webhooks),
-		counter("relay_webhooks_unheard_total", "Webhooks accepted in accept mode that reached no subscriber.", &s.Unheard),
-		counter("relay_webhooks_answered_total", "Held webhooks answered by the target.", &s.Answered),
-		counter("relay_webhooks_unanswered_total", "Held webhooks that ended without an answer.", &s.Unanswered),
-		counter("relay_webhooks_lost_total", "Webhooks accepted in accept mode that no client took in time.", &s.Lost),
+	list := []Metric{
+		buildInfo,
+		{"relay_webhooks_total", "counter", "Webhooks by what became of them: each is counted once, when that is known.", func(sample func(suffix, labels string, value float64)) {
+			sample("", `outcome="accepted",reason=""`, float64(s.Accepted.Load()))
+			sample("", `outcome="answered",reason=""`, float64(s.Answered.Load()))
+			for _, reason := range lostReasons {
+				sample("", fmt.Sprintf(`outcome="lost",reason=%q`, reason), float64(s.Lost[reason].Load()))
+			}
+			for _, reason := range webhookReasons {
+				sample("", fmt.Sprintf(`outcome="refused",reason=%q`, reason), float64(s.Refused[reason].Load()))
+			}
+		}},
+		histogram("relay_webhook_taken_seconds", "From a webhook's coming until a client has it, in accept mode.", &s.Taken),
+		histogram("relay_webhook_answer_seconds", "From a webhook's coming until the target's answer, in status and response mode.", &s.Replied),
+		gauge("relay_held_webhooks", "Webhooks held until a client has reported.", func() float64 { return float64(s.Held().Webhooks) }),
+		gauge("relay_held_bytes", "Bytes of webhooks that are held, read or queued.", func() float64 { return float64(s.Held().Bytes) }),
+		gauge("relay_held_limit_bytes", "Most bytes of webhooks that are held, read or queued.", func() float64 { return float64(s.Held().Limit) }),
 		counter("relay_events_delivered_total", "Events queued for subscribers.", &hub.Delivered),
 		counter("relay_events_full_total", "Times an event found a subscriber's queue full, and waited.", &hub.Full),
+		gauge("relay_subscribers", "Live streams.", func() float64 { n, _ := hub.Count(); return float64(n) }),
+		gauge("relay_channels", "Channels with subscribers.", func() float64 { _, n := hub.Count(); return float64(n) }),
+		tallied("relay_subscribers_refused_total", "Streams and reports that were refused.", "reason", s.Rejected),
 		counter("relay_subscribers_evicted_total", "Subscribers evicted because they were stuck.", &hub.Evicted),
 		counter("relay_heartbeats_total", "Heartbeats queued.", &s.Heartbeats),
-		gauge("relay_subscribers", "Live streams.", func() int64 { n, _ := hub.Count(); return int64(n) }),
-		gauge("relay_channels", "Channels with subscribers.", func() int64 { _, n := hub.Count(); return int64(n) }),
-		gauge("relay_held_webhooks", "Webhooks held until a client has reported.", func() int64 { n, _ := s.Held(); return int64(n) }),
-		gauge("relay_held_bytes", "Bytes of webhooks that are held, read or queued.", func() int64 { _, n := s.Held(); return n }),
-	}
-	for _, reason := range webhookReasons {
-		metrics = append(metrics, counter(fmt.Sprintf("relay_webhooks_refused_total{reason=%q}", reason),
-			"Webhooks answered with an error of the relay before they were published.", s.Refused[reason]))
-	}
-	for _, reason := range subscriberReasons {
-		metrics = append(metrics, counter(fmt.Sprintf("relay_subscribers_refused_total{reason=%q}", reason),
-			"Streams and reports that were refused.", s.Rejected[reason]))
-	}
-	metrics = append(metrics,
-		gauge("relay_connections", "Connections to the port for webhooks and streams.", d.Open.Load),
+		gauge("relay_connections", "Connections to the port for webhooks and streams.", func() float64 { return float64(d.Open.Load()) }),
 		counter("relay_connections_closed_total", "Connections closed because there was no place, or to make one.", &d.Closed),
-	)
+	}
 	if bus != nil {
-		metrics = append(metrics,
+		list = append(list,
+			gauge("relay_redis_up", "1 while the replica is connected to Redis.", func() float64 { return truth(bus.Check) }),
 			counter("relay_redis_sessions_total", "Times the connection to Redis came up.", &bus.Sessions),
 			counter("relay_redis_received_total", "Events received from Redis.", &bus.Received),
 		)
 	}
-	return metrics
+	return list
 }
 
-func clientMetrics(clients []*Client) (metrics []Metric) {
-	add := func(name, kind, help string, value func(*Client) int64) {
-		for _, c := range clients { // the operator's own names
-			metrics = append(metrics, Metric{fmt.Sprintf("%s{channel=%q}", name, c.channel), kind, help, func() int64 { return value(c) }})
-		}
+// clientMetrics have the channel as a label: the operator's own names.
+func clientMetrics(clients []*Client) []Metric {
+	each := func(name, kind, help string, value func(*Client) float64) Metric {
+		return Metric{name, kind, help, func(sample func(suffix, labels string, value float64)) {
+			for _, c := range clients {
+				sample("", fmt.Sprintf("channel=%q", c.channel), value(c))
+			}
+		}}
 	}
-	add("relay_events_total", "counter", "Events received.", func(c *Client) int64 { return c.Events.Load() })
-	add("relay_events_duplicate_total", "counter", "Events dropped because they had come before.", func(c *Client) int64 { return c.Duplicates.Load() })
-	add("relay_events_invalid_total", "counter", "Events refused.", func(c *Client) int64 { return c.Invalid.Load() })
-	add("relay_events_overdue_total", "counter", "Events skipped because their sender had been answered already.", func(c *Client) int64 { return c.Overdue.Load() })
-	add("relay_forwarded_total", "counter", "Webhooks the target gave a final answer to.", func(c *Client) int64 { return c.Forwarded.Load() })
-	add("relay_forward_failures_total", "counter", "Webhooks given up.", func(c *Client) int64 { return c.Failed.Load() })
-	add("relay_forward_retries_total", "counter", "Attempts repeated.", func(c *Client) int64 { return c.Retries.Load() })
-	add("relay_reports_total", "counter", "Reports that arrived.", func(c *Client) int64 { return c.Reports.Load() })
-	add("relay_stream_ends_total", "counter", "Streams that ended after they were ready.", func(c *Client) int64 { return c.Reconnects.Load() })
-	add("relay_forwards", "gauge", "Forwards under way.", func(c *Client) int64 { return int64(len(c.slots)) })
-	return metrics
+	count := func(name, help string, value func(*Client) *atomic.Int64) Metric {
+		return each(name, "counter", help, func(c *Client) float64 { return float64(value(c).Load()) })
+	}
+	tallied := func(name, help, label string, of func(*Client) tally) Metric {
+		return Metric{name, "counter", help, func(sample func(suffix, labels string, value float64)) {
+			for _, c := range clients {
+				for _, value := range slices.Sorted(maps.Keys(of(c))) {
+					sample("", fmt.Sprintf("channel=%q,%s=%q", c.channel, label, value), float64(of(c)[value].Load()))
+				}
+			}
+		}}
+	}
+	histogram := func(name, help string, of func(*Client) *Histogram) Metric {
+		return Metric{name, "histogram", help, func(sample func(suffix, labels string, value float64)) {
+			for _, c := range clients {
+				buckets(sample, fmt.Sprintf("channel=%q,", c.channel), of(c))
+			}
+		}}
+	}
+	return []Metric{
+		buildInfo,
+		each("relay_stream_ready", "gauge", "1 while the stream is ready and its last byte fresh.", func(c *Client) float64 { return truth(c.Check) }),
+		tallied("relay_subscribes_failed_total", "Tries to subscribe that did not succeed.", "reason", func(c *Client) tally { return c.Denied }),
+		count("relay_stream_ends_total", "Streams that ended after they were ready.", func(c *Client) *atomic.Int64 { return &c.Reconnects }),
+		count("relay_events_total", "Events received.", func(c *Client) *atomic.Int64 { return &c.Events }),
+		histogram("relay_event_age_seconds", "Age of events when they arrive, beside the youngest seen.", func(c *Client) *Histogram { return &c.Age }),
+		count("relay_events_duplicate_total", "Events dropped because they had come before.", func(c *Client) *atomic.Int64 { return &c.Duplicates }),
+		count("relay_events_invalid_total", "Events refused.", func(c *Client) *atomic.Int64 { return &c.Invalid }),
+		count("relay_events_overdue_total", "Events skipped because their sender had been answered already.", func(c *Client) *atomic.Int64 { return &c.Overdue }),
+		tallied("relay_forwards_total", "Webhooks that are done, by what the target said last, or why it said nothing.", "code", func(c *Client) tally { return c.Forwards }),
+		count("relay_forward_retries_total", "Attempts repeated.", func(c *Client) *atomic.Int64 { return &c.Retries }),
+		histogram("relay_forward_attempt_seconds", "One attempt at the target.", func(c *Client) *Histogram { return &c.Attempts }),
+		each("relay_forwards_in_flight", "gauge", "Forwards under way.", func(c *Client) float64 { return float64(len(c.slots)) }),
+		count("relay_reports_total", "Reports that arrived.", func(c *Client) *atomic.Int64 { return &c.Reports }),
+	}
 }
 
 // Configuration.
@@ -794,7 +1098,16 @@ type Config struct {
 	Targets           byChannel[*url.URL]
 	Strip             byChannel[bool]
 
-	shown slog.Value // the settings as they may be logged
+	shown     slog.Value           // the settings as they may be logged
+	listeners map[int]net.Listener // that the demo has opened, by port
+}
+
+// listen takes a port on all addresses.
+func (c *Config) listen(port int) (net.Listener, error) {
+	if l := c.listeners[port]; l != nil {
+		return l, nil
+	}
+	return net.Listen("tcp", net.JoinHostPort("", strconv.Itoa(port)))
 }
 
 // configError is one line for each mistake in the environment.
@@ -818,12 +1131,12 @@ func settings(c *Config) []setting {
 	s, l, r := &c.Server, &c.Limits, &c.Redis
 	ignored := func(string) error { return nil }
 	return []setting{
-		{"RELAY_MODE", "", "both", "the role, server or client; required", oneOf(&c.Role, "server", "client"), nil},
+		{"RELAY_MODE", "", "both", "the role, server or client, or demo, which shows one webhook's way through both; required", oneOf(&c.Role, "server", "client", "demo"), nil},
 		{"AUTH_TOKEN", "", "both", "subscribers must send it as X-Auth-Token or Authorization: Bearer", header(&s.Token), hidden},
 		{"AUTH_TOKENS_FILE", "", "server", "lines of channel and token, * for any channel, several per channel for rotation, # comments; re-read when it changes; with AUTH_TOKEN set too, either is enough", readable(&s.TokensFile), nil},
 		{"LOG_LEVEL", "info", "both", "debug, info, warn or error", level(&c.LogLevel), nil},
 		{"LOG_FORMAT", "", "both", "text or json; by default text on a terminal, else json", oneOf(&c.LogFormat, "text", "json"), nil},
-		{"HEALTH_SERVICE_PORT", "9000", "both", "port of /live, /ready, /health and /metrics", port(&c.HealthPort), nil},
+		{"HEALTH_SERVICE_PORT", "9000", "both", "port of /live, /ready, /health, /metrics and the status page", port(&c.HealthPort), nil},
 		{"HEALTH_SERVICE_DETECT_KUBERNETES", "true", "both", "outside Kubernetes, start the health service only when its port is set", boolean(&c.DetectKubernetes), nil},
 		{"HEALTH_SERVICE_SHUTDOWN_DELAY", "5000", "both", "server: time between turning unready and asking streams to move, when the health service runs", duration(&c.ShutdownDelay, 0, maxDuration), nil},
 		{"HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT", "10000", "both", "time to finish what is under way at the end", duration(&c.HandlerTimeout, time.Millisecond, maxDuration), nil},
@@ -870,16 +1183,21 @@ func settings(c *Config) []setting {
 }
 
 // warning is something to know about the environment that stops nothing.
-type warning struct{ message, variable string }
+type warning struct {
+	message string
+	attrs   []any
+}
 
 // ours matches the names a typo would hide in; links matches what Kubernetes
-// sets by itself for a Service of such a name.
+// sets by itself for a Service of such a name; proxies what is for all programs.
 var (
-	ours  = regexp.MustCompile(`^(RELAY|SERVER|TARGET)_`)
-	links = regexp.MustCompile(`_SERVICE_(HOST|PORT)|_PORT_\d+_(TCP|UDP)|_PORT$`)
+	ours    = regexp.MustCompile(`^(RELAY|SERVER|SOURCE|TARGET|RESPONSE|SUBSCRIBE|WEBHOOKS?|TRUSTED|REDIS|RECONNECT|HEALTH_SERVICE|AUTH_TOKENS?)_`)
+	links   = regexp.MustCompile(`_SERVICE_(HOST|PORT)|_PORT_\d+_(TCP|UDP)|_PORT$`)
+	proxies = regexp.MustCompile(`^(HTTPS?|NO|ALL|FTP)_PROXY$`)
 )
 
-// loadConfig reads environ. Its error names every mistake at once.
+// loadConfig reads environ. Its error names every mistake at once; what there is
+// of a Config then tells how to log it.
 func loadConfig(environ []string) (*Config, []warning, error) {
 	env := map[string]string{}
 	c := &Config{}
@@ -895,12 +1213,15 @@ func loadConfig(environ []string) (*Config, []warning, error) {
 	var warnings []warning
 	mode := strings.ToLower(env["RELAY_MODE"])
 	if mode == "" {
-		mistakes = append(mistakes, "RELAY_MODE: required, server or client")
+		mistakes = append(mistakes, "RELAY_MODE: required, server, client or demo")
 	}
 	table := settings(c)
 	for _, v := range table {
 		value := cmp.Or(env[v.name], v.fallback)
 		other := v.role != "both" && v.role != mode && (mode == "server" || mode == "client")
+		if other && env[v.name] != "" && !proxies.MatchString(v.name) {
+			warnings = append(warnings, warning{"variable is of the other role, and has no effect", []any{"variable", v.name, "role", v.role}})
+		}
 		if value == "" || other {
 			continue
 		}
@@ -918,9 +1239,12 @@ func loadConfig(environ []string) (*Config, []warning, error) {
 		if v.show != nil {
 			value = v.show(value)
 		}
+		if env[v.name] == "" {
+			continue
+		}
 		shown = append(shown, slog.String(v.name, value))
-		if env[v.name] != "" && strings.HasSuffix(v.help, "has no effect") {
-			warnings = append(warnings, warning{"variable has no effect", v.name})
+		if strings.HasSuffix(v.help, "has no effect") {
+			warnings = append(warnings, warning{"variable has no effect", []any{"variable", v.name}})
 		}
 	}
 	c.Health = env["KUBERNETES_SERVICE_HOST"] != "" || env["HEALTH_SERVICE_PORT"] != "" || !c.DetectKubernetes
@@ -930,6 +1254,10 @@ func loadConfig(environ []string) (*Config, []warning, error) {
 		}
 	}
 	switch mode {
+	case "demo":
+		if env["LOG_LEVEL"] == "" {
+			c.LogLevel = slog.LevelWarn // what it shows is to be read
+		}
 	case "client":
 		require("SOURCE_URL")
 		require("TARGET_BASE_URL")
@@ -946,17 +1274,55 @@ func loadConfig(environ []string) (*Config, []warning, error) {
 			}
 		}
 	}
+	var names []string
+	for _, v := range table {
+		names = append(names, v.name)
+	}
 	for _, name := range slices.Sorted(maps.Keys(env)) {
-		known := slices.ContainsFunc(table, func(v setting) bool { return v.name == name })
-		if !known && ours.MatchString(name) && !links.MatchString(name) {
-			warnings = append(warnings, warning{"unknown variable", name})
+		if slices.Contains(names, name) || links.MatchString(name) || proxies.MatchString(strings.ToUpper(name)) {
+			continue
+		}
+		meant, distance := nearest(name, names)
+		switch {
+		case distance <= len(meant)/5:
+			warnings = append(warnings, warning{"unknown variable", []any{"variable", name, "meant", meant}})
+		case ours.MatchString(name):
+			warnings = append(warnings, warning{"unknown variable", []any{"variable", name}})
 		}
 	}
 	c.shown = slog.GroupValue(shown...)
 	if len(mistakes) > 0 {
-		return nil, nil, configError{strings.Join(mistakes, "\n")}
+		return c, nil, configError{strings.Join(mistakes, "\n")}
 	}
 	return c, warnings, nil
+}
+
+// nearest is the one of names that is the fewest edits away from name, and how
+// many that are: letters put in, left out or changed.
+func nearest(name string, names []string) (best string, least int) {
+	least = math.MaxInt
+	for _, other := range names {
+		row := make([]int, len(other)+1) // edits from what of name is behind to each beginning of other
+		for j := range row {
+			row[j] = j
+		}
+		for i := range len(name) {
+			corner := row[0]
+			row[0] = i + 1
+			for j := range len(other) {
+				change := corner
+				if name[i] != other[j] {
+					change++
+				}
+				corner = row[j+1]
+				row[j+1] = min(change, row[j]+1, row[j+1]+1)
+			}
+		}
+		if row[len(other)] < least {
+			best, least = other, row[len(other)]
+		}
+	}
+	return best, least
 }
 
 // clientOf is what the client of one source is told.
@@ -999,7 +1365,8 @@ func (c *Config) checkChannels() (mistakes []string) {
 // printHelp writes the table of variables.
 func printHelp(w io.Writer) {
 	fmt.Fprintf(w, "webhook-relay %s brings webhooks into clusters that the internet cannot reach.\n\n"+
-		"usage: RELAY_MODE=server|client webhook-relay [-help] [-version]\n\n"+
+		"usage: RELAY_MODE=server|client|demo webhook-relay [-help] [-version] [-probe live|ready|health]\n\n"+
+		"-probe asks the health service on this machine, at HEALTH_SERVICE_PORT, and exits with 0 or 1.\n"+
 		"Durations are milliseconds or Go durations (5s); sizes are bytes or take kb, mb, gb.\n\n", version)
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	for _, v := range settings(&Config{}) {
@@ -1010,7 +1377,12 @@ func printHelp(w io.Writer) {
 
 // newLogger logs to w: text for people, JSON for machines.
 func newLogger(c *Config, w io.Writer) *slog.Logger {
-	options := &slog.HandlerOptions{Level: c.LogLevel}
+	options := &slog.HandlerOptions{Level: c.LogLevel, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+		if a.Value.Kind() == slog.KindDuration { // milliseconds, as all times in the log
+			a.Value = slog.Int64Value(a.Value.Duration().Milliseconds())
+		}
+		return a
+	}}
 	var handler slog.Handler = slog.NewJSONHandler(w, options)
 	asText := c.LogFormat == "text"
 	if f, ok := w.(*os.File); ok && c.LogFormat == "" {

@@ -53,6 +53,100 @@ import (
 // patience bounds every wait of a test for something that should happen soon.
 const patience = 15 * time.Second
 
+// wants is what tests were skipped for. "go test" shows it at the end, and so does
+// "go test -v ./..."; of a package that it is given by name or pattern, and that
+// passes, go test shows nothing else.
+type wants struct {
+	mu    sync.Mutex
+	tests map[string]bool   // guarded by mu, as the next is; names of tests and benchmarks
+	how   map[string]string // to get what is missing, by that
+}
+
+var lacking = wants{tests: map[string]bool{}, how: map[string]string{}}
+
+// need is where program is; a test is skipped without it. pkg is Debian's.
+func need(t testing.TB, program, pkg string) (path string) {
+	t.Helper()
+	for _, name := range []string{program, "/usr/sbin/" + program} { // not on the PATH of everybody
+		if path, err := exec.LookPath(name); err == nil {
+			return path
+		}
+	}
+	lacking.skip(t, program, "apt-get install "+pkg)
+	return ""
+}
+
+// skip ends a test for want of something; CI must not do without.
+func (w *wants) skip(t testing.TB, what, how string) {
+	t.Helper()
+	if os.Getenv("CI") != "" {
+		t.Fatalf("no %s: %s", what, how)
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.tests[t.Name()], w.how[what] = true, how
+	t.Skipf("no %s: %s", what, how)
+}
+
+// String is one line, or nothing where nobody asked and nothing was skipped.
+func (w *wants) String() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var missing []string
+	for _, what := range slices.Sorted(maps.Keys(w.how)) {
+		missing = append(missing, fmt.Sprintf("no %s (%s)", what, w.how[what]))
+	}
+	switch {
+	case len(missing) > 0:
+		return fmt.Sprintf("skipped %d tests: %s", len(w.tests), strings.Join(missing, ", "))
+	case testing.Verbose() || os.Getenv("CI") != "":
+		return "skipped no test for want of anything"
+	}
+	return ""
+}
+
+// skipper is a test that notes how it was ended.
+type skipper struct {
+	testing.TB
+	name, ended string
+}
+
+func (s *skipper) Name() string                  { return s.name }
+func (s *skipper) Skipf(format string, a ...any) { s.ended = "skipped, " + fmt.Sprintf(format, a...) }
+func (s *skipper) Fatalf(format string, a ...any) {
+	s.ended = "failed, " + fmt.Sprintf(format, a...)
+	runtime.Goexit()
+}
+
+// TestWants: one line tells of all tests that were skipped; in CI none is.
+func TestWants(t *testing.T) {
+	t.Setenv("CI", "")
+	w := &wants{tests: map[string]bool{}, how: map[string]string{}}
+	for i, what := range []string{"sun", "rain", "sun"} {
+		s := &skipper{TB: t, name: strconv.Itoa(i % 2)}
+		if w.skip(s, what, "wait for "+what); s.ended != "skipped, no "+what+": wait for "+what {
+			t.Errorf("without %s a test was %s", what, s.ended)
+		}
+	}
+	want := "skipped 2 tests: no rain (wait for rain), no sun (wait for sun)"
+	if got := w.String(); got != want {
+		t.Errorf("line %q, want %q", got, want)
+	}
+	t.Setenv("CI", "true")
+	s := &skipper{TB: t, name: "other"}
+	done := make(chan struct{})
+	go func() { // which Fatalf ends
+		defer close(done)
+		w.skip(s, "snow", "wait for snow")
+	}()
+	if <-done; s.ended != "failed, no snow: wait for snow" || w.String() != want {
+		t.Errorf("in CI a test was %s, and the line is %q", s.ended, w)
+	}
+	if got := (&wants{}).String(); got != "skipped no test for want of anything" {
+		t.Errorf("line %q when nothing was skipped", got)
+	}
+}
+
 // logBuffer collects what a program logs. It is safe for concurrent use.
 type logBuffer struct {
 	mu  sync.Mutex
@@ -387,6 +481,157 @@ func TestMainPath(t *testing.T) {
 	got := target.next(t)
 	if got.line != "POST /webhooks/demo/push?x=1 HTTP/1.1" || string(got.body) != `{"hello":"world"}` {
 		t.Fatalf("target got %q with %q", got.line, got.body)
+	}
+}
+
+// demoTranscript is all that a demo says by itself; its submatches are the
+// webhook's URL and the status page's.
+var demoTranscript = regexp.MustCompile(`^A server, a client and a target run in this process, on loopback alone\. One webhook's way:
+
+the target received
+
+  POST /webhooks/demo/hello HTTP/1\.1
+  Host: 127\.0\.0\.1:\d+
+(?:  [A-Z][A-Za-z-]+: .+\n)*  Content-Type: application/json
+(?:  [A-Z][A-Za-z-]+: .+\n)*  X-Relay-Event-Id: .+
+
+  {"hello":"world"}
+
+POST /webhooks/demo/hello: 200 after \d+ ms
+
+send another  curl -i -d '{"hello":"again"}' (http://127\.0\.0\.1:\d+/webhooks/demo/hello)
+status page   (http://127\.0\.0\.1:\d+/)
+to end        Ctrl-C
+$`)
+
+// logLine is a line of the log in JSON.
+var logLine = regexp.MustCompile(`(?m)^\{"time":.*\n`)
+
+// startDemo runs a demo until it has said what it says by itself.
+func startDemo(t *testing.T, env ...string) (p *program, hook, page string) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	p = &program{t: t, log: &logBuffer{}, cancel: cancel, done: make(chan struct{})}
+	go func() {
+		defer close(p.done)
+		p.err = run(ctx, append([]string{"RELAY_MODE=demo"}, env...), p.log)
+	}()
+	t.Cleanup(func() { p.stop() })
+	eventually(t, "the demo has begun", func() bool {
+		select {
+		case <-p.done:
+			t.Fatalf("the demo ended: %v\n%s", p.err, p.log)
+		default:
+		}
+		return strings.Contains(p.log.String(), "to end        Ctrl-C\n")
+	})
+	said := logLine.ReplaceAllString(p.log.String(), "")
+	m := demoTranscript.FindStringSubmatch(said)
+	if m == nil {
+		t.Fatalf("the demo says\n%s", said)
+	}
+	return p, m[1], m[2]
+}
+
+// TestDemo: a demo shows one webhook's way and what comes after it, on ports that
+// are free and on loopback alone, with nothing that a terminal would act on, and
+// ends leaving nothing.
+func TestDemo(t *testing.T) {
+	for _, addr := range []string{":3000", ":9000"} { // if not this test, somebody else has them
+		if l, err := net.Listen("tcp", addr); err == nil {
+			defer l.Close()
+		}
+	}
+	before := runtime.NumGoroutine()
+	demo, hook, page := startDemo(t)
+	if said := demo.log.String(); !demoTranscript.MatchString(said) {
+		t.Errorf("it logs by itself:\n%s", said)
+	}
+	if strings.Contains(hook, ":3000/") || strings.Contains(page, ":9000/") {
+		t.Errorf("%s or %s is taken", hook, page)
+	}
+	if status, _, _ := send(t, "GET", page+"ready", ""); status != 200 {
+		t.Errorf("/ready is %d", status)
+	}
+	for _, address := range []string{hook, page} {
+		_, port, _ := net.SplitHostPort(parseURL(t, address).Host)
+		if conn, err := net.Dial("tcp", "127.0.0.2:"+port); err == nil { // which takes it to a listener on all addresses
+			conn.Close()
+			t.Errorf("%s is not on 127.0.0.1 alone", address)
+		}
+	}
+
+	more := func(body, want string) {
+		t.Helper()
+		old := len(demo.log.String())
+		if status, answer, _ := send(t, "POST", hook+"/more?x=1", body); status != 200 || answer != "hello from the target\n" {
+			t.Errorf("answer %d %q", status, answer)
+		}
+		said := demo.log.String()[old:]
+		if !strings.HasPrefix(said, "\nthe target received\n\n  POST /webhooks/demo/hello/more?x=1 HTTP/1.1\n") || !strings.HasSuffix(said, want) {
+			t.Errorf("of %.80q it says\n%.6000s\nwant at the end\n%s", body, said, want)
+		}
+		if len(said) > 2*demoShown {
+			t.Errorf("of %.80q it says %d bytes", body, len(said))
+		}
+	}
+	more("", "")
+	more("{\"é\":\"\\n\"}\r\n\t日本 😀\n\n", "\n\n  {\"é\":\"\\n\"}\n  \t日本 😀\n")
+	more("\x1b]0;x\x07\x9b1m\r\u202e\u2028\x00\xff\uFFFD\x7f", `
+  \x1b]0;x\a\x9b1m\r\u202e\u2028\x00\xff`+"\uFFFD"+`\x7f
+`)
+	more(strings.Repeat("z", 100_000), "zzz\n  [cut: the body has 100000 bytes]\n")
+	more(strings.Repeat("é", 3<<19), "é\\xc3\n  [cut: the body has 3145728 bytes]\n")
+
+	if err := demo.stop(); err != nil {
+		t.Errorf("it ended with %v", err)
+	}
+	eventually(t, "no goroutine is left", func() bool { return runtime.NumGoroutine() <= before })
+}
+
+// TestDemoSettings: what a user sets is in force, but for what would reach out of
+// the process; a port that is asked for and taken is a failure.
+func TestDemoSettings(t *testing.T) {
+	ports := freePorts(t, 2)
+	env := []string{fmt.Sprintf("SERVER_PORT=%d", ports[0]), fmt.Sprintf("HEALTH_SERVICE_PORT=%d", ports[1])}
+	demo, hook, page := startDemo(t, append(env, "LOG_LEVEL=info", "LOG_FORMAT=json", "RESPONSE_MODE=demo=status", "AUTH_TOKEN=secret",
+		"REDIS_URL=redis://127.0.0.1:1", "TARGET_BASE_URL=http://127.0.0.1:1", "SERVER_STREAM_MAX_AGE= ", "RELAY_TYPO=1")...)
+	if want := fmt.Sprintf("http://127.0.0.1:%d/webhooks/demo/hello", ports[0]); hook != want {
+		t.Errorf("webhooks go to %s, want %s", hook, want)
+	}
+	if want := fmt.Sprintf("http://127.0.0.1:%d/", ports[1]); page != want {
+		t.Errorf("the page is %s, want %s", page, want)
+	}
+	if status, answer, _ := send(t, "POST", hook, "{}"); status != 200 || answer != "" {
+		t.Errorf("answer %d %q, want that of mode status", status, answer)
+	}
+	var warned []any
+	for _, message := range []string{"unknown variable", "variable has no effect"} {
+		for _, record := range demo.log.lines(message) {
+			warned = append(warned, record["variable"])
+		}
+	}
+	if !slices.Equal(warned, []any{"RELAY_TYPO", "TARGET_BASE_URL", "REDIS_URL"}) {
+		t.Errorf("warned about %q", warned)
+	}
+	if n := len(demo.log.lines("stream ready")); n != 1 {
+		t.Errorf("%d streams became ready, want 1 in the log", n)
+	}
+	for i, name := range []string{"SERVER_PORT", "HEALTH_SERVICE_PORT"} {
+		err := run(t.Context(), []string{"RELAY_MODE=demo", env[i]}, io.Discard)
+		if !errors.Is(err, syscall.EADDRINUSE) || !strings.HasSuffix(err.Error(), "("+name+")") {
+			t.Errorf("%s is taken: error %v", name, err)
+		}
+	}
+	complaint(t, "RELAY_MODE=demo", "SERVER_PORT=x")
+	complaint(t, "RELAY_MODE=demo", "TARGET_STRIP_PREFIX=other=true")
+
+	p := launch(t, []string{"RELAY_MODE=demo", "HEALTH_SERVICE_PORT=0", "LOG_LEVEL="})
+	complete := func() bool { return demoTranscript.MatchString(logLine.ReplaceAllString(p.stderr.String(), "")) }
+	eventually(t, "the demo has begun", complete)
+	p.cmd.Process.Signal(os.Interrupt)
+	if code := p.code(t); code != 0 || !complete() {
+		t.Errorf("Ctrl-C: exit code %d:\n%s", code, &p.stderr)
 	}
 }
 
@@ -1608,7 +1853,7 @@ func TestClientNeverGivesUp(t *testing.T) {
 		t.Errorf("target got %q", got)
 	}
 	var errs []string
-	for _, record := range append(client.log.lines("subscribe ended"), client.log.lines("stream ended")...) {
+	for _, record := range append(client.log.lines("no stream from the source"), client.log.lines("stream ended")...) {
 		errs = append(errs, fmt.Sprint(record["level"], " ", record["err"]))
 	}
 	logged := strings.Join(errs, "\n")
@@ -1691,8 +1936,8 @@ func TestCertificatesAreVerified(t *testing.T) {
 	}
 
 	client := start(t, append(env, "TARGET_INSECURE_SKIP_VERIFY=true")...)
-	if err := fmt.Sprint(client.wait("subscribe ended")[0]["err"]); !strings.Contains(err, "certificate") {
-		t.Errorf("subscribe ended because %s, want a certificate that nobody vouches for", err)
+	if err := fmt.Sprint(client.wait("no stream from the source")[0]["err"]); !strings.Contains(err, "certificate") {
+		t.Errorf("no stream because %s, want a certificate that nobody vouches for", err)
 	}
 	client.stop()
 	if n := subscriptions.Load(); n > 0 {
@@ -2347,7 +2592,7 @@ func TestStartupLog(t *testing.T) {
 	unused := "SOURCE_URL=http://user:hunter2@127.0.0.1:1/subscribe/m?token=hunter2"
 	client := start(t, "RELAY_MODE=client", "AUTH_TOKEN=hunter2", unused, "TARGET_BASE_URL=http://user:hunter2@127.0.0.1:1/base", "HTTPS_PROXY=http://user:hunter2@proxy:3128", "HTTP_PROXY=user:hunter2@proxy:3128")
 	for p, want := range map[*program]map[string]any{
-		server: {"RELAY_MODE": "server", "AUTH_TOKEN": "[redacted]", "SERVER_PORT": "0", "RESPONSE_MODE": "slack=response", "SERVER_HEARTBEAT_INTERVAL": "5000", "SOURCE_URL": nil, "REDIS_URL": nil},
+		server: {"RELAY_MODE": "server", "AUTH_TOKEN": "[redacted]", "SERVER_PORT": "0", "RESPONSE_MODE": "slack=response", "SERVER_HEARTBEAT_INTERVAL": nil, "SOURCE_URL": nil, "REDIS_URL": nil},
 		client: {"RELAY_MODE": "client", "AUTH_TOKEN": "[redacted]", "SOURCE_URL": "http://redacted@127.0.0.1:1/subscribe/m", "TARGET_BASE_URL": "http://redacted@127.0.0.1:1/base", "HTTPS_PROXY": "http://redacted@proxy:3128", "HTTP_PROXY": "[redacted]", "SERVER_PORT": nil},
 	} {
 		records := p.log.lines("starting")
@@ -2365,10 +2610,12 @@ func TestStartupLog(t *testing.T) {
 		}
 	}
 	var warned []string
-	for _, record := range append(server.log.lines("unknown variable"), server.log.lines("variable has no effect")...) {
-		warned = append(warned, record["variable"].(string))
+	for _, message := range []string{"unknown variable", "variable has no effect", "variable is of the other role, and has no effect"} {
+		for _, record := range server.log.lines(message) {
+			warned = append(warned, record["variable"].(string))
+		}
 	}
-	if want := []string{"RELAY_MODUS", "SERVER_MAX_PAYLOAD", "SERVER_PROT", "TARGET_URL", "REDIS_ENABLE_READY_CHECK"}; !slices.Equal(warned, want) {
+	if want := []string{"RELAY_MODUS", "SERVER_MAX_PAYLOAD", "SERVER_PROT", "TARGET_URL", "REDIS_ENABLE_READY_CHECK", "TARGET_TIMEOUT"}; !slices.Equal(warned, want) {
 		t.Errorf("warned about %q, want %q", warned, want)
 	}
 	if n := len(server.log.lines("anybody may subscribe: neither AUTH_TOKEN nor AUTH_TOKENS_FILE is set")); n != 0 {
@@ -2393,40 +2640,31 @@ func TestResponseModeKeepsDefault(t *testing.T) {
 // Health.
 
 // channelLabel is the label that every metric of a client has.
-var channelLabel = regexp.MustCompile(`\{channel="[^"]*"\}`)
+var channelLabel = regexp.MustCompile(`channel="[^"]*",?`)
 
-// scrape reads /metrics and checks its form: every family is described, every
-// line is a sample, and no name is there twice.
+// scrape reads /metrics, and checks its form. The channel of a client is left out
+// of the names.
 func scrape(t testing.TB, p *program) map[string]float64 {
 	t.Helper()
 	status, text, header := send(t, "GET", "http://"+p.health+"/metrics", "")
 	if status != 200 || !strings.HasPrefix(header.Get("Content-Type"), "text/plain; version=0.0.4") {
 		t.Fatalf("/metrics: %d %q", status, header)
 	}
-	described, samples := map[string]int{}, map[string]float64{}
+	for _, mistake := range lint(text) {
+		t.Error(mistake)
+	}
+	samples := map[string]float64{}
 	for line := range strings.Lines(text) {
-		if m := metricComment.FindStringSubmatch(line); m != nil {
-			described[m[2]]++
-			continue
+		if m := sampleLine.FindStringSubmatch(strings.TrimSuffix(line, "\n")); m != nil {
+			name := m[1]
+			if labels := channelLabel.ReplaceAllString(m[2], ""); labels != "" {
+				name += "{" + labels + "}"
+			}
+			samples[name], _ = strconv.ParseFloat(m[3], 64)
 		}
-		m := metricSample.FindStringSubmatch(line)
-		if m == nil || described[m[1]] != 2 {
-			t.Errorf("/metrics has the line %q", line)
-			continue
-		}
-		name := m[1] + channelLabel.ReplaceAllString(m[2], "")
-		if _, twice := samples[name]; twice {
-			t.Errorf("/metrics has %s twice", name)
-		}
-		samples[name], _ = strconv.ParseFloat(m[3], 64)
 	}
 	return samples
 }
-
-var (
-	metricComment = regexp.MustCompile(`^# (HELP|TYPE) ([a-z_]+) [A-Za-z].*\n$`)
-	metricSample  = regexp.MustCompile(`^([a-z_]+)(\{[^}]*\})? (-?\d+)\n$`)
-)
 
 // probe is the status of a page of the health service.
 func probe(t testing.TB, p *program, page string) int {
@@ -2449,8 +2687,8 @@ func TestServerHealth(t *testing.T) {
 	t.Parallel()
 	server := startServer(t, "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=1500")
 	checkProbes(t, server, "at work", 200, 200, 200)
-	if status := probe(t, server, "/"); status != 404 {
-		t.Errorf("/: status %d, want 404", status)
+	if status := probe(t, server, "/nothing"); status != 404 {
+		t.Errorf("/nothing: status %d, want 404", status)
 	}
 	if status, _, header := send(t, "POST", "http://"+server.health+"/live", ""); status != 405 || header.Get("Allow") != "GET, HEAD" {
 		t.Errorf("POST /live: status %d, Allow %q, want 405", status, header.Get("Allow"))
@@ -2469,7 +2707,8 @@ func TestServerHealth(t *testing.T) {
 		t.Errorf("metrics changed their names from %v to %v", before, after)
 	}
 	for name, want := range map[string]float64{
-		"relay_webhooks_total": 5, "relay_webhooks_unheard_total": 0, `relay_webhooks_refused_total{reason="channel"}`: 1, `relay_webhooks_refused_total{reason="path"}`: 0,
+		`relay_webhooks_total{outcome="accepted",reason=""}`: 1, `relay_webhooks_total{outcome="lost",reason="unknown_channel"}`: 0,
+		`relay_webhooks_total{outcome="refused",reason="channel"}`: 1, `relay_webhooks_total{outcome="refused",reason="path"}`: 0, "relay_webhook_taken_seconds_count": 1,
 		"relay_events_delivered_total": 1, "relay_subscribers": 1, "relay_channels": 1, "relay_held_webhooks": 3, // which may yet be heard
 	} {
 		if after[name] != want {
@@ -2510,7 +2749,7 @@ func TestClientHealth(t *testing.T) {
 	})
 	target := newTarget(t, nil)
 	client := start(t, "RELAY_MODE=client", "SOURCE_URL="+source.URL+"/subscribe/m", "TARGET_BASE_URL="+target.url, "RECONNECT_INTERVAL=1", "HEALTH_SERVICE_PORT=0")
-	client.wait("subscribe ended")
+	client.wait("no stream from the source")
 	checkProbes(t, client, "before ready", 200, 503, 503)
 	up.Store(true)
 	client.wait("stream ready")
@@ -2520,7 +2759,7 @@ func TestClientHealth(t *testing.T) {
 	client.wait("event refused")
 	m := scrape(t, client)
 	for name, want := range map[string]float64{
-		"relay_events_total": 3, "relay_events_duplicate_total": 1, "relay_events_invalid_total": 1, "relay_forwarded_total": 1, "relay_forward_failures_total": 0, "relay_stream_ends_total": 0,
+		"relay_events_total": 3, "relay_events_duplicate_total": 1, "relay_events_invalid_total": 1, `relay_forwards_total{code="2xx"}`: 1, `relay_forwards_total{code="timeout"}`: 0, "relay_stream_ends_total": 0,
 	} {
 		if m[name] != want {
 			t.Errorf("%s is %v, want %v", name, m[name], want)
@@ -2675,7 +2914,7 @@ func TestNothingLeaks(t *testing.T) {
 		}
 		note(fmt.Sprint("refusal ", i), fmt.Sprint(header, answer))
 	}
-	for _, page := range []string{"/health", "/ready", "/metrics", "/" + secret("path")} {
+	for _, page := range []string{"/health", "/ready", "/metrics", "/status", "/" + secret("query")} {
 		for _, p := range []*program{server, client} {
 			_, answer, header := send(t, "GET", "http://"+p.health+page, "")
 			note("page", fmt.Sprint(header, answer))
@@ -2713,7 +2952,7 @@ func TestNothingLeaks(t *testing.T) {
 	})
 	garbage := newTarget(t, func(recorded) string { return "HTTP/1.1 200 OK\r\n" + secret("source-field") + "\r\n\r\n" })
 	programs := []*program{client, server}
-	for source, message := range map[string]string{malformed.URL: "webhook given up", refusing.URL: "subscribe ended", garbage.url: "subscribe ended"} {
+	for source, message := range map[string]string{malformed.URL: "webhook given up", refusing.URL: "no stream from the source", garbage.url: "no stream from the source"} {
 		p := start(t, "RELAY_MODE=client", "SOURCE_URL=http://"+credentials("source")+hostOf(source)+"/subscribe/held?k="+secret("source-query"), "TARGET_BASE_URL="+targetURL,
 			"AUTH_TOKEN="+secret("token"), "TARGET_RETRY_WINDOW=0", "RECONNECT_INTERVAL=1")
 		p.wait(message)
@@ -2740,6 +2979,9 @@ func TestNothingLeaks(t *testing.T) {
 		note("log", p.log.String())
 	}
 	all := strings.Join(said, "\n")
+	for _, shows := range []string{"path", "channel"} { // of webhooks, which the log and the status page name
+		all = strings.ReplaceAll(all, secret(shows), shows)
+	}
 	leaked := map[string]bool{}
 	for _, m := range regexp.MustCompile(`canary-(.*?)-canary`).FindAllStringSubmatchIndex(all, -1) {
 		if where := all[m[2]:m[3]]; !leaked[where] {
@@ -2815,21 +3057,27 @@ func TestExitCodes(t *testing.T) {
 		name        string
 		env, args   []string
 		code        int
-		out, stderr string // beginnings; of stderr behind the name
+		out, stderr string // beginnings; of an error in the log, or behind the name
 	}{
 		{"help", nil, []string{"-help"}, 0, "webhook-relay " + version, ""},
 		{"version", nil, []string{"-version"}, 0, "webhook-relay " + version + "\n", ""},
 		{"no environment", nil, nil, 2, "", "RELAY_MODE: required"},
 		{"two mistakes", []string{"RELAY_MODE=server", "SERVER_PORT=x", "LOG_LEVEL=x"}, nil, 2, "", `LOG_LEVEL: "x": must be`},
 		{"argument", []string{"RELAY_MODE=server"}, []string{"server"}, 2, "", `unexpected argument "server"`},
-		{"port in use", []string{"RELAY_MODE=server", "SERVER_PORT=" + taken}, nil, 1, "", "listen for webhooks: "},
+		{"port in use", []string{"RELAY_MODE=server", "SERVER_PORT=" + taken}, nil, 1, "", "listen for webhooks (SERVER_PORT): "},
 	}
 	for _, test := range tests {
 		p := launch(t, test.env, test.args...)
 		if code := p.code(t); code != test.code || !strings.HasPrefix(p.out.String(), test.out) || (test.out == "") != (p.out.String() == "") {
 			t.Errorf("%s: exit code %d, want %d; output %.80q, want %q", test.name, code, test.code, p.out.String(), test.out)
 		}
-		if _, said, _ := strings.Cut(p.stderr.String(), "webhook-relay: "); !strings.HasPrefix(said, test.stderr) || test.stderr == "" && p.stderr.String() != "" {
+		_, said, _ := strings.Cut(p.stderr.String(), "webhook-relay: ")
+		for _, message := range []string{"mistake in the configuration", "failed"} {
+			if lines := p.stderr.lines(message); len(lines) > 0 {
+				said = lines[0]["err"].(string)
+			}
+		}
+		if !strings.HasPrefix(said, test.stderr) || test.stderr == "" && p.stderr.String() != "" {
 			t.Errorf("%s: stderr %q, want %q", test.name, p.stderr.String(), test.stderr)
 		}
 		if test.name == "help" {
@@ -2849,7 +3097,7 @@ func TestExitCodes(t *testing.T) {
 		server := launch(t, []string{"RELAY_MODE=server"})
 		client := launch(t, client)
 		server.logged(t, "listening")
-		client.logged(t, "subscribe ended")
+		client.logged(t, "no stream from the source")
 		for name, p := range map[string]*process{"server": server, "client": client} {
 			p.cmd.Process.Signal(signal)
 			if code := p.code(t); code != 0 {
@@ -2872,6 +3120,50 @@ func TestExitCodes(t *testing.T) {
 	})
 	if code := p.code(t); code != 1 {
 		t.Errorf("second signal: exit code %d, want 1", code)
+	}
+}
+
+// TestProbeFlag: -probe exits with 0 when the health service on this machine says
+// 200; otherwise with 1, and says why in one line.
+func TestProbeFlag(t *testing.T) {
+	t.Parallel()
+	portOf := func(addr string) string {
+		_, port, _ := net.SplitHostPort(addr)
+		return "HEALTH_SERVICE_PORT=" + port
+	}
+	answers := func(status int) string {
+		l := loopback(t)
+		serveOn(t, &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			http.Error(w, "draining\x1b", status)
+		})}, l)
+		return portOf(l.Addr().String())
+	}
+	silent, closed := loopback(t), loopback(t)
+	t.Cleanup(func() { silent.Close() })
+	closed.Close()
+	server := portOf(startServer(t, "HEALTH_SERVICE_PORT=0").health)
+	tests := []struct {
+		env, path string
+		code      int
+		stderr    string
+	}{
+		{server, "live", 0, ""},
+		{server, "ready", 0, ""},
+		{server, "health", 0, ""},
+		{server, "metrics", 2, `invalid value "metrics" for flag -probe: must be live or ready or health`},
+		{server, "", 2, `invalid value "" for flag -probe: must be `},
+		{answers(503), "ready", 1, `webhook-relay: probe /ready: 503 Service Unavailable: "draining\x1b"`},
+		{answers(302), "live", 1, `webhook-relay: probe /live: 302 Found: "draining\x1b"`},
+		{portOf(closed.Addr().String()), "ready", 1, "webhook-relay: probe /ready: dial tcp 127.0.0.1:"},
+		{portOf(silent.Addr().String()), "ready", 1, "webhook-relay: probe /ready: context deadline exceeded\n"},
+		{"HEALTH_SERVICE_PORT=x", "ready", 1, `webhook-relay: probe /ready: HEALTH_SERVICE_PORT: "x": must be `},
+	}
+	for _, test := range tests {
+		p := launch(t, []string{test.env, "HTTP_PROXY=http://127.0.0.1:1"}, "-probe", test.path)
+		code, said := p.code(t), p.stderr.String()
+		if code != test.code || !strings.HasPrefix(said, test.stderr) || strings.Count(said, "\n") != min(1, test.code) {
+			t.Errorf("-probe %q with %s: exit code %d, want %d; stderr %q, want %q", test.path, test.env, code, test.code, said, test.stderr)
+		}
 	}
 }
 
@@ -3409,7 +3701,7 @@ func TestOneAddressTakesHalf(t *testing.T) {
 		t.Errorf("the stream has the body %q", got)
 	}
 	held.Close()
-	eventually(t, "the request is over", func() bool { return metricOf(t, server, "relay_webhooks_unanswered_total") == 1 })
+	eventually(t, "the request is over", func() bool { return metricOf(t, server, `relay_webhooks_total{outcome="refused",reason="gone"}`) == 1 })
 }
 
 // secured is a door with TLS inside.
@@ -3449,7 +3741,7 @@ func TestBusyConnectionsStay(t *testing.T) {
 				io.WriteString(conn, compose("POST /webhooks/held HTTP/1.1", "{}"))
 				busy = append(busy, conn)
 			}
-			eventually(t, "they are held", func() bool { n, _ := r.Held(); return n == half(most) })
+			eventually(t, "they are held", func() bool { return r.Held().Webhooks == half(most) })
 			request := compose("POST /webhooks/m HTTP/1.1", "{}", "Connection: close")
 			if got := firstLine(wrap(connect(t, addr)), request); strings.HasPrefix(got, "HTTP") {
 				t.Errorf("one more from the same address: %q", got)
@@ -3457,7 +3749,7 @@ func TestBusyConnectionsStay(t *testing.T) {
 			if got := firstLine(wrap(dialFrom(t, "127.0.0.2", addr)), request); got != "HTTP/1.1 200 OK" {
 				t.Errorf("one from another address: %q", got)
 			}
-			if n := r.Unanswered.Load(); n != 0 {
+			if n := total(r.Refused); n != 0 {
 				t.Errorf("%d requests are over", n)
 			}
 			for _, conn := range busy {
@@ -3516,7 +3808,7 @@ func TestSlowHeader(t *testing.T) {
 			if took := time.Since(begin); took < headerTimeout || took > headerTimeout+time.Second {
 				t.Errorf("%s: cut after %s, want %s", test.name, took, headerTimeout)
 			}
-			if n, want := server.Webhooks.Load(), strings.Count(test.begin, first); n != int64(want) {
+			if n, want := server.Held().Webhooks, strings.Count(test.begin, first); n != want {
 				t.Errorf("%s: %d webhooks, want %d", test.name, n, want)
 			}
 			conn.Close()
@@ -3745,7 +4037,7 @@ func programMetrics(t testing.TB) map[string][]Metric {
 		t.Fatal(err)
 	}
 	return map[string][]Metric{
-		"server": serverMetrics(server, hub, &RedisBus{}, &door{}), "client": clientMetrics([]*Client{{channel: "a"}}),
+		"server": serverMetrics(server, hub, &RedisBus{}, &door{}), "client": clientMetrics(nil),
 	}
 }
 
@@ -3760,11 +4052,39 @@ func TestReadmeMetrics(t *testing.T) {
 	for role, metrics := range programMetrics(t) {
 		var want []string
 		for _, m := range metrics {
-			name, _, _ := strings.Cut(m.Name, "{channel=") // every metric of a client has that label
-			want = append(want, name)
+			want = append(want, m.Name)
 		}
 		if got, want := families(tables[role]), families(want); !slices.Equal(got, want) {
 			t.Errorf("metrics of the %s are %q, want %q", role, got, want)
+		}
+	}
+}
+
+// TestReasons: all that stands in the label is in the table, for webhooks, and for
+// streams and reports; and what webhooks are lost for is in the text.
+func TestReasons(t *testing.T) {
+	_, section, _ := strings.Cut(readFile(t, "docs/operations.md"), "\n### Reasons\n")
+	section, _, _ = strings.Cut(section, "\n## ")
+	var webhooks, subscribers []string
+	for _, m := range regexp.MustCompile("(?m)^\\| `(\\w+)` \\|(.*)\\|(.*)\\|$").FindAllStringSubmatch(section, -1) {
+		if strings.TrimSpace(m[2]) != "" {
+			webhooks = append(webhooks, m[1])
+		}
+		if strings.TrimSpace(m[3]) != "" {
+			subscribers = append(subscribers, m[1])
+		}
+	}
+	if !slices.Equal(webhooks, webhookReasons) || !slices.Equal(subscribers, subscriberReasons) {
+		t.Errorf("reasons are %q and %q, want %q and %q", webhooks, subscribers, webhookReasons, subscriberReasons)
+	}
+	for _, reason := range lostReasons {
+		if !strings.Contains(section, "`"+reason+"` (") {
+			t.Errorf("why webhooks are lost: %s is missing", reason)
+		}
+	}
+	for _, reason := range deniedReasons {
+		if !strings.Contains(readFile(t, "docs/operations.md"), "`"+reason+"`") {
+			t.Errorf("why a client has no stream: %s is missing", reason)
 		}
 	}
 }
@@ -3779,7 +4099,6 @@ func TestAlerts(t *testing.T) {
 			known[name] = true
 		}
 	}
-	_, reasons, _ := strings.Cut(readFile(t, "docs/operations.md"), "\n### Reasons\n")
 	rules := yamlBlock(t, "docs/operations.md", "groups:\n").at("groups", "0", "rules").items
 	if len(rules) < 5 {
 		t.Fatalf("there are %d rules", len(rules))
@@ -3803,10 +4122,14 @@ func TestAlerts(t *testing.T) {
 				t.Errorf("%s: counters are asked for their increase, all for their sum over replicas: %s", alert, expr)
 			}
 		}
-		for _, m := range regexp.MustCompile(`reason=~?"([^"]*)"`).FindAllStringSubmatch(expr, -1) {
-			for reason := range strings.SplitSeq(m[1], "|") {
-				if !strings.Contains(reasons, "\n| `"+reason+"` |") {
-					t.Errorf("%s: %s is no reason", alert, reason)
+		for _, m := range regexp.MustCompile(`(outcome|reason|code)[=!]=?~?"([^"]*)"`).FindAllStringSubmatch(expr, -1) {
+			values := map[string][]string{
+				"outcome": {outcomeAccepted, outcomeAnswered, outcomeLost, outcomeRefused}, "code": forwardCodes,
+				"reason": slices.Concat(webhookReasons, lostReasons, subscriberReasons),
+			}[m[1]]
+			for value := range strings.SplitSeq(m[2], "|") {
+				if !slices.Contains(values, value) {
+					t.Errorf("%s: %s is no %s", alert, value, m[1])
 				}
 			}
 		}
@@ -4030,8 +4353,7 @@ func TestManifests(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	working := func(context.Context) error { return nil }
-	health := &Health{Live: working, Ready: working}
+	health := reportOn(fine, fine)
 	roles := map[string]string{} // of variables
 	for _, s := range settings(&Config{}) {
 		roles[s.name] = s.role
@@ -4686,7 +5008,7 @@ func TestSeveralChannels(t *testing.T) {
 		}
 	}
 	_, metrics, _ := send(t, "GET", "http://"+client.health+"/metrics", "")
-	for _, sample := range []string{`relay_forwarded_total{channel="fine"} 20`, `relay_forwards{channel="slow"} 1`, `relay_events_total{channel="down"} 1`} {
+	for _, sample := range []string{`relay_forwards_total{channel="fine",code="2xx"} 20`, `relay_forwards_in_flight{channel="slow"} 1`, `relay_events_total{channel="down"} 1`} {
 		if !strings.Contains(metrics, sample+"\n") {
 			t.Errorf("no %s in\n%s", sample, metrics)
 		}

@@ -62,6 +62,9 @@ const (
 	lingerLimit    = 16 << 20               // bytes of a refused body that are read so that the answer arrives
 	lingerTime     = 5 * time.Second        // for them
 	retryAfter     = "5"                    // seconds, on every 503
+
+	channelsShown    = 100 // channels on the status page
+	subscribersShown = 20  // of each
 )
 
 // byChannel is a setting with one default and exceptions by channel.
@@ -108,8 +111,13 @@ type Server struct {
 	keys    atomic.Pointer[keyring]
 	began   time.Time // times that clients compare are counted from here
 
-	Webhooks, Unheard, Lost, Answered, Unanswered, Heartbeats atomic.Int64
-	Refused, Rejected                                         refusals // webhooks; subscribers and their reports
+	Accepted, Answered, Heartbeats atomic.Int64
+	Refused, Lost, Rejected        tally     // webhooks, webhooks, subscribers and their reports; by reason
+	Taken, Replied                 Histogram // from a webhook's coming until a client has it (accept); until its provider has the target's answer
+
+	// Note keeps p for the status page in place of entry, or as a new one when that
+	// is 0, and returns its number. Set before use; called under mu too.
+	Note func(entry uint64, p Passage) uint64
 
 	draining atomic.Bool   // not ready any more, but still at work
 	giveUp   chan struct{} // closed: held requests, and streams that have not begun, end with 503
@@ -118,8 +126,10 @@ type Server struct {
 	streams  sync.WaitGroup // goroutines of streams; Add only under mu while !leaving
 	couriers sync.WaitGroup // goroutines that publish again; Add only under mu while !over
 
-	mu       sync.Mutex
-	leaving  bool                // guarded by mu, like all below: no new streams
+	mu sync.Mutex
+
+	// Guarded by mu.
+	leaving  bool                // no new streams
 	alone    bool                // no other replica will take what is held at the end
 	closed   bool                // no new webhooks
 	over     bool                // nothing is published again
@@ -144,7 +154,8 @@ func NewServer(opts ServerOptions, hub *Hub, bus Bus, log *slog.Logger) (*Server
 		opts: opts, log: log, hub: hub, bus: bus, budget: hub.Budget, reports: &Budget{Limit: reportsLimit}, began: time.Now(), unsure: time.Now(),
 		giveUp: make(chan struct{}),
 		holds:  map[string]*hold{}, lines: map[string]*line{}, having: map[string]*having{}, departed: map[string]struct{}{}, away: map[string]bool{},
-		Refused: newRefusals(webhookReasons), Rejected: newRefusals(subscriberReasons),
+		Refused: newTally(webhookReasons...), Lost: newTally(lostReasons...), Rejected: newTally(subscriberReasons...),
+		Note: func(uint64, Passage) uint64 { return 0 },
 	}
 	keys, err := loadKeys(opts)
 	for err == nil && !keys.whole { // a writer may still be at work, and half a token must open nothing
@@ -206,12 +217,12 @@ func (s *Server) reload(seen [32]byte, last string) ([32]byte, string) {
 	return keys.sum, ""
 }
 
-// Check is nil while the bus works and the server is not draining.
-func (s *Server) Check(ctx context.Context) error {
+// Check is nil while the server is not draining.
+func (s *Server) Check(context.Context) error {
 	if s.draining.Load() {
 		return errShutdown
 	}
-	return s.bus.Check(ctx)
+	return nil
 }
 
 // Drain turns the server unready; it goes on working.
@@ -313,9 +324,9 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	t, err := parseTarget(r.RequestURI)
 	switch {
 	case r.RequestURI == "*":
-		refuse(w, r, errNotFound)
+		s.misdirected(w, r, errNotFound)
 	case err != nil:
-		refuse(w, r, errInvalidPath)
+		s.misdirected(w, r, errInvalidPath)
 	case t.Kind == "webhooks" && t.Path != "/webhooks":
 		s.serveWebhook(w, r, &t)
 	case t.Kind == "subscribe" && t.Channel != "" && (t.Tail == "" || t.Tail == "/"):
@@ -325,8 +336,23 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case t.Path == "/":
 		s.serveReady(w, r)
 	default:
-		refuse(w, r, errNotFound)
+		s.misdirected(w, r, errNotFound)
 	}
+}
+
+// misdirected refuses what has no place here. That may be a webhook whose
+// provider was given a wrong path; GET is a browser or a scanner.
+func (s *Server) misdirected(w http.ResponseWriter, r *http.Request, refused *refusal) {
+	level := slog.LevelWarn
+	if r.Method == http.MethodGet || r.Method == http.MethodHead {
+		level = slog.LevelInfo
+	}
+	path, _, _ := strings.Cut(r.RequestURI, "?")
+	addr, _ := s.remote(r)
+	s.Refused[refused.reason].Add(1)
+	s.log.Log(r.Context(), level, "request refused", "method", shown(r.Method), "path", shown(path), "status", refused.status,
+		"reason", refused, "addr", addr, "hint", "webhooks go to /webhooks/{channel}, streams are at /subscribe/{channel}")
+	refuse(w, r, refused)
 }
 
 // refusal is the relay's own answer to a request: a fixed text, never the input.
@@ -364,28 +390,13 @@ var (
 	errNoAnswer    = &refusal{http.StatusGatewayTimeout, "no answer in time", "timeout"}
 )
 
-// refusals counts by reason.
-type refusals map[string]*atomic.Int64
-
-// webhookReasons and subscriberReasons are all that may stand in the label.
+// All that may stand in a label: why webhooks are refused and lost, and
+// subscribers refused.
 var (
-	webhookReasons    = []string{"address", "body", "budget", "bus", "channel", "method", "path", "shutdown", "size"}
+	webhookReasons    = []string{"address", "body", "budget", "bus", "channel", "gone", "method", "nobody", "path", "shutdown", "size", "timeout", "unreachable"}
+	lostReasons       = []string{"no_client", "no_space", "shutdown", "unknown_channel"}
 	subscriberReasons = []string{"address", "body", "budget", "bus", "channel", "connection", "limit", "method", "shutdown", "token"}
 )
-
-func newRefusals(reasons []string) refusals {
-	r := refusals{}
-	for _, reason := range reasons {
-		r[reason] = new(atomic.Int64)
-	}
-	return r
-}
-
-// refuse counts err and answers with it.
-func (rs refusals) refuse(w http.ResponseWriter, r *http.Request, err *refusal) {
-	rs[err.reason].Add(1)
-	refuse(w, r, err)
-}
 
 // refuse answers with err. A body that is still on its way is read for a while,
 // so that the answer also arrives through a proxy that sends it first: closing a
@@ -420,50 +431,79 @@ func (s *Server) serveReady(w http.ResponseWriter, r *http.Request) {
 		refuse(w, r, errMethod)
 	case s.draining.Load():
 		refuse(w, r, errLeaving)
-	case s.Check(ctx) != nil:
+	case s.bus.Check(ctx) != nil:
 		refuse(w, r, errBus)
 	default:
 		io.WriteString(w, "ok\n")
 	}
 }
 
-// serveWebhook takes one webhook of a provider.
+// serveWebhook takes one webhook of a provider, and tells once what its provider
+// was told. In accept mode its fate may be known only later.
 func (s *Server) serveWebhook(w http.ResponseWriter, r *http.Request, t *requestTarget) {
-	s.Webhooks.Add(1)
-	if err := s.admitWebhook(r, t); err != nil {
-		s.Refused.refuse(w, r, err)
-		return
+	h := &hold{passage: Passage{
+		Channel: shown(t.Channel), Method: shown(r.Method), Path: shown(t.Path), Time: time.Now(), Bytes: int(max(r.ContentLength, 0)), Attempt: 1, Outcome: outcomeHeld,
+	}}
+	status, refused := s.relay(w, r, t, h)
+	p, level := &h.passage, slog.LevelInfo
+	switch {
+	case refused != nil:
+		s.Refused[refused.reason].Add(1)
+		end := p.became(outcomeRefused, refused.reason)
+		end.Status = refused.status
+		s.Note(h.entry, end)
+		addr, _ := s.remote(r)
+		end.tell(s.log, slog.LevelWarn, "webhook refused", slog.String("channel", end.Channel), slog.String("reason", refused.message), slog.Any("addr", addr))
+		refuse(w, r, refused)
+	case h.done != nil:
+		s.Answered.Add(1)
+		s.Replied.Observe(time.Since(p.Time))
+		end := p.became(outcomeAnswered, "")
+		end.Status, end.Attempt = status, h.round
+		s.Note(h.entry, end)
+		if status >= 500 {
+			level = slog.LevelWarn
+		}
+		end.tell(s.log, level, "webhook answered", slog.String("channel", end.Channel))
+	case status != 0:
+		end := p.became(outcomeAccepted, "")
+		end.Status = status
+		end.tell(s.log, level, "webhook accepted", slog.String("channel", end.Channel))
+	}
+}
+
+// relay brings a webhook on its way, and returns when its provider is to be
+// told: refused, or that it was answered with status, or, with 0, that it was
+// lost, which has been told.
+func (s *Server) relay(w http.ResponseWriter, r *http.Request, t *requestTarget, h *hold) (status int, refused *refusal) {
+	if refused = s.admitWebhook(r, t); refused != nil {
+		return 0, refused
 	}
 	claim, ok := s.budget.claim(t.Channel, requestCost)
 	if !ok {
-		s.Refused.refuse(w, r, errBudget)
-		return
+		return 0, errBudget
 	}
-	defer claim.end()
-	event, err := s.capture(w, r, t, claim)
-	if err != nil {
-		claim.end() // before the rest of the body is read
-		s.Refused.refuse(w, r, err)
-		return
+	defer claim.end() // before the rest of a refused body is read
+	if refused = s.capture(w, r, t, claim, h); refused != nil {
+		return 0, refused
 	}
-	h := &hold{event: event}
-	if respond(event.Mode) {
+	if respond(h.event.Mode) {
 		h.done, h.claim = make(chan struct{}), claim
 	}
-	w.Header()["X-Relay-Event-Id"] = []string{event.ID}
-	if err := s.begin(h); err != nil {
-		event.release()
-		s.Refused.refuse(w, r, err)
-		return
+	w.Header()["X-Relay-Event-Id"] = []string{h.event.ID}
+	if refused = s.begin(h); refused != nil {
+		h.event.release()
+		return 0, refused
 	}
 	defer s.requests.Done()
-	if err := s.first(h); err != nil {
-		s.Refused.refuse(w, r, err)
-		return
+	lost, refused := s.first(h)
+	switch {
+	case lost || refused != nil:
+		return 0, refused
+	case respond(h.event.Mode):
+		return s.answer(w, r, h)
 	}
-	if respond(event.Mode) {
-		s.answer(w, r, h)
-	}
+	return http.StatusOK, nil // which net/http sends
 }
 
 // admitWebhook is everything that can be refused before the body is read; nil
@@ -524,20 +564,21 @@ func (b *body) cut() { http.NewResponseController(b.w).SetReadDeadline(past) }
 
 // capture reads the request to its end and encodes it: the only copy that is
 // kept, and what counts from then on.
-func (s *Server) capture(w http.ResponseWriter, r *http.Request, t *requestTarget, c *claim) (*Event, *refusal) {
+func (s *Server) capture(w http.ResponseWriter, r *http.Request, t *requestTarget, c *claim, h *hold) *refusal {
 	buf := buffers.Get().(*bytes.Buffer)
 	defer recycle(buf)
 	if r.ContentLength != 0 {
 		buf.Grow(int(min(max(r.ContentLength, 0), 16<<10)) + bytes.MinRead)
-		_, err := buf.ReadFrom(&body{http.MaxBytesReader(w, r.Body, s.opts.MaxPayload), c, w})
+		n, err := buf.ReadFrom(&body{http.MaxBytesReader(w, r.Body, s.opts.MaxPayload), c, w})
+		h.passage.Bytes = int(n)
 		_, large := errors.AsType[*http.MaxBytesError](err)
 		switch had := c.set(requestCost); {
 		case large:
-			return nil, errTooLarge
+			return errTooLarge
 		case err == errBudget || !had:
-			return nil, errBudget
+			return errBudget
 		case err != nil:
-			return nil, errIncomplete
+			return errIncomplete
 		}
 	}
 	webhook := &Webhook{
@@ -561,13 +602,14 @@ func (s *Server) capture(w http.ResponseWriter, r *http.Request, t *requestTarge
 	}
 	event, ok := newEvent(t.Channel, s.opts.Replica, webhook, s.budget)
 	if !ok {
-		return nil, errBudget
+		return errBudget
 	}
 	if len(event.chunk) >= lineLimit {
 		event.release()
-		return nil, errTooLarge
+		return errTooLarge
 	}
-	return event, nil
+	h.event, h.passage.Event = event, event.ID
+	return nil
 }
 
 // Holds. The package doc tells the life of a webhook: a hold is its entry in the
@@ -578,6 +620,10 @@ func (s *Server) capture(w http.ResponseWriter, r *http.Request, t *requestTarge
 // hold is one webhook that is not done. Server.mu guards it.
 type hold struct {
 	event   *Event
+	passage Passage // as it came
+	entry   uint64  // of the status page
+	outcome string  // what became of it in accept; empty: accepted
+	reason  string  // of outcome
 	line    *line
 	order   uint64        // among all holds: the oldest first
 	since   time.Time     // when it began
@@ -679,6 +725,7 @@ func (s *Server) keep(h *hold) {
 	h.line = s.line(h.event.Channel)
 	h.line.holds++
 	s.holds[h.event.ID] = h
+	h.entry = s.Note(0, h.passage)
 }
 
 // line is the line of channel. It needs mu.
@@ -692,15 +739,14 @@ func (s *Server) line(channel string) *line {
 }
 
 // first publishes h for the first time, or lets it wait behind older ones that
-// nobody could take.
-func (s *Server) first(h *hold) *refusal {
+// nobody could take. It reports whether h was lost at once.
+func (s *Server) first(h *hold) (lost bool, refused *refusal) {
 	e := h.event
 	s.mu.Lock()
 	if len(h.line.waiting) > 0 && s.bus.Check(context.Background()) == nil {
 		defer s.mu.Unlock()
 		s.wait(h)
-		s.heed(h)
-		return nil
+		return s.heed(h), nil
 	}
 	h.round, h.publish = e.Round, true // as it is encoded already
 	s.mu.Unlock()
@@ -711,7 +757,7 @@ func (s *Server) first(h *hold) *refusal {
 	defer s.mu.Unlock()
 	if err != nil && h.open == 0 && !h.readers { // as far as anybody can tell nobody has it
 		s.end(h, errBus)
-		return errBus
+		return false, errBus
 	}
 	s.published(h, receivers)
 	for client, p := range h.parties {
@@ -723,11 +769,11 @@ func (s *Server) first(h *hold) *refusal {
 	case receivers > 0:
 	case s.alone && s.holds[e.ID] == h:
 		s.end(h, errLeaving)
-		return errLeaving
+		return false, errLeaving
 	default:
-		s.heed(h)
+		lost = s.heed(h)
 	}
-	return nil
+	return lost, nil
 }
 
 // publish hands e to the bus, within busTimeout. It does not listen to the sender:
@@ -762,10 +808,10 @@ func (s *Server) published(h *hold, receivers int) {
 	s.weigh(h)
 }
 
-// heed ends h if in accept mode nobody will come for it: neither are there
-// subscribers for its channel, nor were there lately; or, while it cannot know that,
-// there is no space left for strangers. It needs mu.
-func (s *Server) heed(h *hold) {
+// heed ends h, and reports so, if in accept mode nobody will come for it: neither
+// are there subscribers for its channel, nor were there lately; or, while it cannot
+// know that, there is no space left for strangers. It needs mu.
+func (s *Server) heed(h *hold) (lost bool) {
 	now, size := time.Now(), holdCost+int64(len(h.event.wire))
 	switch {
 	case h.event.Mode != modeAccept, !h.line.seen.IsZero() && now.Sub(h.line.seen) < s.opts.HoldTime:
@@ -773,9 +819,10 @@ func (s *Server) heed(h *hold) {
 		h.strange = size
 		s.strange += size
 	default:
-		s.unheard(h)
-		s.end(h, nil)
+		s.lose(h, "unknown_channel")
+		return true
 	}
+	return false
 }
 
 // weigh ends h if it is done, and lets it wait for a subscriber if nobody has
@@ -833,8 +880,25 @@ func (s *Server) end(h *hold, refused *refusal) {
 	h.event.release()
 	if h.done != nil {
 		close(h.done)
+	} else if refused == nil { // its provider was answered before
+		s.conclude(h)
 	}
 	wake(h.poke)
+}
+
+// conclude tells what became of a webhook of accept. It needs mu.
+func (s *Server) conclude(h *hold) {
+	p := h.passage.became(cmp.Or(h.outcome, outcomeAccepted), h.reason)
+	p.Status, p.Attempt = http.StatusOK, h.round
+	switch p.Outcome {
+	case outcomeAccepted:
+		s.Accepted.Add(1)
+		s.Taken.Observe(time.Since(p.Time))
+	case outcomeLost:
+		s.Lost[p.Reason].Add(1)
+		p.tell(s.log, slog.LevelWarn, "webhook lost", slog.String("channel", p.Channel), slog.String("reason", p.Reason))
+	}
+	s.Note(h.entry, p)
 }
 
 // settle takes client out of those who have yet to settle h. It needs mu.
@@ -1029,12 +1093,12 @@ func (s *Server) left(id string) {
 			s.late = s.late[1:]
 		}
 	}
-	s.lose(id)
+	s.strip(id)
 }
 
-// lose takes from a subscriber all that it has. Whoever is there may take it,
+// strip takes from a subscriber all that it has. Whoever is there may take it,
 // above all another stream of the same client. It needs mu.
-func (s *Server) lose(id string) {
+func (s *Server) strip(id string) {
 	has := s.having[id]
 	if has == nil {
 		return
@@ -1074,7 +1138,7 @@ func (s *Server) gone(replica string) {
 	s.away[replica] = true
 	for id, has := range s.having {
 		if has.replica == replica {
-			s.lose(id)
+			s.strip(id)
 		}
 	}
 	var ask []string // who has what it handed over: their reports may have gone with it
@@ -1086,7 +1150,7 @@ func (s *Server) gone(replica string) {
 		}
 	}
 	for _, id := range ask {
-		s.lose(id)
+		s.strip(id)
 	}
 }
 
@@ -1115,7 +1179,7 @@ func (s *Server) again(replica string) {
 	delete(s.away, replica)
 	for id, has := range s.having {
 		if own || has.replica == replica {
-			s.lose(id) // it may well be there, and not have departed
+			s.strip(id) // it may well be there, and not have departed
 		}
 	}
 	for _, h := range s.holds {
@@ -1151,8 +1215,8 @@ func (s *Server) take(sig *Signal) {
 	}
 	kept, ok := s.budget.claim(e.Channel, holdCost+int64(len(e.wire)))
 	if !ok {
-		s.Lost.Add(1)
-		s.log.Warn("webhook lost: no space for what was handed over", "channel", e.Channel, "event", e.ID)
+		s.Lost["no_space"].Add(1)
+		s.log.Warn("webhook lost", "event", e.ID, "channel", e.Channel, "reason", "no_space")
 		return
 	}
 	e.claim, e.Mode = kept, modeAccept // nothing else is handed over
@@ -1163,7 +1227,7 @@ func (s *Server) take(sig *Signal) {
 		return
 	}
 	orphan := sig.Client != "" // readers have it, and it would be done if no client had died
-	h := &hold{event: e, readers: orphan, died: orphan}
+	h := &hold{event: e, readers: orphan, died: orphan, passage: Passage{Event: e.ID, Channel: e.Channel, Time: time.Now(), Outcome: outcomeHeld}}
 	s.keep(h)
 	h.line.seen, h.line.tried = time.Now(), time.Now() // look publishes it a little later: a report may be on its way
 	s.wait(h)
@@ -1182,8 +1246,8 @@ func (s *Server) passOn(sig *Signal) bool {
 		next.From, next.To, next.Round = s.opts.Replica, heirs[mathrand.N(len(heirs))], sig.Round+1
 		s.bus.Tell(next)
 	default:
-		s.Lost.Add(1)
-		s.log.Warn("webhook lost", "channel", sig.Channel, "event", sig.Event, "reason", "shutting down, and so is who handed it over")
+		s.Lost["shutdown"].Add(1)
+		s.log.Warn("webhook lost", "event", sig.Event, "channel", sig.Channel, "reason", "shutdown")
 	}
 	return over
 }
@@ -1322,26 +1386,18 @@ func (s *Server) drop(l *line, now time.Time) {
 			if h.event.Mode != modeAccept || h.publish || h.receipts > 0 || now.Sub(h.since) < s.opts.HoldTime || now.Sub(seen) < s.opts.HoldTime {
 				break
 			}
-			s.lost(h, "no client came in time")
-			s.end(h, nil)
+			s.lose(h, "no_client")
 		}
 	}
 }
 
-// lost tells of a webhook that was accepted and will not arrive. It needs mu.
-func (s *Server) lost(h *hold, reason string) {
-	if h.strange > 0 {
-		s.unheard(h)
-		return
+// lose ends h, which was accepted and will not arrive. It needs mu.
+func (s *Server) lose(h *hold, reason string) {
+	if h.strange > 0 { // nobody ever subscribed
+		reason = "unknown_channel"
 	}
-	s.Lost.Add(1)
-	s.log.Warn("webhook lost", "channel", h.event.Channel, "event", h.event.ID, "reason", reason)
-}
-
-// unheard tells of one whose channel nobody has subscribed to.
-func (s *Server) unheard(h *hold) {
-	s.Unheard.Add(1)
-	s.log.Info("webhook reached no subscriber", "channel", h.event.Channel, "event", h.event.ID)
+	h.outcome, h.reason = outcomeLost, reason
+	s.end(h, nil)
 }
 
 // waitsFor reports whether something held waits for a subscriber of channel.
@@ -1400,10 +1456,11 @@ func (s *Server) handOver(peers []string, end time.Time) {
 		s.mu.Lock()
 		if taken > 0 {
 			handed++
-		} else if s.holds[e.ID] == h {
-			s.lost(h, "shutting down, and no other replica took it")
+			h.outcome = "handed over"
+			s.end(h, nil)
+		} else {
+			s.lose(h, "shutdown")
 		}
-		s.end(h, nil)
 		s.mu.Unlock()
 		e.release()
 	}
@@ -1412,16 +1469,72 @@ func (s *Server) handOver(peers []string, end time.Time) {
 	}
 }
 
-// Held is how many webhooks are held, and how many bytes they, what is being
-// read and what is queued take.
-func (s *Server) Held() (webhooks int, size int64) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return len(s.holds), s.budget.Used()
+// ServerState is what the status page shows of a server: everything in total, and
+// some of the channels and subscribers one by one.
+type ServerState struct {
+	Streams  int            `json:"streams"`
+	Channels int            `json:"channels"`
+	Held     HeldState      `json:"held"`
+	List     []ChannelState `json:"list"`
 }
 
-// answer waits until h is done, or its sender's time is over, and answers.
-func (s *Server) answer(w http.ResponseWriter, r *http.Request, h *hold) {
+// HeldState is how many webhooks are held, and the bytes that they, what is being
+// read and what is queued take of their limit.
+type HeldState struct {
+	Webhooks int   `json:"webhooks"`
+	Bytes    int64 `json:"bytes"`
+	Limit    int64 `json:"limit"`
+}
+
+// ChannelState is one channel with subscribers.
+type ChannelState struct {
+	Channel     string            `json:"channel"`
+	Held        int               `json:"held"`
+	Count       int               `json:"count"` // of all its subscribers
+	Subscribers []SubscriberState `json:"subscribers"`
+}
+
+// SubscriberState is one stream.
+type SubscriberState struct {
+	Client  string     `json:"client,omitempty"`
+	Addr    netip.Addr `json:"addr"`
+	Since   time.Time  `json:"since"`
+	Waiting int64      `json:"waiting"` // bytes
+}
+
+// State is the server now.
+func (s *Server) State() (state ServerState) {
+	state.Streams, state.Channels = s.hub.Count()
+	state.Held = s.Held()
+	channels := slices.Sorted(slices.Values(s.hub.Channels()))
+	for _, channel := range channels[:min(len(channels), channelsShown)] {
+		one := ChannelState{Channel: channel, Subscribers: []SubscriberState{}}
+		var waiting map[*Subscriber]int64
+		waiting, one.Count = s.hub.Waiting(channel, subscribersShown)
+		for sub, size := range waiting {
+			one.Subscribers = append(one.Subscribers, SubscriberState{sub.Client, sub.Addr, sub.Since, size})
+		}
+		slices.SortFunc(one.Subscribers, func(a, b SubscriberState) int { return a.Since.Compare(b.Since) })
+		s.mu.Lock()
+		if l := s.lines[channel]; l != nil {
+			one.Held = l.holds
+		}
+		s.mu.Unlock()
+		state.List = append(state.List, one)
+	}
+	return state
+}
+
+// Held is what is held now.
+func (s *Server) Held() HeldState {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return HeldState{len(s.holds), s.budget.Used(), s.budget.Limit}
+}
+
+// answer waits until h is done, or its sender's time is over, and answers unless
+// that is the relay's to do.
+func (s *Server) answer(w http.ResponseWriter, r *http.Request, h *hold) (status int, refused *refusal) {
 	e := h.event
 	http.NewResponseController(w).SetWriteDeadline(e.Until.Add(replyTimeout))
 	timer := time.NewTimer(time.Until(e.Until))
@@ -1435,7 +1548,8 @@ func (s *Server) answer(w http.ResponseWriter, r *http.Request, h *hold) {
 	case <-s.giveUp:
 		s.expire(h, errLeaving)
 	}
-	answer, refused := h.best, h.refused // nobody changes them once h is done
+	answer := h.best // nobody changes them once h is done
+	refused = h.refused
 	switch {
 	case answer == nil: // with no refusal either only those have it who cannot report
 	case answer.Err == answerUnreachable:
@@ -1443,18 +1557,12 @@ func (s *Server) answer(w http.ResponseWriter, r *http.Request, h *hold) {
 	case answer.Err != "":
 		refused = errNoAnswer
 	}
-	log := s.log.With("channel", e.Channel, "event", e.ID)
 	if refused != nil {
-		s.Unanswered.Add(1)
-		log.Info("webhook not answered", "status", refused.status, "err", refused)
-		refuse(w, r, refused)
-		return
+		return 0, refused
 	}
 	if answer == nil {
 		answer = &Answer{Status: http.StatusOK}
 	}
-	s.Answered.Add(1)
-	log.Debug("webhook answered", "status", answer.Status)
 	header := w.Header()
 	header["Content-Type"] = nil // net/http must not guess one
 	var said []byte
@@ -1467,6 +1575,7 @@ func (s *Server) answer(w http.ResponseWriter, r *http.Request, h *hold) {
 	}
 	w.WriteHeader(answer.Status)
 	w.Write(said)
+	return answer.Status, nil
 }
 
 // expire ends h because its sender waits no longer: with the best that was
@@ -1517,7 +1626,7 @@ func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel str
 	http.NewResponseController(w).SetReadDeadline(time.Now().Add(reportTime)) // one that stalls keeps out others
 	claim, ok := s.reports.claim(channel, 0)
 	if !ok {
-		s.Rejected.refuse(w, r, errBudget)
+		s.reject(w, r, channel, errBudget, nil)
 		return
 	}
 	defer claim.end()
@@ -1528,18 +1637,16 @@ func (s *Server) serveReport(w http.ResponseWriter, r *http.Request, channel str
 		id, answer, err := list.next(wanted)
 		switch {
 		case err == io.EOF && away != nil:
-			s.log.Debug("reports not taken", "channel", channel, "err", away)
-			s.Rejected.refuse(w, r, errBus)
+			s.reject(w, r, channel, errBus, away)
 			return
 		case err == io.EOF && n > 0:
 			w.WriteHeader(http.StatusNoContent)
 			return
 		case errors.Is(err, errBudget):
-			s.Rejected.refuse(w, r, errBudget)
+			s.reject(w, r, channel, errBudget, nil)
 			return
 		case err != nil:
-			s.log.Warn("report refused", "channel", channel, "err", err)
-			s.Rejected.refuse(w, r, errReport)
+			s.reject(w, r, channel, errReport, err)
 			return
 		case away == nil || replicaOf(id) == s.opts.Replica:
 			away = cmp.Or(s.route(r.Context(), id, channel, client, answer), away)
@@ -1637,7 +1744,7 @@ func parseTokens(text string) (map[string][][32]byte, error) {
 	return tokens, nil
 }
 
-// allows tells whether the hash of a token opens channel, in a time that does
+// allows reports whether the hash of a token opens channel, in a time that does
 // not depend on how much of it is right.
 func (k *keyring) allows(channel string, credential [32]byte) bool {
 	found := 0
@@ -1666,17 +1773,31 @@ func (s *Server) authorise(w http.ResponseWriter, r *http.Request, method, chann
 		w.Header().Set("Allow", method)
 		refused = errMethod
 	case s.opts.SubscribeAllowed != nil && (err != nil || !contains(s.opts.SubscribeAllowed, addr)):
-		s.log.Warn("subscriber refused: address not allowed", "channel", channel, "addr", addr)
 		refused = errAddress
 	case !s.keys.Load().allows(channel, credential):
-		s.log.Warn("subscriber refused: missing or wrong token", "channel", channel, "addr", addr)
 		w.Header().Set("WWW-Authenticate", "Bearer")
 		refused = errToken
 	default:
 		return addr, credential, true
 	}
-	s.Rejected.refuse(w, r, refused)
+	s.reject(w, r, channel, refused, nil)
 	return addr, credential, false
+}
+
+// reject refuses a stream or a report.
+func (s *Server) reject(w http.ResponseWriter, r *http.Request, channel string, refused *refusal, err error) {
+	s.Rejected[refused.reason].Add(1)
+	message := "subscriber refused"
+	if r.Method == http.MethodPost {
+		message = "report refused"
+	}
+	addr, _ := s.remote(r)
+	attrs := []any{"channel", shown(channel), "addr", addr, "client", clientName(r), "status", refused.status, "reason", refused.message}
+	if err != nil {
+		attrs = append(attrs, "err", err)
+	}
+	s.log.Warn(message, attrs...)
+	refuse(w, r, refused)
 }
 
 func contains(list []netip.Prefix, addr netip.Addr) bool {
@@ -1799,19 +1920,18 @@ func (s *Server) serveSubscribe(w http.ResponseWriter, r *http.Request, channel 
 		}
 	}
 	if r.ContentLength != 0 { // it would fill HTTP/2's buffers while the stream lasts
-		s.Rejected.refuse(w, r, errUnwanted)
+		s.reject(w, r, channel, errUnwanted, nil)
 		return
 	}
 	if !s.enter() {
-		s.Rejected.refuse(w, r, errLeaving)
+		s.reject(w, r, channel, errLeaving, nil)
 		return
 	}
 	st := &stream{server: s, sub: sub, most: math.MaxInt}
 	sub.Write = st.write
 	if err := s.hub.Subscribe(sub); err != nil {
 		s.streams.Done()
-		s.log.Warn("subscriber refused", "channel", channel, "addr", addr, "err", err)
-		s.Rejected.refuse(w, r, errLimit)
+		s.reject(w, r, channel, errLimit, err)
 		return
 	}
 	s.mu.Lock()
@@ -1819,17 +1939,17 @@ func (s *Server) serveSubscribe(w http.ResponseWriter, r *http.Request, channel 
 	s.mu.Unlock()
 	if leaving {
 		s.abandon(sub, errShutdown)
-		s.Rejected.refuse(w, r, errLeaving)
+		s.reject(w, r, channel, errLeaving, nil)
 		return
 	}
 	if !s.keys.Load().allows(channel, credential) { // revoked before the hub could evict it
 		s.abandon(sub, errRevoked)
-		s.Rejected.refuse(w, r, errToken)
+		s.reject(w, r, channel, errToken, nil)
 		return
 	}
 	if !s.awaitLive(r.Context(), sub) {
 		s.abandon(sub, errPeerGone)
-		s.Rejected.refuse(w, r, errBus)
+		s.reject(w, r, channel, errBus, nil)
 		return
 	}
 	if r.ProtoMajor > 1 {
@@ -1868,7 +1988,7 @@ func (s *Server) serveConn(w http.ResponseWriter, r *http.Request, st *stream) {
 	conn, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		s.abandon(st.sub, err)
-		s.Rejected.refuse(w, r, errConnection)
+		s.reject(w, r, st.sub.Channel, errConnection, err)
 		return
 	}
 	sent := buffered.Reader.Buffered()
@@ -1964,7 +2084,7 @@ func (st *stream) begin(out sink, abort func(), head []byte) {
 		return
 	}
 	s.log.Info("subscriber ready", "channel", sub.Channel, "subscriber", sub.ID, "addr", sub.Addr, "client", sub.Client)
-	st.heartbeat = time.AfterFunc(time.Hour, st.beat) // beat resets it, so it must be there first
+	st.heartbeat = alarm(st.beat)
 	st.heartbeat.Reset(s.opts.Heartbeat)
 	if age := s.opts.StreamMaxAge; age > 0 {
 		age -= mathrand.N(age/10 + 1) // not all streams of a replica at once
@@ -1993,7 +2113,7 @@ func (st *stream) end() {
 	for _, t := range st.ages {
 		t.Stop()
 	}
-	level, reason := slog.LevelInfo, s.hub.Reason(sub)
+	level, reason, age := slog.LevelInfo, s.hub.Reason(sub), time.Since(sub.Since)
 	if conn, ok := st.out.(connSink); ok {
 		if st.chunked && finished(reason) { // the body is complete
 			conn.SetWriteDeadline(time.Now().Add(lastChunkTime))
@@ -2005,7 +2125,7 @@ func (st *stream) end() {
 	if reason == errStuck || reason == errRevoked {
 		level = slog.LevelWarn
 	}
-	s.log.Log(context.Background(), level, "subscriber gone", "channel", sub.Channel, "subscriber", sub.ID, "reason", reason)
+	s.log.Log(context.Background(), level, "subscriber gone", "channel", sub.Channel, "subscriber", sub.ID, "client", sub.Client, "age", age, "reason", reason)
 	s.streams.Done()
 }
 
