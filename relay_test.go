@@ -46,6 +46,7 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"unicode"
 	"unicode/utf8"
 )
 
@@ -468,7 +469,7 @@ func raw(t testing.TB, addr, request string) string {
 	return string(b)
 }
 
-// TestMainPath is the README's transcript: a server, a client, a target, a webhook.
+// TestMainPath is the shortest way: a server, a client, a target, a webhook.
 func TestMainPath(t *testing.T) {
 	server := startServer(t)
 	target := newTarget(t, nil)
@@ -3856,12 +3857,23 @@ func readFile(t testing.TB, name string) string {
 	return string(b)
 }
 
+// pages are the documents for people.
+func pages(t testing.TB) []string {
+	t.Helper()
+	list, err := filepath.Glob("docs/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return append(list, "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
+}
+
 // TestReadme holds the tables of variables to the program's: each variable is
-// in the table of its role, with its default.
+// in the reference, in the table of its role, with its default; the README has
+// some of them.
 func TestReadme(t *testing.T) {
 	rows := map[string][]string{}
 	role := ""
-	for line := range strings.Lines(readFile(t, "README.md")) {
+	for line := range strings.Lines(readFile(t, "docs/reference.md")) {
 		switch line {
 		case "Both roles:\n":
 			role = "both"
@@ -3874,6 +3886,15 @@ func TestReadme(t *testing.T) {
 			rows[m[1]] = append(rows[m[1]], role+": "+strings.Trim(m[2], "`"))
 		}
 	}
+	short := map[string]string{}
+	for line := range strings.Lines(readFile(t, "README.md")) {
+		if m := variableRow.FindStringSubmatch(line); m != nil {
+			short[m[1]] = strings.Trim(m[2], "`")
+		}
+	}
+	if len(short) < 10 || len(short) > 14 {
+		t.Errorf("the README has %d variables, want about a dozen", len(short))
+	}
 	for _, s := range settings(&Config{}) {
 		want := s.fallback
 		if want == "" {
@@ -3882,10 +3903,111 @@ func TestReadme(t *testing.T) {
 		if got := rows[s.name]; !slices.Equal(got, []string{s.role + ": " + want}) {
 			t.Errorf("%s has the rows %q, want one of role %s with the default %s", s.name, got, s.role, want)
 		}
+		if got, ok := short[s.name]; ok && got != want {
+			t.Errorf("%s has the default %s in the README, want %s", s.name, got, want)
+		}
 		delete(rows, s.name)
+		delete(short, s.name)
 	}
 	for name := range rows {
 		t.Errorf("%s is no variable of the program", name)
+	}
+	for name := range short {
+		t.Errorf("%s in the README is no variable of the program", name)
+	}
+}
+
+// TestLinks: what the pages link to is there, a file and a heading of it.
+func TestLinks(t *testing.T) {
+	heading := regexp.MustCompile("(?m)^#+ (.*)$")
+	fence := regexp.MustCompile("(?ms)^```.*?^```$")
+	link := regexp.MustCompile(`\]\(([^)\s]+)\)`)
+	anchors := func(page string) map[string]bool { // as GitHub makes them
+		found := map[string]bool{}
+		for _, m := range heading.FindAllStringSubmatch(fence.ReplaceAllString(readFile(t, page), ""), -1) {
+			found[strings.Map(func(r rune) rune {
+				switch {
+				case r == ' ':
+					return '-'
+				case r == '-' || r == '_' || unicode.IsLetter(r) || unicode.IsDigit(r):
+					return unicode.ToLower(r)
+				}
+				return -1
+			}, m[1])] = true
+		}
+		return found
+	}
+	for _, page := range pages(t) {
+		n := 0
+		for _, m := range link.FindAllStringSubmatch(fence.ReplaceAllString(readFile(t, page), ""), -1) {
+			if strings.HasPrefix(m[1], "https://") {
+				continue
+			}
+			n++
+			file, anchor, _ := strings.Cut(m[1], "#")
+			target := page
+			if file != "" {
+				target = filepath.Join(filepath.Dir(page), file)
+			}
+			if _, err := os.Stat(target); err != nil {
+				t.Errorf("%s: %v", page, err)
+			} else if anchor != "" && !anchors(target)[anchor] {
+				t.Errorf("%s links to %s, which has no such heading", page, m[1])
+			}
+		}
+		if page == "README.md" && n < 10 {
+			t.Errorf("%s has %d links", page, n)
+		}
+	}
+}
+
+// TestProviders: what the README says to type in at a provider, and here.
+func TestProviders(t *testing.T) {
+	row := regexp.MustCompile("(?m)^\\| (\\w+) \\| [^|`]+: `https://relay\\.example\\.com/webhooks/(\\w+)` \\| [^|]+ \\| `(\\w+)` \\| `(\\w+)` \\| (.+) \\|$")
+	var names []string
+	for _, m := range row.FindAllStringSubmatch(readFile(t, "README.md"), -1) {
+		name, channel, mode, timeout, secret := m[1], m[2], m[3], m[4], m[5]
+		names = append(names, name)
+		if channel != strings.ToLower(name) {
+			t.Errorf("%s has the channel %s", name, channel)
+		}
+		c, _, err := loadConfig([]string{"RELAY_MODE=server", "RESPONSE_MODE=accept, " + channel + "=" + mode, "RESPONSE_TIMEOUT=1s, " + channel + "=" + timeout})
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if got := c.Server.Timeouts.of(channel); got < 2*time.Second || got > 15*time.Second {
+			t.Errorf("%s: its sender would wait %s", name, got)
+		}
+		if !strings.HasPrefix(secret, "`"+channel+" ") && !strings.HasPrefix(secret, "none") {
+			t.Errorf("%s: the secrets line is for another channel: %s", name, secret)
+		}
+	}
+	if want := []string{"GitHub", "GitLab", "Bitbucket", "Gitea", "Stripe", "Slack", "Shopify", "Discord", "Twilio"}; !slices.Equal(names, want) {
+		t.Errorf("providers are %q, want %q", names, want)
+	}
+}
+
+// TestBounds: the reference has the bounds as the package doc has them.
+func TestBounds(t *testing.T) {
+	_, doc, _ := strings.Cut(readFile(t, "relay.go"), "\n// # Bounds\n")
+	doc, _, _ = strings.Cut(doc, "\npackage main\n")
+	var want []string
+	for line := range strings.SplitSeq(doc, "\n") {
+		if line, ok := strings.CutPrefix(line, "//\t"); ok {
+			want = append(want, line)
+		}
+	}
+	_, rest, _ := strings.Cut(readFile(t, "docs/reference.md"), "\n```text\n")
+	block, _, _ := strings.Cut(rest, "\n```\n")
+	got := strings.Split(block, "\n")
+	if len(want) < 50 {
+		t.Fatalf("the package doc has %d lines of bounds", len(want))
+	}
+	for i := range max(len(got), len(want)) {
+		if i >= len(got) || i >= len(want) || got[i] != want[i] {
+			t.Fatalf("line %d of the bounds in docs/reference.md is not that of the package doc; what must stand there:\n%s", i+1, strings.Join(want, "\n"))
+		}
 	}
 }
 
@@ -3906,22 +4028,28 @@ func families(names []string) []string {
 	return slices.Compact(list)
 }
 
-// TestReadmeMetrics holds the tables of metrics to the program's.
-func TestReadmeMetrics(t *testing.T) {
+// programMetrics are the metrics of each role.
+func programMetrics(t testing.TB) map[string][]Metric {
+	t.Helper()
 	hub := &Hub{Budget: &Budget{}}
 	server, err := NewServer(ServerOptions{}, hub, hub, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return map[string][]Metric{
+		"server": serverMetrics(server, hub, &RedisBus{}, &door{}), "client": clientMetrics(nil),
+	}
+}
+
+// TestReadmeMetrics holds the tables of metrics to the program's.
+func TestReadmeMetrics(t *testing.T) {
 	tables := map[string][]string{}
-	for _, m := range metricTable.FindAllStringSubmatch(readFile(t, "README.md"), -1) {
+	for _, m := range metricTable.FindAllStringSubmatch(readFile(t, "docs/operations.md"), -1) {
 		for _, row := range metricRow.FindAllStringSubmatch(m[2], -1) {
 			tables[m[1]] = append(tables[m[1]], row[1])
 		}
 	}
-	for role, metrics := range map[string][]Metric{
-		"server": serverMetrics(server, hub, &RedisBus{}, &door{}), "client": clientMetrics(nil),
-	} {
+	for role, metrics := range programMetrics(t) {
 		var want []string
 		for _, m := range metrics {
 			want = append(want, m.Name)
@@ -3930,6 +4058,159 @@ func TestReadmeMetrics(t *testing.T) {
 			t.Errorf("metrics of the %s are %q, want %q", role, got, want)
 		}
 	}
+}
+
+// TestReasons: all that stands in the label is in the table, for webhooks, and for
+// streams and reports; and what webhooks are lost for is in the text.
+func TestReasons(t *testing.T) {
+	_, section, _ := strings.Cut(readFile(t, "docs/operations.md"), "\n### Reasons\n")
+	section, _, _ = strings.Cut(section, "\n## ")
+	var webhooks, subscribers []string
+	for _, m := range regexp.MustCompile("(?m)^\\| `(\\w+)` \\|(.*)\\|(.*)\\|$").FindAllStringSubmatch(section, -1) {
+		if strings.TrimSpace(m[2]) != "" {
+			webhooks = append(webhooks, m[1])
+		}
+		if strings.TrimSpace(m[3]) != "" {
+			subscribers = append(subscribers, m[1])
+		}
+	}
+	if !slices.Equal(webhooks, webhookReasons) || !slices.Equal(subscribers, subscriberReasons) {
+		t.Errorf("reasons are %q and %q, want %q and %q", webhooks, subscribers, webhookReasons, subscriberReasons)
+	}
+	for _, reason := range lostReasons {
+		if !strings.Contains(section, "`"+reason+"` (") {
+			t.Errorf("why webhooks are lost: %s is missing", reason)
+		}
+	}
+	for _, reason := range deniedReasons {
+		if !strings.Contains(readFile(t, "docs/operations.md"), "`"+reason+"`") {
+			t.Errorf("why a client has no stream: %s is missing", reason)
+		}
+	}
+}
+
+// TestAlerts: the rules ask for metrics that the program has, for the growth of
+// counters and the sum of the rest, and the PodMonitor finds all pods.
+func TestAlerts(t *testing.T) {
+	known := map[string]bool{}
+	for _, metrics := range programMetrics(t) {
+		for _, m := range metrics {
+			name, _, _ := strings.Cut(m.Name, "{")
+			known[name] = true
+		}
+	}
+	rules := yamlBlock(t, "docs/operations.md", "groups:\n").at("groups", "0", "rules").items
+	if len(rules) < 5 {
+		t.Fatalf("there are %d rules", len(rules))
+	}
+	names := map[string]bool{}
+	for _, rule := range rules {
+		alert, expr := rule.at("alert").text, rule.at("expr").text
+		if names[alert] || alert == "" || rule.at("labels", "severity").text == "" || rule.at("annotations", "summary").text == "" {
+			t.Errorf("rule %q comes twice, or has no name, severity or summary", alert)
+		}
+		names[alert] = true
+		metrics := regexp.MustCompile(`\brelay_\w+`).FindAllString(expr, -1)
+		if len(metrics) == 0 {
+			t.Errorf("%s asks for nothing: %s", alert, expr)
+		}
+		for _, name := range metrics {
+			if !known[name] {
+				t.Errorf("%s asks for %s, which the program does not have", alert, name)
+			}
+			if counts := strings.HasSuffix(name, "_total"); counts != strings.Contains(expr, "increase("+name) || !strings.HasPrefix(expr, "sum") {
+				t.Errorf("%s: counters are asked for their increase, all for their sum over replicas: %s", alert, expr)
+			}
+		}
+		for _, m := range regexp.MustCompile(`(outcome|reason|code)[=!]=?~?"([^"]*)"`).FindAllStringSubmatch(expr, -1) {
+			values := map[string][]string{
+				"outcome": {outcomeAccepted, outcomeAnswered, outcomeLost, outcomeRefused}, "code": forwardCodes,
+				"reason": slices.Concat(webhookReasons, lostReasons, subscriberReasons),
+			}[m[1]]
+			for value := range strings.SplitSeq(m[2], "|") {
+				if !slices.Contains(values, value) {
+					t.Errorf("%s: %s is no %s", alert, value, m[1])
+				}
+			}
+		}
+	}
+
+	monitor := yamlBlock(t, "docs/operations.md", "apiVersion: monitoring.coreos.com/v1\n").at("spec")
+	for _, d := range readManifests(t) {
+		component := componentOf(d.at("metadata"))
+		if d.at("kind").text != "Deployment" || component == "redis" {
+			continue
+		}
+		if d.at("metadata", "labels", "app.kubernetes.io/name").text != monitor.at("selector", "matchLabels", "app.kubernetes.io/name").text ||
+			!slices.ContainsFunc(monitor.at("selector", "matchExpressions", "0", "values").items, func(n *node) bool { return n.text == component }) {
+			t.Errorf("the PodMonitor leaves out the pods of the %s", component)
+		}
+		endpoint := monitor.at("podMetricsEndpoints", "0")
+		if !slices.ContainsFunc(d.at("spec", "template", "spec", "containers", "0", "ports").items, func(n *node) bool { return n.at("name").text == endpoint.at("port").text }) {
+			t.Errorf("the %s has no port called %s", component, endpoint.at("port").text)
+		}
+		annotations := d.at("spec", "template", "metadata", "annotations")
+		if endpoint.at("path").text != "/metrics" || annotations.at("prometheus.io/path").text != "/metrics" || annotations.at("prometheus.io/port").text != "9000" {
+			t.Errorf("the metrics of the %s are not where they are asked for", component)
+		}
+	}
+}
+
+// TestCompose: both sides of the example start, find each other and Redis, and
+// ask themselves how they are.
+func TestCompose(t *testing.T) {
+	services := yamlBlock(t, "docs/operations.md", "services:\n").at("services")
+	entry := regexp.MustCompile(`(?m)^ENTRYPOINT \["(.*)"\]$`).FindStringSubmatch(readFile(t, "Dockerfile"))
+	configs := map[string]*Config{}
+	for name, service := range services.fields {
+		if service.at("healthcheck", "test", "0").text != "CMD" { // a shell is not in the image
+			t.Errorf("%s: its health command needs a shell", name)
+		}
+		if name == "redis" {
+			continue
+		}
+		var environ, command []string
+		for variable, value := range service.at("environment").fields {
+			environ = append(environ, variable+"="+value.text)
+		}
+		for _, word := range service.at("healthcheck", "test").items {
+			command = append(command, word.text)
+		}
+		c, warnings, err := loadConfig(environ)
+		if err != nil || len(warnings) > 0 {
+			t.Fatalf("%s: %v %v", name, err, warnings)
+		}
+		configs[name] = c
+		if c.Role != name || !c.Health || c.Server.Token == "" || !strings.HasPrefix(c.Server.Token, "${AUTH_TOKEN:?") {
+			t.Errorf("%s: its role is %q, its health service %t, its token %q", name, c.Role, c.Health, c.Server.Token)
+		}
+		if want := []string{"CMD", entry[1], "-probe", "ready"}; !slices.Equal(command, want) {
+			t.Errorf("%s: its health command is %q, want %q", name, command, want)
+		}
+		if grace, err := time.ParseDuration(service.at("stop_grace_period").text); err != nil || grace <= c.ShutdownDelay+c.HandlerTimeout {
+			t.Errorf("%s: its grace period %s does not cover the time to drain", name, grace)
+		}
+	}
+	if configs["server"] == nil || configs["client"] == nil {
+		t.Fatal("a side is missing")
+	}
+	if source := configs["client"].Sources[0]; services.at(source.Hostname()).fields == nil || source.Port() != strconv.Itoa(configs["server"].Port) {
+		t.Errorf("the client's source %s is no service of the example", source)
+	}
+	if got := services.at("server", "environment", "REDIS_URL").text; got != "redis://redis:6379" || services.at("redis").fields == nil {
+		t.Errorf("the server's Redis is %s", got)
+	}
+}
+
+// yamlBlock is the block of YAML in a page that begins so.
+func yamlBlock(t testing.TB, page, begin string) *node {
+	t.Helper()
+	_, text, ok := strings.Cut(readFile(t, page), "\n```yaml\n"+begin)
+	text, _, closed := strings.Cut(begin+text, "\n```\n")
+	if !ok || !closed {
+		t.Fatalf("%s has no block that begins with %q", page, begin)
+	}
+	return readDocument(t, text)
 }
 
 // node is a value in YAML: a mapping, a list or a scalar.
@@ -4012,30 +4293,57 @@ func (y *yamlReader) scalar(text string) *node {
 	if unquoted, err := strconv.Unquote(text); err == nil {
 		return &node{text: unquoted}
 	}
+	if text == "{}" {
+		return &node{fields: map[string]*node{}}
+	}
 	if strings.ContainsAny(text[:1], "\"'[{&*!|>%@`") || strings.Contains(text, ": ") {
 		y.t.Fatalf("value %q is not in plain block form", text)
 	}
 	return &node{text: text}
 }
 
-// readManifests decodes every document of manifests.yaml.
-func readManifests(t testing.TB) (documents []*node) {
-	for document := range strings.SplitSeq("\n"+readFile(t, "manifests.yaml"), "\n---\n") {
-		y := &yamlReader{t: t}
-		for line := range strings.SplitSeq(document, "\n") {
-			if !strings.Contains(line, `"`) || strings.HasPrefix(strings.TrimSpace(line), "#") {
-				line = yamlComment.ReplaceAllString(line, "")
-			}
-			if strings.TrimSpace(line) != "" {
-				y.lines = append(y.lines, line)
-			}
+// readDocument decodes one document.
+func readDocument(t testing.TB, document string) *node {
+	t.Helper()
+	y := &yamlReader{t: t}
+	for line := range strings.SplitSeq(document, "\n") {
+		if !strings.Contains(line, `"`) || strings.HasPrefix(strings.TrimSpace(line), "#") {
+			line = yamlComment.ReplaceAllString(line, "")
 		}
-		documents = append(documents, y.block(0))
-		if len(y.lines) > 0 {
-			t.Fatalf("line %q is indented oddly", y.lines[0])
+		if strings.TrimSpace(line) != "" {
+			y.lines = append(y.lines, line)
+		}
+	}
+	n := y.block(0)
+	if len(y.lines) > 0 {
+		t.Fatalf("line %q is indented oddly", y.lines[0])
+	}
+	return n
+}
+
+// readManifests decodes every document of manifests.yaml that is not a comment.
+func readManifests(t testing.TB) (documents []*node) {
+	t.Helper()
+	for document := range strings.SplitSeq("\n"+readFile(t, "manifests.yaml"), "\n---\n") {
+		if n := readDocument(t, document); len(n.fields) > 0 {
+			documents = append(documents, n)
 		}
 	}
 	return documents
+}
+
+// commentedRoute is where the HTTPRoute begins, which ends manifests.yaml as a
+// comment.
+const commentedRoute = "\n# apiVersion: gateway"
+
+// readRoute decodes it.
+func readRoute(t testing.TB) *node {
+	t.Helper()
+	_, route, ok := strings.Cut(readFile(t, "manifests.yaml"), commentedRoute)
+	if !ok {
+		t.Fatal("there is no commented HTTPRoute")
+	}
+	return readDocument(t, strings.ReplaceAll(commentedRoute+route, "\n# ", "\n"))
 }
 
 // TestManifests holds the manifests to the program: ports, probes, variables,
@@ -4057,6 +4365,9 @@ func TestManifests(t *testing.T) {
 		kind, name := d.at("kind").text, d.at("metadata", "name").text
 		component := componentOf(d.at("metadata"))
 		kinds[component+" "+kind]++
+		if api := d.at("apiVersion").text; !slices.Contains([]string{"v1", "apps/v1", "networking.k8s.io/v1", "policy/v1"}, api) {
+			t.Errorf("%s %s: a cluster may not know %s, and then kubectl fails on the whole file", kind, name, api)
+		}
 		if d.at("apiVersion").text == "" || name == "" || component == "" {
 			t.Errorf("%s %q: apiVersion, name or component is missing", kind, name)
 		}
@@ -4092,6 +4403,9 @@ func TestManifests(t *testing.T) {
 					t.Errorf("%s: %s is missing", name, what)
 				}
 			}
+		}
+		if component == "redis" && d.at("spec", "replicas").text != "0" {
+			t.Error("redis runs without being asked for")
 		}
 		if component != "server" && component != "client" {
 			continue
@@ -4155,6 +4469,14 @@ func TestManifests(t *testing.T) {
 		if _, warnings, err := loadConfig(environ); err != nil || len(warnings) > 0 {
 			t.Errorf("%s: its environment: %v %v", name, err, warnings)
 		}
+		if component == "server" {
+			const cut = 240 * time.Second // worker-shutdown-timeout of ingress-nginx
+			if own, _, err := loadConfig(environ); err != nil || own.Server.StreamMaxAge == 0 || own.Server.StreamMaxAge+own.HandlerTimeout >= cut {
+				t.Errorf("%s: streams do not move before the ingress controller cuts them", name)
+			}
+		} else if !regexp.MustCompile(`/ci-[0-9a-f]{32}/$`).MatchString(env["SOURCE_URL"].at("value").text) {
+			t.Errorf("%s: SOURCE_URL has not the channel that the README replaces", name) // by sed
+		}
 		secret := env["AUTH_TOKEN"].at("valueFrom", "secretKeyRef")
 		if secret.at("optional").text == "true" || secret.at("name").text == "" || secret.at("key").text == "" {
 			t.Errorf("%s: AUTH_TOKEN does not come from a Secret that must be there", name)
@@ -4170,14 +4492,21 @@ func TestManifests(t *testing.T) {
 			if s *= unit[soft[2]]; s <= 0 || s >= h*unit[hard[2]] {
 				t.Errorf("%s: GOMEMLIMIT %s is not below the memory limit %s", name, soft[0], hard[0])
 			}
+			if own, _, err := loadConfig(environ); err == nil && component == "server" && float64(3*own.HeldBuffer+reportsLimit/2)/(1<<20) > s {
+				t.Errorf("%s: three times SERVER_HELD_BUFFER and the reports do not fit into %s", name, soft[0])
+			}
 		}
 	}
-	for _, kind := range []string{"server Deployment", "server Service", "server Ingress", "server PodDisruptionBudget", "client Deployment", "redis Deployment", "redis Service", "redis NetworkPolicy"} {
+	for _, kind := range []string{"server Deployment", "server Service", "server Ingress", "server PodDisruptionBudget", "server NetworkPolicy", "client Deployment", "client NetworkPolicy", "redis Deployment", "redis Service", "redis NetworkPolicy"} {
 		if kinds[kind] != 1 {
 			t.Errorf("%d of %s, want 1", kinds[kind], kind)
 		}
 	}
-	for _, m := range regexp.MustCompile(`(?m)^ *# *- name: (\S+)`).FindAllStringSubmatch(readFile(t, "manifests.yaml"), -1) {
+	if policy := find(documents, "server", "PodDisruptionBudget").at("spec"); policy.at("maxUnavailable").text != "1" || policy.at("unhealthyPodEvictionPolicy").text != "AlwaysAllow" {
+		t.Error("the PodDisruptionBudget blocks the drain of a node, with one replica or with Redis down")
+	}
+	objects, _, _ := strings.Cut(readFile(t, "manifests.yaml"), commentedRoute)
+	for _, m := range regexp.MustCompile(`(?m)^ *# *- name: (\S+)`).FindAllStringSubmatch(objects, -1) {
 		if roles[m[1]] == "" {
 			t.Errorf("%s in a comment is no variable of the program", m[1])
 		}
@@ -4188,6 +4517,8 @@ func TestManifests(t *testing.T) {
 	}
 	checkSelectors(t, documents, pods)
 	checkIngress(t, documents, c)
+	checkRoute(t, documents, c)
+	checkPolicies(t, documents, pods, c)
 	checkRedis(t, documents, pods)
 }
 
@@ -4280,6 +4611,80 @@ func checkRedis(t *testing.T, documents []*node, pods map[string]map[string]stri
 	}
 }
 
+// checkRoute: the HTTPRoute does what the Ingress does, and ends no stream.
+func checkRoute(t *testing.T, documents []*node, c *Config) {
+	route, ingress, service := readRoute(t), find(documents, "server", "Ingress"), find(documents, "server", "Service")
+	if route.at("kind").text != "HTTPRoute" || route.at("apiVersion").text != "gateway.networking.k8s.io/v1" || componentOf(route.at("metadata")) != "gateway" {
+		t.Error("the commented object is no HTTPRoute of the component gateway")
+	}
+	if got, want := route.at("spec", "hostnames", "0").text, ingress.at("spec", "rules", "0", "host").text; got != want || want == "" {
+		t.Errorf("HTTPRoute: host %q, the Ingress has %q", got, want)
+	}
+	rule := route.at("spec", "rules", "0")
+	var paths, want []string
+	for _, match := range rule.at("matches").items {
+		paths = append(paths, match.at("path", "type").text+" "+match.at("path", "value").text)
+	}
+	for _, path := range ingress.at("spec", "rules", "0", "http", "paths").items {
+		want = append(want, "PathPrefix "+path.at("path").text)
+	}
+	if slices.Sort(paths); !slices.Equal(paths, slices.Sorted(slices.Values(want))) {
+		t.Errorf("HTTPRoute: paths %q, the Ingress has %q", paths, want)
+	}
+	if rule.at("timeouts", "request").text != "0s" {
+		t.Error("HTTPRoute: the Gateway's timeout cuts streams")
+	}
+	backend := rule.at("backendRefs", "0")
+	if backend.at("name").text != service.at("metadata", "name").text || backend.at("port").number(t) != c.Port {
+		t.Error("HTTPRoute: it does not lead to the server's Service")
+	}
+}
+
+// checkPolicies: what each side needs is let through, and who reads metrics or
+// comes in is told apart.
+func checkPolicies(t *testing.T, documents []*node, pods map[string]map[string]string, c *Config) {
+	ports := func(rule *node) (list []string) {
+		for _, p := range rule.at("ports").items {
+			list = append(list, p.at("protocol").text+" "+p.at("port").text)
+		}
+		return list
+	}
+	tcp := func(port int) []string { return []string{"TCP " + strconv.Itoa(port)} }
+	names := []string{"UDP 53", "TCP 53"}
+	for _, side := range []string{"server", "client"} {
+		policy := find(documents, side, "NetworkPolicy").at("spec")
+		if types := policy.at("policyTypes"); len(types.items) != 2 || types.at("0").text != "Ingress" || types.at("1").text != "Egress" {
+			t.Errorf("%s: its NetworkPolicy is not one for both ways", side)
+		}
+		in, out := policy.at("ingress").items, policy.at("egress").items
+		if side == "server" {
+			if len(in) != 2 || !slices.Equal(ports(in[0]), tcp(c.Port)) || in[0].at("from").items != nil {
+				t.Fatal("server: not everybody gets to its port")
+			}
+			in = in[1:]
+		}
+		if len(in) != 1 || !slices.Equal(ports(in[0]), tcp(c.HealthPort)) || len(in[0].at("from").items) != 1 || in[0].at("from", "0", "namespaceSelector").fields == nil {
+			t.Fatalf("%s: its health port is not for pods of the cluster alone", side)
+		}
+		if len(out) < 2 || !slices.Equal(ports(out[0]), names) || out[0].at("to").items != nil {
+			t.Fatalf("%s: it cannot ask for names", side)
+		}
+		if side == "server" {
+			if len(out) != 2 || !slices.Equal(ports(out[1]), tcp(6379)) || len(out[1].at("to").items) != 1 ||
+				!slices.Equal(selected(out[1].at("to", "0", "podSelector", "matchLabels"), pods), []string{"redis"}) {
+				t.Error("server: it does not get to Redis alone")
+			}
+			continue
+		}
+		if len(out) != 3 || !slices.Equal(ports(out[1]), tcp(443)) || out[1].at("to").items != nil {
+			t.Fatal("client: it does not get to its source")
+		}
+		if ports(out[2]) != nil || len(out[2].at("to").items) != 1 || out[2].at("to", "0", "namespaceSelector").fields == nil {
+			t.Error("client: it does not get to targets in the cluster alone")
+		}
+	}
+}
+
 // checkIngress follows it to the Service to the server's port.
 func checkIngress(t *testing.T, documents []*node, c *Config) {
 	services := map[string]*node{}
@@ -4343,21 +4748,101 @@ func TestDockerfile(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{
-		`^scratch\n`, `(?m)^COPY --from=\S+ \S*/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt$`,
+		`^scratch\n`, `(?m)^COPY --from=build /image/ /$`,
+		`org\.opencontainers\.image\.version="\$\{VERSION\}"`, `org\.opencontainers\.image\.revision="\$\{REVISION\}"`,
+		`org\.opencontainers\.image\.source="\$\{SOURCE\}"`, `org\.opencontainers\.image\.licenses="MIT"`,
+		`(?m)^ARG VERSION=`, `(?m)^ARG REVISION=`, `(?m)^ARG SOURCE=`,
 		`(?m)^USER [1-9]\d*(:[1-9]\d*)?$`, fmt.Sprintf(`(?m)^EXPOSE %d %d$`, c.Port, c.HealthPort), `(?m)^ENTRYPOINT \["/\S+"\]$`,
 	} {
 		if !regexp.MustCompile(want).MatchString(last) {
 			t.Errorf("last stage has no %s:\n%s", want, last)
 		}
 	}
+	if n := strings.Count(last, "\nCOPY "); n != 1 {
+		t.Errorf("last stage copies %d times: times of files and directories are those of one tree", n)
+	}
 	build := strings.Join(stages[:len(stages)-1], "\n")
-	for _, want := range []string{"CGO_ENABLED=0", "-trimpath", `-ldflags="-s -w`} {
+	for _, want := range []string{"--platform=$BUILDPLATFORM golang:", "CGO_ENABLED=0", "GOOS=$TARGETOS", "GOARCH=$TARGETARCH", "-trimpath", "-buildvcs=false", `-ldflags="-s -w`} {
 		if !strings.Contains(build, want) {
 			t.Errorf("build has no %s", want)
 		}
 	}
 	if name := regexp.MustCompile(`-X main\.(\w+)=`).FindStringSubmatch(build); name != nil && name[1] != "release" {
 		t.Errorf("build sets %s, which is no variable for it", name[1])
+	}
+}
+
+// TestImage runs what the Dockerfile runs to make the image's tree, twice, in
+// different directories: both are the same to the byte and the second, and have
+// the version.
+func TestImage(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("the image is for linux")
+	}
+	if _, err := os.Stat("/etc/ssl/certs/ca-certificates.crt"); err != nil {
+		t.Skip("no CA bundle on this system")
+	}
+	_, steps, ok := strings.Cut(readFile(t, "Dockerfile"), "\nCOPY *.go ./\n")
+	steps, _, _ = strings.Cut(steps, "\nFROM scratch\n")
+	commands := regexp.MustCompile(`(?m)^RUN (.*)$`).FindAllStringSubmatch(strings.ReplaceAll(steps, "\\\n", ""), -1)
+	if !ok || len(commands) == 0 {
+		t.Fatal("the Dockerfile makes no tree")
+	}
+	const epoch = 1700000000
+	var trees [2][]string
+	for i := range trees {
+		dir := t.TempDir()
+		image := filepath.Join(dir, "image")
+		sources, _ := filepath.Glob("*.go")
+		for _, name := range append(sources, "go.mod", "go.sum") {
+			if strings.HasSuffix(name, "_test.go") {
+				continue
+			}
+			if err := os.WriteFile(filepath.Join(dir, name), []byte(readFile(t, name)), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, command := range commands {
+			cmd := exec.Command("sh", "-c", "umask 022; "+strings.ReplaceAll(command[1], "/image", image))
+			cmd.Dir = dir
+			cmd.Env = append(os.Environ(), "VERSION=1.2.3", "TARGETOS=linux", "TARGETARCH="+runtime.GOARCH, "TARGETVARIANT=",
+				fmt.Sprint("SOURCE_DATE_EPOCH=", epoch), "GOFLAGS=")
+			if out, err := cmd.CombinedOutput(); err != nil {
+				t.Fatalf("%s: %v\n%s", command[1], err, out)
+			}
+		}
+		err := filepath.WalkDir(image, func(path string, d os.DirEntry, err error) error {
+			if err != nil {
+				return err
+			}
+			info, err := d.Info()
+			if err != nil {
+				return err
+			}
+			if info.ModTime() != time.Unix(epoch, 0) {
+				t.Errorf("%s is of %s", strings.TrimPrefix(path, dir), info.ModTime())
+			}
+			line := fmt.Sprint(strings.TrimPrefix(path, image), " ", info.Mode(), " ", info.ModTime())
+			if !d.IsDir() {
+				line += fmt.Sprintf(" %x", sha256.Sum256([]byte(readFile(t, path))))
+			}
+			trees[i] = append(trees[i], line)
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if out, err := exec.Command(filepath.Join(image, "webhook-relay"), "-version").Output(); err != nil || string(out) != "webhook-relay 1.2.3\n" {
+			t.Errorf("the image's version is %q, %v", out, err)
+		}
+	}
+	if !slices.Equal(trees[0], trees[1]) {
+		t.Errorf("the same source gave two images:\n%s\n\n%s", strings.Join(trees[0], "\n"), strings.Join(trees[1], "\n"))
+	}
+	if !slices.ContainsFunc(trees[0], func(line string) bool {
+		return strings.HasPrefix(line, "/etc/ssl/certs/ca-certificates.crt -rw-r--r--")
+	}) {
+		t.Errorf("the image has no CA bundle: %q", trees[0])
 	}
 }
 
@@ -4591,14 +5076,14 @@ func TestRetryStatuses(t *testing.T) {
 	}
 }
 
-// TestRecipes runs each row of the README's recipes against a target that stands
+// TestRecipes runs each row of the README's table of targets against a target that stands
 // in for the one it names.
 func TestRecipes(t *testing.T) {
 	t.Parallel()
 	server := startServer(t)
 	rows := regexp.MustCompile("(?m)^\\| [^|]+ \\| `(/webhooks/[^`]+)` \\| `(http://[^`]+)` \\| `(true|false)` \\| `POST ([^`]+)` \\|$").FindAllStringSubmatch(readFile(t, "README.md"), -1)
 	if len(rows) < 5 {
-		t.Fatalf("the README has %d recipes", len(rows))
+		t.Fatalf("the README has %d targets", len(rows))
 	}
 	for _, row := range rows {
 		target := newTarget(t, nil)

@@ -4216,6 +4216,12 @@ const turns = 5
 
 // duel runs ours and bare, n units of work each, by turns. It reports both
 // rates, the median of the turns' ratios, and the allocations of ours.
+//
+// The figures in the comments of benchmarks, ours first, are of
+//
+//	go test -run '^$' -bench . -benchtime 3s .
+//
+// on two cores of a virtual machine (Intel Xeon), with Go 1.26.8.
 func duel(b *testing.B, unit string, n int, ours, bare func()) {
 	ours()
 	bare()
@@ -4275,7 +4281,9 @@ func benchmarkStreams(b *testing.B, unit string, body, senders, streams, n int, 
 	duel(b, unit, n, run(ours), run(theirs))
 }
 
-// BenchmarkIngest is a 10 KiB push event by 8 senders to 1 subscriber.
+// BenchmarkIngest is a 10 KiB push event by 8 senders to 1 subscriber, beside
+// net/http that reads the body and writes bytes made beforehand: 44,700 and 66,100
+// a second.
 func BenchmarkIngest(b *testing.B) { benchmarkStreams(b, "request", 10<<10, 8, 1, 2000, false) }
 
 // BenchmarkTold is what it costs to tell of each webhook: BenchmarkIngest with
@@ -4296,7 +4304,8 @@ func BenchmarkTold(b *testing.B) {
 }
 
 // BenchmarkFanout is 1 KiB events to 500 subscribers: as fast as they come, and
-// each when all have the one before.
+// each when all have the one before; beside the same as Ingest: 2,690 and 728 a
+// second, 350 and 402.
 func BenchmarkFanout(b *testing.B) {
 	b.Run("bursts", func(b *testing.B) { benchmarkStreams(b, "event", 1<<10, 8, 500, 160, false) })
 	b.Run("strictly", func(b *testing.B) { benchmarkStreams(b, "event", 1<<10, 1, 500, 160, true) })
@@ -4304,7 +4313,7 @@ func BenchmarkFanout(b *testing.B) {
 
 // BenchmarkLegacy is for a subscriber that announces nothing: making the form
 // that it reads, beside encoding/json alone; and a 10 KiB push event by 8 senders
-// to one of them, beside net/http with encoding/json.
+// to one of them, beside net/http with encoding/json: 17,200 and 17,900 a second.
 func BenchmarkLegacy(b *testing.B) {
 	request := webhookRequest(githubBody(10 << 10))
 	wire := eventOfRequest(request).wire
@@ -4372,7 +4381,7 @@ func bareMain() {
 }
 
 // BenchmarkIdleStream is the resident memory of one idle HTTP/1.1 stream at
-// 2,000 of them, in a process of its own.
+// 2,000 of them, in a process of its own, beside net/http: 7.1 and 28.0 kB.
 func BenchmarkIdleStream(b *testing.B) {
 	const streams = 2000
 	perStream := func(main string) float64 {
@@ -4437,11 +4446,14 @@ func residentBytes(tb testing.TB, pid int) int64 {
 }
 
 // BenchmarkStatusRoundTrip is webhook, stream, forward, report, answer, beside a
-// reverse proxy.
+// reverse proxy. 1 sender: p50 99 µs and p99 0.7 ms, 47 µs and 0.5 ms. 64 senders:
+// 12,400 a second with 155 µs of CPU each, 16,700 with 112.
 func BenchmarkStatusRoundTrip(b *testing.B) { benchmarkRoundTrip(b, modeStatus) }
 
 // BenchmarkAcceptRoundTrip is webhook, answer, stream, forward until the target has
-// all, beside a reverse proxy; cpu is what all of it takes for one webhook.
+// all, beside a reverse proxy; cpu is what all of it takes for one webhook. 1 sender:
+// 12,400 a second with 115 µs of CPU each, 14,400 with 81. 64 senders: 15,900 with
+// 119, 20,500 with 92.
 func BenchmarkAcceptRoundTrip(b *testing.B) { benchmarkRoundTrip(b, modeAccept) }
 
 // cpuTime is what this process has used.
