@@ -447,8 +447,12 @@ func (s *Server) serveWebhook(w http.ResponseWriter, r *http.Request, t *request
 	h := &hold{passage: Passage{
 		Channel: shown(t.Channel), Method: shown(r.Method), Path: shown(t.Path), Time: time.Now(), Bytes: int(max(r.ContentLength, 0)), Attempt: 1, Outcome: outcomeHeld,
 	}}
-	status, refused := s.relay(w, r, t, h)
 	p, level := &h.passage, slog.LevelInfo
+	if len(r.RequestURI) > shownLimit { // what is kept must not keep all of it
+		p.Method, p.Path, t.Channel = strings.Clone(p.Method), strings.Clone(p.Path), strings.Clone(t.Channel)
+		p.Channel = shown(t.Channel)
+	}
+	status, refused := s.relay(w, r, t, h)
 	switch {
 	case refused != nil:
 		s.Refused[refused.reason].Add(1)
