@@ -186,8 +186,8 @@
 //	                                     1 MiB of body
 //	reports being read                   64 MiB                             503; sent again
 //	tokens file                          1 MiB                              refused; the last good one stays
-//	tokens file with half a last line    two equal looks, 3 s apart,        not in force before
-//	                                     1 s at the start
+//	the same with half a last line       two equal looks, 3 s apart, or     not in force before; the server
+//	                                     1 s for 10 s at the start          does not start
 //	messages to Redis                    512 unanswered; one at a time      wait
 //	                                     above 256 KiB
 //	signals between replicas             16384 wait                         dropped; all is published again
@@ -355,7 +355,7 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 	}
 	server, err := NewServer(c.Server, hub, bus, log)
 	if err != nil {
-		return fmt.Errorf("read tokens: %w", err)
+		return configError{err.Error()}
 	}
 	if redisBus != nil {
 		redisBus.OnAlone = server.AskToMove
@@ -1133,7 +1133,7 @@ func settings(c *Config) []setting {
 	return []setting{
 		{"RELAY_MODE", "", "both", "the role, server or client, or demo, which shows one webhook's way through both; required", oneOf(&c.Role, "server", "client", "demo"), nil},
 		{"AUTH_TOKEN", "", "both", "subscribers must send it as X-Auth-Token or Authorization: Bearer", header(&s.Token), hidden},
-		{"AUTH_TOKENS_FILE", "", "server", "lines of channel and token, * for any channel, several per channel for rotation, # comments; re-read when it changes; with AUTH_TOKEN set too, either is enough", readable(&s.TokensFile), nil},
+		{"AUTH_TOKENS_FILE", "", "server", "lines of channel and token, * for any channel, several per channel for rotation, # comments; re-read when it changes; with AUTH_TOKEN set too, either is enough", readable(&s.TokensFile, parseTokens), nil},
 		{"LOG_LEVEL", "info", "both", "debug, info, warn or error", level(&c.LogLevel), nil},
 		{"LOG_FORMAT", "", "both", "text or json; by default text on a terminal, else json", oneOf(&c.LogFormat, "text", "json"), nil},
 		{"HEALTH_SERVICE_PORT", "9000", "both", "port of /live, /ready, /health, /metrics and the status page", port(&c.HealthPort), nil},
@@ -1506,11 +1506,11 @@ func text(dst *string) func(string) error {
 	}
 }
 
-// readable is the name of a tokens file that loadKeys can read.
-func readable(dst *string) func(string) error {
+// readable is the name of a watched file that parse can read.
+func readable[T any](dst *string, parse func(string) (T, error)) func(string) error {
 	return func(v string) error {
 		*dst = v
-		_, err := loadKeys(ServerOptions{TokensFile: v})
+		_, err := (&watched[T]{name: v, parse: parse}).look()
 		return err
 	}
 }

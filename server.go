@@ -49,9 +49,10 @@ const (
 	moveTime       = 2 * time.Second        // for a client to follow a drain before its stream ends
 	moveJitter     = time.Second            // over which drain is spread at shutdown
 	reserve        = time.Second            // of the handler timeout, kept for closing streams and handing over
-	reloadInterval = 3 * time.Second        // between looks at the tokens file
+	reloadInterval = 3 * time.Second        // between looks at a watched file
 	settleInterval = time.Second            // between looks at the start, while its last line is not complete
-	tokensLimit    = 1 << 20                // bytes of the tokens file
+	settleTime     = 10 * time.Second       // for it to become so
+	watchedLimit   = 1 << 20                // bytes of a watched file
 	reportTime     = 10 * time.Second       // to send reports, twice what a client takes for one try
 	reportLimit    = 4 << 20                // bytes of the reports of one request
 	reportsLimit   = 128 << 20              // bytes of all reports that are being read, shared as webhooks share theirs
@@ -108,7 +109,7 @@ type Server struct {
 	bus     Bus
 	budget  *Budget
 	reports *Budget // of reports that are being read
-	keys    atomic.Pointer[keyring]
+	tokens  watched[byChannel[[][32]byte]]
 	began   time.Time // times that clients compare are counted from here
 
 	Accepted, Answered, Heartbeats atomic.Int64
@@ -148,38 +149,30 @@ type Server struct {
 	moving   []*Subscriber       // that were asked to move while the bus was away
 }
 
-// NewServer wires a server to its hub and bus, and reads the tokens file.
+// NewServer wires a server to its hub and bus, and reads the watched files: its
+// error is a mistake in one of them.
 func NewServer(opts ServerOptions, hub *Hub, bus Bus, log *slog.Logger) (*Server, error) {
 	s := &Server{
 		opts: opts, log: log, hub: hub, bus: bus, budget: hub.Budget, reports: &Budget{Limit: reportsLimit}, began: time.Now(), unsure: time.Now(),
+		tokens: watched[byChannel[[][32]byte]]{variable: "AUTH_TOKENS_FILE", name: opts.TokensFile, parse: parseTokens},
 		giveUp: make(chan struct{}),
 		holds:  map[string]*hold{}, lines: map[string]*line{}, having: map[string]*having{}, departed: map[string]struct{}{}, away: map[string]bool{},
 		Refused: newTally(webhookReasons...), Lost: newTally(lostReasons...), Rejected: newTally(subscriberReasons...),
 		Note: func(uint64, Passage) uint64 { return 0 },
 	}
-	keys, err := loadKeys(opts)
-	for err == nil && !keys.whole { // a writer may still be at work, and half a token must open nothing
-		before := keys.sum
-		time.Sleep(settleInterval)
-		if keys, err = loadKeys(opts); err == nil && keys.sum == before {
-			break
-		}
-	}
-	if err != nil {
+	if err := s.tokens.open(); err != nil {
 		return nil, err
 	}
-	s.keys.Store(keys)
 	hub.OnSignal = s.signal
 	return s, nil
 }
 
-// Run looks after holds and the tokens file until ctx ends.
+// Run looks after holds and the watched files until ctx ends.
 func (s *Server) Run(ctx context.Context) error {
 	defer s.couriers.Wait()
 	look, reload := time.NewTicker(lookInterval), time.NewTicker(reloadInterval)
 	defer look.Stop()
 	defer reload.Stop()
-	seen, last := s.keys.Load().sum, ""
 	for {
 		select {
 		case <-ctx.Done():
@@ -187,34 +180,20 @@ func (s *Server) Run(ctx context.Context) error {
 		case <-look.C:
 			s.look(time.Now())
 		case <-reload.C:
-			if s.opts.TokensFile != "" {
-				seen, last = s.reload(seen, last)
+			if s.tokens.reload(s.log) {
+				s.revoke()
 			}
 		}
 	}
 }
 
-// reload takes up the tokens file when it has changed. seen is its sum at the
-// last look, and last the error: each is told once.
-func (s *Server) reload(seen [32]byte, last string) ([32]byte, string) {
-	keys, err := loadKeys(s.opts)
-	if err != nil {
-		if last != err.Error() {
-			s.log.Error("tokens file kept as it was", "err", err)
-		}
-		return [32]byte{}, err.Error() // two looks must follow each other
-	}
-	settled := keys.whole || keys.sum == seen
-	if settled && keys.sum != s.keys.Load().sum {
-		s.keys.Store(keys)
-		s.log.Info("tokens file read again")
-		for _, sub := range s.hub.Subscribers() {
-			if !keys.allows(sub.Channel, sub.Credential) {
-				s.hub.Leave(sub, errRevoked)
-			}
+// revoke ends the streams whose token is not good any more.
+func (s *Server) revoke() {
+	for _, sub := range s.hub.Subscribers() {
+		if !s.opens(sub.Channel, sub.Credential) {
+			s.hub.Leave(sub, errRevoked)
 		}
 	}
-	return keys.sum, ""
 }
 
 // Check is nil while the server is not draining.
@@ -1690,77 +1669,157 @@ func (s *Server) route(ctx context.Context, id, channel, client string, a Answer
 
 // Who may subscribe, and from where.
 
-// keyring is one reading of all tokens, as hashes. It is immutable.
-type keyring struct {
-	open   bool                  // no token is configured at all
-	tokens map[string][][32]byte // by channel; "*" for any
-	sum    [32]byte              // of the file, to notice a change
-	whole  bool                  // its last line is complete
+// watched is a file whose value is read again when it changes. One that cannot be
+// right leaves the last good one in force.
+type watched[T any] struct {
+	variable string // that names the file
+	name     string // empty: there is none, and the value stays T's zero
+	parse    func(text string) (T, error)
+
+	inForce atomic.Pointer[T]
+	taken   [32]byte // sum of what is in force; like all below of the one goroutine that looks
+	seen    [32]byte // sum at the last look; zero when that failed
+	told    string   // the last error, which is told once
 }
 
-// loadKeys reads the tokens of opts.
-func loadKeys(opts ServerOptions) (*keyring, error) {
-	k := &keyring{open: opts.Token == "" && opts.TokensFile == "", whole: true, tokens: map[string][][32]byte{}}
-	if opts.TokensFile != "" {
-		f, err := os.Open(opts.TokensFile)
-		if err != nil {
-			return nil, err
-		}
-		defer f.Close()
-		data, err := io.ReadAll(io.LimitReader(f, tokensLimit+1))
-		if err != nil {
-			return nil, err
-		}
-		if len(data) > tokensLimit {
-			return nil, fmt.Errorf("%s: larger than %d bytes", opts.TokensFile, tokensLimit)
-		}
-		if k.tokens, err = parseTokens(string(data)); err != nil {
-			return nil, fmt.Errorf("%s: %w", opts.TokensFile, err)
-		}
-		k.sum = sha256.Sum256(data)
-		k.whole = bytes.HasSuffix(data, []byte("\n"))
+// value is what is in force.
+func (w *watched[T]) value() (v T) {
+	if p := w.inForce.Load(); p != nil {
+		v = *p
 	}
-	if opts.Token != "" {
-		k.tokens["*"] = append(k.tokens["*"], sha256.Sum256([]byte(opts.Token)))
-	}
-	return k, nil
+	return v
 }
 
-// parseTokens reads lines of "channel token"; "*" stands for any channel, and
-// "#" begins a comment line. Its errors name lines, never their text. A file
-// without any token is an error, so that a truncated one never takes force.
-func parseTokens(text string) (map[string][][32]byte, error) {
-	tokens := map[string][][32]byte{}
+// look reads the file, and reports whether it put a new value in force. A writer
+// may still be at work on a file whose last line is not complete, and half a line
+// must not count: such a file is taken once two looks that follow each other find
+// the same.
+func (w *watched[T]) look() (bool, error) {
+	before := w.seen
+	w.seen = [32]byte{}
+	f, err := os.Open(w.name)
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, watchedLimit+1))
+	if err != nil {
+		return false, err
+	}
+	if len(data) > watchedLimit {
+		return false, fmt.Errorf("larger than %d bytes", watchedLimit)
+	}
+	value, err := w.parse(string(data))
+	if err != nil {
+		return false, err
+	}
+	w.seen = sha256.Sum256(data)
+	if w.seen == w.taken || w.seen != before && !bytes.HasSuffix(data, []byte("\n")) {
+		return false, nil
+	}
+	w.taken = w.seen
+	w.inForce.Store(&value)
+	return true, nil
+}
+
+// open waits until the file is in force for the first time.
+func (w *watched[T]) open() error {
+	if w.name == "" {
+		return nil
+	}
+	for end := time.Now().Add(settleTime); ; time.Sleep(settleInterval) {
+		taken, err := w.look()
+		if !taken && err == nil && !time.Now().Before(end) {
+			err = errors.New("its last line has no end, and it keeps changing")
+		}
+		if err != nil {
+			return fmt.Errorf("%s: %q: %w", w.variable, w.name, err)
+		}
+		if taken {
+			return nil
+		}
+	}
+}
+
+// reload looks whether the file has changed, and reports whether a new value is in
+// force.
+func (w *watched[T]) reload(log *slog.Logger) bool {
+	if w.name == "" {
+		return false
+	}
+	taken, err := w.look()
+	told := ""
+	if err != nil {
+		told = err.Error()
+	}
+	if told != "" && told != w.told {
+		log.Error("file kept as it was", "variable", w.variable, "err", err)
+	}
+	if w.told = told; taken {
+		log.Info("file read again", "variable", w.variable)
+	}
+	return taken
+}
+
+// parseLines reads lines that begin with a channel, or "*" for any; read makes
+// something of the words behind, and "#" begins a comment line. Its errors name
+// lines, never their text. A file that says nothing is an error, so that a
+// truncated one never takes force.
+func parseLines[T any](text string, read func(words []string) (T, error)) (all byChannel[[]T], err error) {
+	all.Named = map[string][]T{}
 	number := 0
 	for line := range strings.Lines(strings.TrimPrefix(text, "\uFEFF")) {
 		number++
-		fields := strings.Fields(line)
-		switch {
-		case len(fields) == 0 || strings.HasPrefix(fields[0], "#"):
+		words := strings.Fields(line)
+		if len(words) == 0 || strings.HasPrefix(words[0], "#") {
 			continue
-		case len(fields) != 2:
-			return nil, fmt.Errorf("line %d: want a channel and a token", number)
-		case fields[0] != "*" && !validName(fields[0]):
-			return nil, fmt.Errorf("line %d: invalid channel", number)
 		}
-		tokens[fields[0]] = append(tokens[fields[0]], sha256.Sum256([]byte(fields[1])))
+		channel := words[0]
+		if channel != "*" && !validName(channel) {
+			return all, fmt.Errorf("line %d: invalid channel", number)
+		}
+		one, err := read(words[1:])
+		if err != nil {
+			return all, fmt.Errorf("line %d: %w", number, err)
+		}
+		if channel == "*" {
+			all.Default = append(all.Default, one)
+		} else {
+			all.Named[channel] = append(all.Named[channel], one)
+		}
 	}
-	if len(tokens) == 0 {
-		return nil, errors.New("holds no token")
+	if len(all.Default)+len(all.Named) == 0 {
+		return all, errors.New("says nothing")
 	}
-	return tokens, nil
+	return all, nil
 }
 
-// allows reports whether the hash of a token opens channel, in a time that does
-// not depend on how much of it is right.
-func (k *keyring) allows(channel string, credential [32]byte) bool {
-	found := 0
-	for _, list := range [][][32]byte{k.tokens["*"], k.tokens[channel]} {
+// parseTokens reads lines of "channel token". Tokens are kept as hashes.
+func parseTokens(text string) (byChannel[[][32]byte], error) {
+	return parseLines(text, func(words []string) (hash [32]byte, err error) {
+		if len(words) != 1 {
+			return hash, errors.New("want a channel and a token")
+		}
+		return sha256.Sum256([]byte(words[0])), nil
+	})
+}
+
+// opens reports whether the hash of a token opens channel, in a time that does not
+// depend on how much of it is right.
+func (s *Server) opens(channel string, hash [32]byte) bool {
+	if s.opts.Token == "" && s.opts.TokensFile == "" {
+		return true
+	}
+	found, tokens := 0, s.tokens.value()
+	if master := sha256.Sum256([]byte(s.opts.Token)); s.opts.Token != "" {
+		found = subtle.ConstantTimeCompare(hash[:], master[:])
+	}
+	for _, list := range [][][32]byte{tokens.Default, tokens.Named[channel]} {
 		for _, want := range list {
-			found |= subtle.ConstantTimeCompare(credential[:], want[:])
+			found |= subtle.ConstantTimeCompare(hash[:], want[:])
 		}
 	}
-	return k.open || found == 1
+	return found == 1
 }
 
 // authorise admits a subscriber's request to channel, or answers it. Unknown
@@ -1781,7 +1840,7 @@ func (s *Server) authorise(w http.ResponseWriter, r *http.Request, method, chann
 		refused = errMethod
 	case s.opts.SubscribeAllowed != nil && (err != nil || !contains(s.opts.SubscribeAllowed, addr)):
 		refused = errAddress
-	case !s.keys.Load().allows(channel, credential):
+	case !s.opens(channel, credential):
 		w.Header().Set("WWW-Authenticate", "Bearer")
 		refused = errToken
 	default:
@@ -1949,7 +2008,7 @@ func (s *Server) serveSubscribe(w http.ResponseWriter, r *http.Request, channel 
 		s.reject(w, r, channel, errLeaving, nil)
 		return
 	}
-	if !s.keys.Load().allows(channel, credential) { // revoked before the hub could evict it
+	if !s.opens(channel, credential) { // revoked before the hub could evict it
 		s.abandon(sub, errRevoked)
 		s.reject(w, r, channel, errToken, nil)
 		return

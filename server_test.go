@@ -3235,8 +3235,8 @@ func TestParseTokens(t *testing.T) {
 		{"byte order mark", "\uFEFFci secret\n", []string{"ci secret"}, nil, ""},
 		{"comment behind blanks", "  # ci x\nci y", []string{"ci y"}, []string{"ci x"}, ""},
 		{"# within a token", "ci a#b", []string{"ci a#b"}, []string{"ci a"}, ""},
-		{"empty", "", nil, nil, "holds no token"},
-		{"comments alone", "# ci secret\n\n", nil, nil, "holds no token"},
+		{"empty", "", nil, nil, "says nothing"},
+		{"comments alone", "# ci secret\n\n", nil, nil, "says nothing"},
 		{"no token", "ci secret\nci\n", nil, nil, "line 2: want a channel and a token"},
 		{"three words", "ci secret more", nil, nil, "line 1: want a channel and a token"},
 		{"no channel", "c/i secret", nil, nil, "line 1: invalid channel"},
@@ -3250,16 +3250,24 @@ func TestParseTokens(t *testing.T) {
 			for allowed, list := range map[bool][]string{true: tt.opens, false: tt.shut} {
 				for _, entry := range list {
 					channel, token, _ := strings.Cut(entry, " ")
-					if got := (&keyring{tokens: tokens}).allows(channel, sha256.Sum256([]byte(token))); got != allowed {
+					if got := serverWith(tokens).opens(channel, sha256.Sum256([]byte(token))); got != allowed {
 						t.Errorf("%q is allowed %t", entry, got)
 					}
 				}
 			}
 		})
 	}
-	if !(&keyring{open: true}).allows("ci", sha256.Sum256(nil)) || (&keyring{}).allows("ci", sha256.Sum256(nil)) {
-		t.Error("a keyring without tokens is not what open says")
+	none := sha256.Sum256(nil)
+	if open := new(Server); !open.opens("ci", none) || serverWith(byChannel[[][32]byte]{}).opens("ci", none) {
+		t.Error("a server without any token is not open, or one whose file has none is")
 	}
+}
+
+// serverWith is a server that knows these tokens, as if from a file.
+func serverWith(tokens byChannel[[][32]byte]) *Server {
+	s := &Server{opts: ServerOptions{TokensFile: "tokens"}}
+	s.tokens.inForce.Store(&tokens)
+	return s
 }
 
 // FuzzParseTokens checks that a file which is taken opens exactly what its lines
@@ -3268,7 +3276,7 @@ func FuzzParseTokens(f *testing.F) {
 	for _, text := range []string{"ci secret\n* all", "# x\n\nci a\nci b", "ci", "c/i x", "\uFEFFa b\r\nc d e"} {
 		f.Add(text)
 	}
-	told := regexp.MustCompile(`^(line \d+: (want a channel and a token|invalid channel)|holds no token)$`)
+	told := regexp.MustCompile(`^(line \d+: (want a channel and a token|invalid channel)|says nothing)$`)
 	f.Fuzz(func(t *testing.T, text string) {
 		tokens, err := parseTokens(text)
 		if err != nil {
@@ -3285,12 +3293,13 @@ func FuzzParseTokens(f *testing.F) {
 			}
 			n++
 			channel := strings.Replace(fields[0], "*", "any", 1)
-			if !(&keyring{tokens: tokens}).allows(channel, sha256.Sum256([]byte(fields[1]))) {
+			if !serverWith(tokens).opens(channel, sha256.Sum256([]byte(fields[1]))) {
 				t.Errorf("line %q does not open %q", line, channel)
 			}
 		}
-		for channel, list := range tokens {
-			if n -= len(list); len(list) == 0 || channel != "*" && !validName(channel) {
+		n -= len(tokens.Default)
+		for channel, list := range tokens.Named {
+			if n -= len(list); len(list) == 0 || !validName(channel) {
 				t.Errorf("channel %q has %d tokens", channel, len(list))
 			}
 		}
@@ -3345,7 +3354,7 @@ func TestTokensReload(t *testing.T) {
 		}
 		logged := func(want int) {
 			t.Helper()
-			if n := len(r.log.lines("tokens file kept as it was")); n != want {
+			if n := len(r.log.lines("file kept as it was")); n != want {
 				t.Errorf("%d errors logged, want %d:\n%s", n, want, r.log)
 			}
 		}
@@ -3369,7 +3378,7 @@ func TestTokensReload(t *testing.T) {
 		opens("master", true)
 		logged(0)
 
-		for i, broken := range []string{"ci new\nci\n", "", "# nothing\n", strings.Repeat("ci x\n", tokensLimit/5+1)} {
+		for i, broken := range []string{"ci new\nci\n", "", "# nothing\n", strings.Repeat("ci x\n", watchedLimit/5+1)} {
 			swap(fmt.Sprintf("..broken%d", i), broken)
 			live(2)
 			opens("new", true)
@@ -3397,7 +3406,7 @@ func TestTokensHalfWritten(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	allows := func(r *rig, token string) bool { return r.keys.Load().allows("ci", sha256.Sum256([]byte(token))) }
+	allows := func(r *rig, token string) bool { return r.opens("ci", sha256.Sum256([]byte(token))) }
 	t.Run("reload", func(t *testing.T) {
 		file := tokensFile(t, "ci secret\n")
 		inBubble(t, func(t *testing.T) {
@@ -3437,8 +3446,12 @@ func TestTokensHalfWritten(t *testing.T) {
 			look()
 			write(t, file, "ci on")
 			look()
+			write(t, file, "c/i on")
+			look()
+			write(t, file, "ci on")
+			look()
 			check("back and forth", map[string]bool{"without-end": true, "on": false, "one": false, "tw": false})
-			if n := len(r.log.lines("tokens file read again")); n != 2 {
+			if n := len(r.log.lines("file read again")); n != 2 {
 				t.Errorf("the file took force %d times, want 2", n)
 			}
 		})
@@ -3482,13 +3495,13 @@ func TestTokensHalfWritten(t *testing.T) {
 // and before its stream could be evicted with the others, opens nothing.
 func TestTokenRevokedMeanwhile(t *testing.T) {
 	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
-		r := newRig(t, p, "AUTH_TOKEN=old")
+		r := newRig(t, p, "AUTH_TOKENS_FILE="+tokensFile(t, "* old\n"))
 		tokens, err := parseTokens("* new\n")
 		if err != nil {
 			t.Fatal(err)
 		}
 		r.hub.Watch = func(channel string) { // while it is being registered
-			r.keys.Store(&keyring{tokens: tokens})
+			r.tokens.inForce.Store(&tokens)
 			go r.hub.Confirm(channel)
 		}
 		if got := post(t.Context(), rt, "GET", streamURL, "", "X-Auth-Token", "old"); got.status != 401 || got.body != relayError(401, "missing or wrong token") {
@@ -3693,6 +3706,22 @@ func TestTokenForms(t *testing.T) {
 	if slices.Sort(refusals); refusals[0] != refusals[len(refusals)-1] || !strings.Contains(refusals[0], "401 Unauthorized") || !strings.Contains(refusals[0], "\nWww-Authenticate: Bearer\r") {
 		t.Errorf("refusals %q", refusals)
 	}
+}
+
+// TestFileThatNeverSettles: a start does not wait for ever.
+func TestFileThatNeverSettles(t *testing.T) {
+	file := tokensFile(t, "ci x")
+	inBubble(t, func(t *testing.T) {
+		begin := time.Now()
+		for i := range 15 {
+			time.AfterFunc(time.Duration(i)*settleInterval+settleInterval/2, func() { os.WriteFile(file, fmt.Appendf(nil, "ci %d", i), 0o600) })
+		}
+		_, err := NewServer(ServerOptions{TokensFile: file}, &Hub{Budget: &Budget{}}, nil, nil)
+		if took := time.Since(begin); took != settleTime || err == nil || !strings.Contains(err.Error(), "AUTH_TOKENS_FILE") || !strings.Contains(err.Error(), "keeps changing") {
+			t.Errorf("after %s: %v", took, err)
+		}
+		time.Sleep(settleTime)
+	})
 }
 
 // TLS.
