@@ -185,9 +185,10 @@
 //	one of them                          64 KiB and 500 values of header,   400
 //	                                     1 MiB of body
 //	reports being read                   64 MiB                             503; sent again
-//	tokens file                          1 MiB                              refused; the last good one stays
+//	files of tokens and of secrets       1 MiB each                         refused; the last good one stays
 //	the same with half a last line       two equal looks, 3 s apart, or     not in force before; the server
 //	                                     1 s for 10 s at the start          does not start
+//	time of a signature that tells it    5 min to either side               401
 //	messages to Redis                    512 unanswered; one at a time      wait
 //	                                     above 256 KiB
 //	signals between replicas             16384 wait                         dropped; all is published again
@@ -1134,6 +1135,7 @@ func settings(c *Config) []setting {
 		{"RELAY_MODE", "", "both", "the role, server or client, or demo, which shows one webhook's way through both; required", oneOf(&c.Role, "server", "client", "demo"), nil},
 		{"AUTH_TOKEN", "", "both", "subscribers must send it as X-Auth-Token or Authorization: Bearer", header(&s.Token), hidden},
 		{"AUTH_TOKENS_FILE", "", "server", "lines of channel and token, * for any channel, several per channel for rotation, # comments; re-read when it changes; with AUTH_TOKEN set too, either is enough", readable(&s.TokensFile, parseTokens), nil},
+		{"WEBHOOK_SECRETS_FILE", "", "server", "lines of channel, scheme and secret, * for all other channels, several per channel for rotation, # comments: webhooks of these channels need a signature; unsigned-get at the end lets GET, HEAD and OPTIONS without a body pass; re-read when it changes", readable(&s.SecretsFile, parseSecrets), nil},
 		{"LOG_LEVEL", "info", "both", "debug, info, warn or error", level(&c.LogLevel), nil},
 		{"LOG_FORMAT", "", "both", "text or json; by default text on a terminal, else json", oneOf(&c.LogFormat, "text", "json"), nil},
 		{"HEALTH_SERVICE_PORT", "9000", "both", "port of /live, /ready, /health, /metrics and the status page", port(&c.HealthPort), nil},

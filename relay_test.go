@@ -2318,7 +2318,7 @@ var (
 		"TARGET_INSECURE_SKIP_VERIFY":             "sometimes",
 	}
 	free = []string{
-		"RELAY_MODE", "AUTH_TOKENS_FILE", "SERVER_TLS_CERT_FILE", "SERVER_TLS_KEY_FILE", "REDIS_CHANNEL_PREFIX",
+		"RELAY_MODE", "AUTH_TOKENS_FILE", "WEBHOOK_SECRETS_FILE", "SERVER_TLS_CERT_FILE", "SERVER_TLS_KEY_FILE", "REDIS_CHANNEL_PREFIX",
 		"REDIS_MAX_RETRIES_PER_REQUEST", "REDIS_ENABLE_OFFLINE_QUEUE", "REDIS_ENABLE_READY_CHECK", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY",
 	}
 )
@@ -2455,6 +2455,9 @@ func TestMistakes(t *testing.T) {
 		{"SERVER_TLS_CERT_FILE", []string{server, "SERVER_TLS_CERT_FILE=/cert"}},
 		{"SERVER_TLS_CERT_FILE", []string{server, "SERVER_TLS_KEY_FILE=/key"}},
 		{"SERVER_TLS_CERT_FILE", []string{server, "SERVER_PORT=0", "SERVER_TLS_CERT_FILE=/nonexistent", "SERVER_TLS_KEY_FILE=/nonexistent"}},
+		{"WEBHOOK_SECRETS_FILE", []string{server, "SERVER_PORT=0", "WEBHOOK_SECRETS_FILE=/nonexistent"}},
+		{"WEBHOOK_SECRETS_FILE", []string{server, "SERVER_PORT=0", "WEBHOOK_SECRETS_FILE=" + file("m hunter2 hunter2\n")}},
+		{"WEBHOOK_SECRETS_FILE", []string{server, "SERVER_PORT=0", "WEBHOOK_SECRETS_FILE=" + file("# nothing\n")}},
 		{"AUTH_TOKENS_FILE", []string{server, "SERVER_PORT=0", "AUTH_TOKENS_FILE=/nonexistent"}},
 		{"AUTH_TOKENS_FILE", []string{server, "SERVER_PORT=0", "AUTH_TOKENS_FILE=" + file("m hunter2 hunter2\n")}},
 		{"AUTH_TOKENS_FILE", []string{server, "SERVER_PORT=0", "AUTH_TOKENS_FILE=" + file("# nothing\n")}},

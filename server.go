@@ -5,8 +5,11 @@ import (
 	"cmp"
 	"container/heap"
 	"context"
+	"crypto/hmac"
 	"crypto/sha256"
 	"crypto/subtle"
+	"encoding/base64"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -53,6 +56,7 @@ const (
 	settleInterval = time.Second            // between looks at the start, while its last line is not complete
 	settleTime     = 10 * time.Second       // for it to become so
 	watchedLimit   = 1 << 20                // bytes of a watched file
+	signatureAge   = 5 * time.Minute        // to either side, of a signature that tells its time
 	reportTime     = 10 * time.Second       // to send reports, twice what a client takes for one try
 	reportLimit    = 4 << 20                // bytes of the reports of one request
 	reportsLimit   = 128 << 20              // bytes of all reports that are being read, shared as webhooks share theirs
@@ -92,8 +96,9 @@ type ServerOptions struct {
 	Modes          byChannel[string]
 	Timeouts       byChannel[time.Duration]
 
-	Token            string // empty with an empty TokensFile: everybody may subscribe
+	Token            string // empty with an empty TokensFile: none is asked for
 	TokensFile       string
+	SecretsFile      string         // empty: webhooks need no signature
 	SubscribeAllowed []netip.Prefix // nil: everybody
 	WebhooksAllowed  []netip.Prefix // nil: everybody
 	TrustedProxies   []netip.Prefix
@@ -110,6 +115,7 @@ type Server struct {
 	budget  *Budget
 	reports *Budget // of reports that are being read
 	tokens  watched[byChannel[[][32]byte]]
+	secrets watched[byChannel[[]secret]]
 	began   time.Time // times that clients compare are counted from here
 
 	Accepted, Answered, Heartbeats atomic.Int64
@@ -154,13 +160,14 @@ type Server struct {
 func NewServer(opts ServerOptions, hub *Hub, bus Bus, log *slog.Logger) (*Server, error) {
 	s := &Server{
 		opts: opts, log: log, hub: hub, bus: bus, budget: hub.Budget, reports: &Budget{Limit: reportsLimit}, began: time.Now(), unsure: time.Now(),
-		tokens: watched[byChannel[[][32]byte]]{variable: "AUTH_TOKENS_FILE", name: opts.TokensFile, parse: parseTokens},
-		giveUp: make(chan struct{}),
-		holds:  map[string]*hold{}, lines: map[string]*line{}, having: map[string]*having{}, departed: map[string]struct{}{}, away: map[string]bool{},
+		tokens:  watched[byChannel[[][32]byte]]{variable: "AUTH_TOKENS_FILE", name: opts.TokensFile, parse: parseTokens},
+		secrets: watched[byChannel[[]secret]]{variable: "WEBHOOK_SECRETS_FILE", name: opts.SecretsFile, parse: parseSecrets},
+		giveUp:  make(chan struct{}),
+		holds:   map[string]*hold{}, lines: map[string]*line{}, having: map[string]*having{}, departed: map[string]struct{}{}, away: map[string]bool{},
 		Refused: newTally(webhookReasons...), Lost: newTally(lostReasons...), Rejected: newTally(subscriberReasons...),
 		Note: func(uint64, Passage) uint64 { return 0 },
 	}
-	if err := s.tokens.open(); err != nil {
+	if err := cmp.Or(s.tokens.open(), s.secrets.open()); err != nil {
 		return nil, err
 	}
 	hub.OnSignal = s.signal
@@ -180,6 +187,7 @@ func (s *Server) Run(ctx context.Context) error {
 		case <-look.C:
 			s.look(time.Now())
 		case <-reload.C:
+			s.secrets.reload(s.log)
 			if s.tokens.reload(s.log) {
 				s.revoke()
 			}
@@ -359,6 +367,7 @@ var (
 	errFields      = &refusal{http.StatusRequestHeaderFieldsTooLarge, "too many header fields", "size"}
 	errTooLarge    = &refusal{http.StatusRequestEntityTooLarge, "payload too large", "size"}
 	errAddress     = &refusal{http.StatusForbidden, "address not allowed", "address"}
+	errSignature   = &refusal{http.StatusUnauthorized, "missing or wrong signature", "signature"}
 	errToken       = &refusal{http.StatusUnauthorized, "missing or wrong token", "token"}
 	errBudget      = &refusal{http.StatusServiceUnavailable, "too many requests wait", "budget"}
 	errLimit       = &refusal{http.StatusServiceUnavailable, "too many subscribers", "limit"}
@@ -375,7 +384,7 @@ var (
 // All that may stand in a label: why webhooks are refused and lost, and
 // subscribers refused.
 var (
-	webhookReasons    = []string{"address", "body", "budget", "bus", "channel", "gone", "method", "nobody", "path", "shutdown", "size", "timeout", "unreachable"}
+	webhookReasons    = []string{"address", "body", "budget", "bus", "channel", "gone", "method", "nobody", "path", "shutdown", "signature", "size", "timeout", "unreachable"}
 	lostReasons       = []string{"no_client", "no_space", "shutdown", "unknown_channel"}
 	subscriberReasons = []string{"address", "body", "budget", "bus", "channel", "connection", "limit", "method", "shutdown", "token"}
 )
@@ -566,6 +575,9 @@ func (s *Server) capture(w http.ResponseWriter, r *http.Request, t *requestTarge
 		case err != nil:
 			return errIncomplete
 		}
+	}
+	if !s.signed(t.Channel, r, buf.Bytes()) {
+		return errSignature
 	}
 	webhook := &Webhook{
 		ID:      newID(s.opts.Replica),
@@ -1667,7 +1679,7 @@ func (s *Server) route(ctx context.Context, id, channel, client string, a Answer
 	return err
 }
 
-// Who may subscribe, and from where.
+// Who may send, who may subscribe, and from where.
 
 // watched is a file whose value is read again when it changes. One that cannot be
 // right leaves the last good one in force.
@@ -1802,6 +1814,182 @@ func parseTokens(text string) (byChannel[[][32]byte], error) {
 		}
 		return sha256.Sum256([]byte(words[0])), nil
 	})
+}
+
+// parseSecrets reads lines of "channel scheme secret", maybe with unsigned-get
+// behind.
+func parseSecrets(text string) (byChannel[[]secret], error) {
+	return parseLines(text, func(words []string) (one secret, err error) {
+		if n := len(words); n > 0 && words[n-1] == unsignedGet {
+			one.unsignedGet, words = true, words[:n-1]
+		}
+		if len(words) != 2 {
+			return one, errors.New("want a channel, a scheme, a secret, and maybe " + unsignedGet)
+		}
+		if one.scheme, err = schemeOf(words[0]); err != nil {
+			return one, err
+		}
+		if one.key = []byte(words[1]); one.coded != "" {
+			if one.key, err = base64.StdEncoding.DecodeString(strings.TrimPrefix(words[1], one.coded)); err != nil || len(one.key) == 0 {
+				return one, fmt.Errorf("want a secret in base64, behind %s or not", one.coded)
+			}
+		}
+		return one, nil
+	})
+}
+
+// secret is what a provider signs a channel's webhooks with.
+type secret struct {
+	scheme
+	key         []byte
+	unsignedGet bool // methods without a body pass unsigned
+}
+
+// unsignedGet is the word for it.
+const unsignedGet = "unsigned-get"
+
+// scheme is how a provider signs: with HMAC-SHA256 (RFC 2104) of what before says,
+// and the body.
+type scheme struct {
+	name   string
+	header string // of the signatures; empty: the line names it behind the scheme
+
+	between string // separates the elements of that header; empty: it is one element
+	prefix  string // of an element that is a signature
+	bare    bool   // it may be missing
+	decode  func(string) ([]byte, error)
+
+	id     string        // header that is signed too
+	stamp  string        // likewise, Unix time; or the prefix of an element that is
+	age    time.Duration // most that this may be from now
+	before string        // signed before the body; {id} and {stamp} stand for these
+
+	plain bool   // instead of all that, the signature is the secret itself
+	coded string // the secret is in base64, behind this or not; empty: it is taken as it is
+}
+
+// schemes is every scheme that a line can name, as the providers document it.
+var schemes = []scheme{
+	// https://docs.github.com/en/webhooks/using-webhooks/validating-webhook-deliveries
+	{name: "github", header: "X-Hub-Signature-256", prefix: "sha256=", decode: hex.DecodeString},
+	// https://docs.gitlab.com/user/project/integrations/webhooks/ (secret token; its signing token is standard-webhooks)
+	{name: "gitlab", header: "X-Gitlab-Token", plain: true, decode: asIs},
+	// https://support.atlassian.com/bitbucket-cloud/docs/manage-webhooks/
+	{name: "bitbucket", header: "X-Hub-Signature", prefix: "sha256=", decode: hex.DecodeString},
+	// https://docs.gitea.com/usage/repository/webhooks
+	{name: "gitea", header: "X-Gitea-Signature", decode: hex.DecodeString},
+	// https://docs.stripe.com/webhooks/signatures
+	{name: "stripe", header: "Stripe-Signature", between: ",", prefix: "v1=", decode: hex.DecodeString,
+		stamp: "t=", age: signatureAge, before: "{stamp}."},
+	// https://docs.slack.dev/authentication/verifying-requests-from-slack
+	{name: "slack", header: "X-Slack-Signature", prefix: "v0=", decode: hex.DecodeString,
+		stamp: "X-Slack-Request-Timestamp", age: signatureAge, before: "v0:{stamp}:"},
+	// https://shopify.dev/docs/apps/build/webhooks/verify-deliveries
+	{name: "shopify", header: "X-Shopify-Hmac-Sha256", decode: base64.StdEncoding.DecodeString},
+	// https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md
+	{name: "standard-webhooks", header: "Webhook-Signature", between: " ", prefix: "v1,", decode: base64.StdEncoding.DecodeString,
+		id: "Webhook-Id", stamp: "Webhook-Timestamp", age: signatureAge, before: "{id}.{stamp}.", coded: "whsec_"},
+	// for everybody else who signs the body alone
+	{name: "hmac-sha256", prefix: "sha256=", bare: true, decode: hexOrBase64},
+}
+
+// schemeOf is the scheme that word names.
+func schemeOf(word string) (scheme, error) {
+	name, header, named := strings.Cut(word, ":")
+	var names []string
+	for _, s := range schemes {
+		switch {
+		case s.name == name && s.header != "" && !named:
+			return s, nil
+		case s.name == name && s.header == "" && token(header):
+			s.header = http.CanonicalHeaderKey(header)
+			return s, nil
+		case s.header == "":
+			s.name += ":Header-Name"
+		}
+		names = append(names, s.name)
+	}
+	return scheme{}, errors.New("want a scheme: " + strings.Join(names, ", "))
+}
+
+func asIs(s string) ([]byte, error) { return []byte(s), nil }
+
+// hexOrBase64 tells the two by the length of a digest.
+func hexOrBase64(s string) ([]byte, error) {
+	if len(s) == hex.EncodedLen(sha256.Size) {
+		return hex.DecodeString(s)
+	}
+	return base64.StdEncoding.DecodeString(s)
+}
+
+// signed reports whether a webhook may come into channel: it is signed with one of
+// its secrets, or needs no signature.
+func (s *Server) signed(channel string, r *http.Request, body []byte) bool {
+	secrets := s.secrets.value().of(channel)
+	if len(secrets) == 0 {
+		return true
+	}
+	bodyless := len(body) == 0 && slices.Contains([]string{http.MethodGet, http.MethodHead, http.MethodOptions}, r.Method)
+	now := time.Now()
+	return slices.ContainsFunc(secrets, func(one secret) bool {
+		return bodyless && one.unsignedGet || one.verifies(r.Header, body, now)
+	})
+}
+
+// verifies reports whether header holds a signature of body that was made with the
+// secret, in a time that does not depend on how much of it is right. Fields that
+// come twice are refused: the target might read the other one.
+func (k *secret) verifies(header http.Header, body []byte, now time.Time) bool {
+	elements, stamps, ids := header[k.header], header[k.stamp], header[k.id]
+	if len(elements) != 1 {
+		return false
+	}
+	if k.between != "" {
+		elements = strings.Split(elements[0], k.between)
+	}
+	var given [][]byte
+	for _, e := range elements {
+		if stamp, ok := strings.CutPrefix(e, k.stamp); ok && k.stamp != "" {
+			stamps = append(stamps, stamp)
+			continue
+		}
+		text, ok := strings.CutPrefix(e, k.prefix)
+		if signature, err := k.decode(text); err == nil && (ok || k.bare) {
+			given = append(given, signature)
+		}
+	}
+	before := k.before
+	if k.stamp != "" {
+		if len(stamps) != 1 {
+			return false
+		}
+		seconds, err := strconv.ParseInt(stamps[0], 10, 64)
+		if err != nil || now.Sub(time.Unix(seconds, 0)).Abs() > k.age {
+			return false
+		}
+		before = strings.ReplaceAll(before, "{stamp}", stamps[0])
+	}
+	if k.id != "" {
+		if len(ids) != 1 || strings.Contains(ids[0], ".") { // which ends it in what is signed
+			return false
+		}
+		before = strings.ReplaceAll(before, "{id}", ids[0])
+	}
+	want := k.key
+	if !k.plain {
+		if len(given) == 0 { // not worth a hash
+			return false
+		}
+		mac := hmac.New(sha256.New, k.key)
+		io.WriteString(mac, before)
+		mac.Write(body)
+		want = mac.Sum(nil)
+	}
+	found := false
+	for _, signature := range given {
+		found = hmac.Equal(signature, want) || found
+	}
+	return found
 }
 
 // opens reports whether the hash of a token opens channel, in a time that does not

@@ -3,14 +3,17 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/elliptic"
+	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
@@ -3706,6 +3709,469 @@ func TestTokenForms(t *testing.T) {
 	if slices.Sort(refusals); refusals[0] != refusals[len(refusals)-1] || !strings.Contains(refusals[0], "401 Unauthorized") || !strings.Contains(refusals[0], "\nWww-Authenticate: Bearer\r") {
 		t.Errorf("refusals %q", refusals)
 	}
+}
+
+// Who may send.
+
+// hexMAC and base64MAC are signatures as providers write them.
+func hexMAC(key, text string) string { return hex.EncodeToString(macOf(key, text)) }
+
+func base64MAC(key, text string) string {
+	return base64.StdEncoding.EncodeToString(macOf(key, text))
+}
+
+func macOf(key, text string) []byte {
+	mac := hmac.New(sha256.New, []byte(key))
+	io.WriteString(mac, text)
+	return mac.Sum(nil)
+}
+
+// signer signs webhooks as one provider's documentation says.
+type signer struct {
+	scheme string
+	key    string
+	secret string // as it stands in the file; empty: the key
+	timed  bool
+	sign   func(key, id, stamp, body string) [][2]string // fields of the header, that of the signature last
+}
+
+// line is what opens channel to the signer.
+func (s *signer) line(channel string) string {
+	return channel + " " + s.scheme + " " + cmp.Or(s.secret, s.key) + "\n"
+}
+
+// parsed is the secret as the server knows it.
+func (s *signer) parsed(t testing.TB) secret {
+	t.Helper()
+	return parsedSecret(t, s.line("ci"))
+}
+
+// parsedSecret is what a line of channel ci says.
+func parsedSecret(t testing.TB, line string) secret {
+	t.Helper()
+	all, err := parseSecrets(line)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all.of("ci")[0]
+}
+
+// headerOf is a header with such fields.
+func headerOf(fields [][2]string) http.Header {
+	header := http.Header{}
+	for _, f := range fields {
+		header.Add(f[0], f[1])
+	}
+	return header
+}
+
+// now signs body now. The result is for post.
+func (s *signer) now(body string) (headers []string) {
+	for _, f := range s.sign(s.key, "msg_1", strconv.FormatInt(time.Now().Unix(), 10), body) {
+		headers = append(headers, f[:]...)
+	}
+	return headers
+}
+
+// signers has one for every scheme, and for every form of it.
+var signers = []*signer{
+	{"github", "hunter2", "", false, func(key, _, _, body string) [][2]string {
+		return [][2]string{{"X-Hub-Signature-256", "sha256=" + hexMAC(key, body)}}
+	}},
+	{"gitlab", "hunter2", "", false, func(key, _, _, _ string) [][2]string { return [][2]string{{"X-Gitlab-Token", key}} }},
+	{"bitbucket", "hunter2", "", false, func(key, _, _, body string) [][2]string {
+		return [][2]string{{"X-Hub-Signature", "sha256=" + hexMAC(key, body)}}
+	}},
+	{"gitea", "hunter2", "", false, func(key, _, _, body string) [][2]string {
+		return [][2]string{{"X-Gitea-Signature", hexMAC(key, body)}}
+	}},
+	{"stripe", "whsec_hunter2", "", true, func(key, _, stamp, body string) [][2]string { // the prefix is part of the key
+		return [][2]string{{"Stripe-Signature", "t=" + stamp + ",v0=" + hexMAC("test", body) + ",v1=" + hexMAC("old", stamp+"."+body) + ",v1=" + hexMAC(key, stamp+"."+body)}}
+	}},
+	{"slack", "hunter2", "", true, func(key, _, stamp, body string) [][2]string {
+		return [][2]string{{"X-Slack-Request-Timestamp", stamp}, {"X-Slack-Signature", "v0=" + hexMAC(key, "v0:"+stamp+":"+body)}}
+	}},
+	{"shopify", "hunter2", "", false, func(key, _, _, body string) [][2]string {
+		return [][2]string{{"X-Shopify-Hmac-Sha256", base64MAC(key, body)}}
+	}},
+	{"standard-webhooks", "hunter2", "whsec_aHVudGVyMg==", true, standardSignature},
+	{"standard-webhooks", "hunter2", "aHVudGVyMg==", true, standardSignature},
+	{"hmac-sha256:x-signature", "hunter2", "", false, func(key, _, _, body string) [][2]string {
+		return [][2]string{{"X-Signature", "sha256=" + hexMAC(key, body)}}
+	}},
+	{"hmac-sha256:X-Bare", "hunter2", "", false, func(key, _, _, body string) [][2]string {
+		return [][2]string{{"X-Bare", hexMAC(key, body)}}
+	}},
+	{"hmac-sha256:X-Coded", "hunter2", "", false, func(key, _, _, body string) [][2]string {
+		return [][2]string{{"X-Coded", base64MAC(key, body)}}
+	}},
+}
+
+func standardSignature(key, id, stamp, body string) [][2]string {
+	text := id + "." + stamp + "." + body
+	return [][2]string{{"Webhook-Id", id}, {"Webhook-Timestamp", stamp}, {"Webhook-Signature", "v1a," + base64MAC("other", text) + " v1," + base64MAC("old", text) + " v1," + base64MAC(key, text)}}
+}
+
+// TestSignatureVectors are the examples that the providers' documentation prints:
+// of those that schemes cites, and for standard-webhooks
+// https://docs.svix.com/receiving/verifying-payloads/how.
+func TestSignatureVectors(t *testing.T) {
+	const everybody = "It's a Secret to Everybody"
+	for _, tt := range []struct {
+		scheme, secret string
+		at             int64
+		body           string
+		fields         [][2]string
+	}{
+		{"github", everybody, 0, "Hello, World!", [][2]string{{"X-Hub-Signature-256", "sha256=757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17"}}},
+		{"bitbucket", everybody, 0, "Hello World!", [][2]string{{"X-Hub-Signature", "sha256=a4771c39fbe90f317c7824e83ddef3caae9cb3d976c214ace1f2937e133263c9"}}},
+		{"slack", "8f742231b10e8888abcd99yyyzzz85a5", 1531420618,
+			"token=xyzz0WbapA4vBCDEFasx0q6G&team_id=T1DC2JH3J&team_domain=testteamnow&channel_id=G8PSS9T3V&channel_name=foobar&user_id=U2CERLKJA&user_name=roadrunner&command=%2Fwebhook-collect&text=&response_url=https%3A%2F%2Fhooks.slack.com%2Fcommands%2FT1DC2JH3J%2F397700885554%2F96rGlfmibIGlgcZRskXaIFfN&trigger_id=398738663015.47445629121.803a0bc887a14d10d2c447fce8b6703c",
+			[][2]string{{"X-Slack-Request-Timestamp", "1531420618"}, {"X-Slack-Signature", "v0=a2114d57b48eac39b9ad189dd8316235a7b4a8d21a10bd27519666489c69b503"}}},
+		{"standard-webhooks", "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", 1614265330, `{"test": 2432232314}`,
+			[][2]string{{"Webhook-Id", "msg_p5jXN8AQM9LWM0D4loKWxJek"}, {"Webhook-Timestamp", "1614265330"}, {"Webhook-Signature", "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="}}},
+	} {
+		one := parsedSecret(t, "ci "+tt.scheme+" "+strings.ReplaceAll(tt.secret, " ", "_"))
+		if tt.secret == everybody { // which no line can hold
+			one.key = []byte(everybody)
+		}
+		header := headerOf(tt.fields)
+		if !one.verifies(header, []byte(tt.body), time.Unix(tt.at, 0)) {
+			t.Errorf("%s: the documented signature is refused", tt.scheme)
+		}
+		if one.verifies(header, []byte(tt.body+" "), time.Unix(tt.at, 0)) {
+			t.Errorf("%s: the documented signature passes for another body", tt.scheme)
+		}
+	}
+}
+
+// TestSignatureForms bends the signatures of every scheme in every way: nothing passes
+// but what the provider has signed, lately.
+func TestSignatureForms(t *testing.T) {
+	const body, id = `{"a":1}`, "msg_1"
+	at := time.Unix(1700000000, 0)
+	for _, s := range signers {
+		one := s.parsed(t)
+		check := func(what string, want bool, fields [][2]string, body string) {
+			t.Helper()
+			if header := headerOf(fields); one.verifies(header, []byte(body), at) != want {
+				t.Errorf("%s, %s: verifies is %t: %q", s.scheme, what, !want, header)
+			}
+		}
+		own := func() [][2]string { return s.sign(s.key, id, strconv.FormatInt(at.Unix(), 10), body) }
+		bent := func(i int, bend func(string) string) [][2]string {
+			fields := own()
+			fields[i][1] = bend(fields[i][1])
+			return fields
+		}
+		last := len(own()) - 1
+		token, anyForm := s.scheme == "gitlab", strings.HasPrefix(s.scheme, "hmac-sha256:")
+		check("good", true, own(), body)
+		check("forged", false, s.sign("guess", id, strconv.FormatInt(at.Unix(), 10), body), body)
+		check("signed with an empty key", false, s.sign("", id, strconv.FormatInt(at.Unix(), 10), body), body)
+		check("body changed", token, own(), body+" ")
+		check("body cut", token, own(), body[:len(body)-1])
+		check("no body", token, own(), "")
+		check("nothing", false, nil, body)
+		check("truncated", false, bent(last, func(v string) string { return v[:len(v)-1] }), body)
+		check("truncated by a byte", false, bent(last, func(v string) string { return v[:len(v)-2] }), body)
+		check("longer", false, bent(last, func(v string) string { return v + "00" }), body)
+		check("one bit", false, bent(last, func(v string) string { return v[:len(v)-4] + string(v[len(v)-4]^1) + v[len(v)-3:] }), body)
+		check("re-encoded", anyForm, bent(last, recoded), body)
+		check("other prefix", false, bent(last, func(v string) string {
+			i := strings.LastIndex(v, cmp.Or(one.prefix, v))
+			return v[:max(i, 0)] + "v9" + v[max(i, 0):]
+		}), body)
+		if prefix := one.prefix; prefix != "" {
+			check("no prefix", anyForm, bent(last, func(v string) string { return strings.ReplaceAll(v, prefix, "") }), body)
+			check("other algorithm", false, bent(last, func(v string) string { return "sha1=" + strings.ReplaceAll(v, prefix, "") }), body)
+		}
+		check("hex in capitals", true, bent(last, func(v string) string { return hexDigits64.ReplaceAllStringFunc(v, strings.ToUpper) }), body)
+		for i, f := range own() {
+			check("without "+f[0], false, slices.Delete(own(), i, i+1), body)
+			check("an empty "+f[0], false, bent(i, func(string) string { return "" }), body)
+			check("twice the same "+f[0], false, append(own(), f), body)
+			check("another "+f[0]+" too", false, append(own(), [2]string{f[0], "x"}), body)
+		}
+		for _, other := range signers {
+			if other.scheme != s.scheme {
+				check("signed as "+other.scheme, false, other.sign(s.key, id, strconv.FormatInt(at.Unix(), 10), body), body)
+			}
+		}
+		for stamp, want := range map[string]bool{
+			"1699999700": true, "1700000300": true, "1699999699": false, "1700000301": false, "0": false, "-1700000000": false, "": false, "now": false,
+			"1700000000.5": false, "1700000000000": false, "9223372036854775807": false, "-9223372036854775808": false, "18446744075409551616": false, "0x6553f100": false,
+		} {
+			check("at "+stamp, want || !s.timed, s.sign(s.key, id, stamp, body), body)
+		}
+	}
+	standard := parsedSecret(t, "ci standard-webhooks whsec_aHVudGVyMg==")
+	moved := standardSignature("hunter2", "msg", "1", "1700000000.x") // what is signed reads as another id, time and body, too
+	moved[0][1], moved[1][1] = "msg.1", "1700000000"
+	if standard.verifies(headerOf(moved), []byte("x"), at) {
+		t.Error("standard-webhooks: an old signature passes with part of the body for its time")
+	}
+	stripe := parsedSecret(t, "ci stripe hunter2")
+	old, now := "1600000000", "1700000000"
+	for _, value := range []string{
+		"t=" + old + ",t=" + now + ",v1=" + hexMAC("hunter2", old+"."+body), "t=" + now + ",t=" + old + ",v1=" + hexMAC("hunter2", old+"."+body),
+		"v1=" + hexMAC("hunter2", "."+body), "t=" + now + ",v0=" + hexMAC("hunter2", now+"."+body), "t=" + now, ",,,", "t=,v1=",
+	} {
+		if stripe.verifies(http.Header{"Stripe-Signature": {value}}, []byte(body), at) {
+			t.Errorf("stripe: %q passes", value)
+		}
+	}
+}
+
+// hexDigits64 and base64Digest are digests as they are written.
+var (
+	hexDigits64  = regexp.MustCompile("[0-9a-f]{64}$")
+	base64Digest = regexp.MustCompile("[A-Za-z0-9+/]{43}=$")
+)
+
+// recoded writes the digest at the end of value in base64 if it is in hex, and the
+// other way round.
+func recoded(value string) string {
+	if digits := hexDigits64.FindString(value); digits != "" {
+		raw, _ := hex.DecodeString(digits)
+		return strings.TrimSuffix(value, digits) + base64.StdEncoding.EncodeToString(raw)
+	}
+	if coded := base64Digest.FindString(value); coded != "" {
+		raw, _ := base64.StdEncoding.DecodeString(coded)
+		return strings.TrimSuffix(value, coded) + hex.EncodeToString(raw)
+	}
+	return base64.StdEncoding.EncodeToString([]byte(value))
+}
+
+// FuzzSignature states that nothing passes but what holds the digest that the
+// provider would have made, and that nothing panics.
+func FuzzSignature(f *testing.F) {
+	now := time.Unix(1700000000, 0)
+	for i, s := range signers {
+		fields := s.sign(s.key, "msg_1", "1700000000", "{}")
+		f.Add(uint(i), fields[len(fields)-1][1], "msg_1", "1700000000", "{}")
+		f.Add(uint(i), recoded(fields[len(fields)-1][1]), "msg.1", "1700000300", "")
+		f.Add(uint(i), "t=1700000000,v1=,v1", "", "-1", "{}")
+	}
+	f.Fuzz(func(t *testing.T, i uint, value, id, stamp, body string) {
+		s := signers[i%uint(len(signers))]
+		one := s.parsed(t)
+		header := http.Header{one.header: {value}}
+		if one.id != "" {
+			header[one.id] = []string{id}
+		}
+		if s.timed && s.scheme != "stripe" {
+			header[one.stamp] = []string{stamp}
+		}
+		if !one.verifies(header, []byte(body), now) {
+			return
+		}
+		if s.scheme == "stripe" {
+			_, stamp, _ = strings.Cut(","+value, ",t=")
+			stamp, _, _ = strings.Cut(stamp, ",")
+		}
+		fields := s.sign(s.key, id, stamp, body)
+		digest := fields[len(fields)-1][1]
+		digest = digest[strings.LastIndexAny(strings.TrimRight(digest, "="), "=,")+1:]
+		if !strings.Contains(value, digest) && !strings.Contains(strings.ToLower(value), digest) && !strings.Contains(value, strings.TrimPrefix(recoded(digest), "sha256=")) &&
+			!strings.Contains(strings.ToLower(value), recoded(digest)) {
+			t.Errorf("%s: %q passes for %q", s.scheme, header, body)
+		}
+		if seconds, err := strconv.ParseInt(stamp, 10, 64); s.timed && (err != nil || seconds < now.Unix()-300 || seconds > now.Unix()+300) {
+			t.Errorf("%s: the time %q passes", s.scheme, stamp)
+		}
+	})
+}
+
+// TestParseSecrets is the form of a secrets file. What is malformed is refused as
+// a whole, and never quoted.
+func TestParseSecrets(t *testing.T) {
+	const words, scheme = "want a channel, a scheme, a secret, and maybe unsigned-get",
+		"want a scheme: github, gitlab, bitbucket, gitea, stripe, slack, shopify, standard-webhooks, hmac-sha256:Header-Name"
+	const coded = "want a secret in base64, behind whsec_ or not"
+	for _, tt := range []struct{ text, err string }{
+		{"ci github hunter2", ""},
+		{"\uFEFF# comment\n\n ci\tgithub hunter2 \r\n* gitea hunter2\nci github hunter3\n", ""},
+		{"ci hmac-sha256:X-Hub-Signature-256 hunter2 unsigned-get", ""},
+		{"ci standard-webhooks aHVudGVyMg==", ""},
+		{"", "says nothing"},
+		{"# ci github hunter2\n", "says nothing"},
+		{"ci", "line 1: " + words},
+		{"ci github", "line 1: " + words},
+		{"ci github hunter2\nci github unsigned-get", "line 2: " + words},
+		{"ci github hunter2 unsigned", "line 1: " + words},
+		{"ci github hunter2 hunter3 unsigned-get", "line 1: " + words},
+		{"c/i github hunter2", "line 1: invalid channel"},
+		{"ci hunter2 hunter2", "line 1: " + scheme},
+		{"ci GitHub hunter2", "line 1: " + scheme},
+		{"ci github:X-Other hunter2", "line 1: " + scheme},
+		{"ci hmac-sha256 hunter2", "line 1: " + scheme},
+		{"ci hmac-sha256: hunter2", "line 1: " + scheme},
+		{"ci hmac-sha256:X:Y hunter2", "line 1: " + scheme},
+		{"ci hmac-sha256:X\u00e9 hunter2", "line 1: " + scheme},
+		{"ci standard-webhooks hunter2!", "line 1: " + coded},
+		{"ci standard-webhooks whsec_", "line 1: " + coded},
+		{"ci standard-webhooks whsec_aHVudGVyMg", "line 1: " + coded},
+	} {
+		all, err := parseSecrets(tt.text)
+		if fmt.Sprint(err) != cmp.Or(tt.err, "<nil>") {
+			t.Errorf("%q: error %v, want %q", tt.text, err, tt.err)
+		}
+		if err == nil && (len(all.of("ci")) == 0 || len(all.of("ci")[0].key) == 0) {
+			t.Errorf("%q: says nothing of the channel", tt.text)
+		}
+	}
+}
+
+// TestOnlyTheProviderGetsIn: what is not signed costs nothing downstream. It is
+// counted, and what is wrong with it is told to nobody.
+func TestOnlyTheProviderGetsIn(t *testing.T) {
+	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
+		file := "* gitea for-all-others\n"
+		for i, s := range signers {
+			file = s.line(fmt.Sprintf("c%d", i)) + file
+		}
+		r := newRig(t, p, "WEBHOOK_SECRETS_FILE="+tokensFile(t, file), "LOG_LEVEL=debug")
+		url := func(i int) string { return fmt.Sprintf("http://relay.test/webhooks/c%d/x", i) }
+		refused := int64(0)
+		for i, s := range signers {
+			stream := listen(t, rt, fmt.Sprintf("http://relay.test/subscribe/c%d/", i), "X-Relay-Features", "http")
+			for what, headers := range map[string][]string{"unsigned": nil, "signed for another body": s.now("{} "), "signed by the next": signers[(i+1)%len(signers)].now("{}")} {
+				if what == "signed for another body" && s.scheme == "gitlab" || what == "signed by the next" && signers[(i+1)%len(signers)].scheme == s.scheme {
+					continue
+				}
+				got := post(t.Context(), rt, "POST", url(i), "{}", headers...)
+				if refused++; got.status != 401 || got.body != relayError(401, "missing or wrong signature") || got.header.Get("X-Relay-Event-Id") != "" {
+					t.Errorf("%s %s: %+v", s.scheme, what, got)
+				}
+			}
+			if got := post(t.Context(), rt, "POST", url(i), "{}", s.now("{}")...); got.status != 200 {
+				t.Errorf("%s: %+v", s.scheme, got)
+			}
+			synctest.Wait()
+			events := stream.got("webhook")
+			if len(events) != 1 || string(events[0].webhook(t).Body) != "{}" {
+				t.Errorf("%s: the stream had %d webhooks", s.scheme, len(events))
+			}
+		}
+		for _, tt := range []struct {
+			url, key string
+			status   int
+		}{{"http://relay.test/webhooks/any", "for-all-others", 200}, {"http://relay.test/webhooks/any", "hunter2", 401}, {url(3), "for-all-others", 401}} {
+			if got := post(t.Context(), rt, "POST", tt.url, "{}", "X-Gitea-Signature", hexMAC(tt.key, "{}")); got.status != tt.status {
+				t.Errorf("%s with %s: %+v", tt.url, tt.key, got)
+			}
+			if tt.status == 401 {
+				refused++
+			}
+		}
+		if n := r.Refused["signature"].Load(); n != refused || total(r.Refused) != refused {
+			t.Errorf("%d refusals counted, %d for the signature, want %d", total(r.Refused), n, refused)
+		}
+		if strings.Contains(r.log.String(), "hunter2") || strings.Contains(r.log.String(), "for-all-others") {
+			t.Errorf("a secret in the log:\n%s", r.log)
+		}
+	})
+	t.Run("encoded", func(t *testing.T) { // the bytes that came are what is signed
+		inBubble(t, func(t *testing.T) {
+			p := newPipes()
+			newRig(t, p, "WEBHOOK_SECRETS_FILE="+tokensFile(t, "ci gitea hunter2\n"))
+			body := gzipped(t, "{}")
+			for signed, status := range map[string]int{body: 200, "{}": 401} {
+				if got := post(t.Context(), p.transport(t, false), "POST", hooksURL, body, "Content-Encoding", "gzip", "X-Gitea-Signature", hexMAC("hunter2", signed)); got.status != status {
+					t.Errorf("got %+v, want %d", got, status)
+				}
+			}
+		})
+	})
+}
+
+// TestUnsignedGet: the word lets through what has no body to sign, and nothing
+// that has one.
+func TestUnsignedGet(t *testing.T) {
+	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
+		newRig(t, p, "WEBHOOK_SECRETS_FILE="+tokensFile(t, "ci gitea hunter2\nci gitea hunter3 unsigned-get\nstrict gitea hunter2\n"))
+		for _, tt := range []struct {
+			method, channel, body, key string
+			status                     int
+		}{
+			{"GET", "ci", "", "", 200},
+			{"HEAD", "ci", "", "", 200},
+			{"OPTIONS", "ci", "", "", 200},
+			{"GET", "ci", "{}", "", 401},
+			{"OPTIONS", "ci", "{}", "", 401},
+			{"GET", "ci", "{}", "hunter2", 200},
+			{"POST", "ci", "", "", 401},
+			{"PUT", "ci", "", "", 401},
+			{"DELETE", "ci", "", "", 401},
+			{"POST", "ci", "", "hunter2", 200},
+			{"POST", "ci", "{}", "hunter3", 200},
+			{"GET", "strict", "", "", 401},
+			{"GET", "strict", "", "hunter2", 200},
+		} {
+			var headers []string
+			if tt.key != "" {
+				headers = []string{"X-Gitea-Signature", hexMAC(tt.key, tt.body)}
+			}
+			if got := post(t.Context(), rt, tt.method, "http://relay.test/webhooks/"+tt.channel+"?x=1", tt.body, headers...); got.status != tt.status {
+				t.Errorf("%s %s with the body %q and the key %q: %+v, want %d", tt.method, tt.channel, tt.body, tt.key, got, tt.status)
+			}
+		}
+	})
+}
+
+// TestSecretsReload rotates a secret, with a writer that is slow and one that errs:
+// the last good file stays in force.
+func TestSecretsReload(t *testing.T) {
+	file := tokensFile(t, "ci gitea old\n")
+	inBubble(t, func(t *testing.T) {
+		p := newPipes()
+		r := newRig(t, p, "WEBHOOK_SECRETS_FILE="+file)
+		rt := p.transport(t, false)
+		time.Sleep(reloadInterval / 2)
+		errors, readings := 0, 0
+		for _, tt := range []struct {
+			text     string // "": no file
+			keys     string // that open the channel then
+			errs, in int    // more errors, and more readings
+		}{
+			{"ci gitea old\nci gitea new\n", "old new", 0, 1},
+			{"ci gitea new\n", "new", 0, 1},
+			{"ci gitea new\nci gitea\n", "new", 1, 0},
+			{"ci gitea new\nci gitea\n", "new", 0, 0}, // told once
+			{"ci gitee newer\n", "new", 1, 0},
+			{"# nothing\n", "new", 1, 0},
+			{"", "new", 1, 0},
+			{strings.Repeat("ci gitea x\n", watchedLimit/11+1), "new", 1, 0},
+			{"ci gitea new", "new", 0, 0},
+			{"ci gitea newest-of", "new", 0, 0},
+			{"ci gitea newest-of-all", "new", 0, 0},
+			{"ci gitea newest-of-all", "newest-of-all", 0, 1}, // two looks
+			{"other gitea new\n", "old new newest-of-all x", 0, 1},
+		} {
+			os.Remove(file)
+			if tt.text != "" {
+				if err := os.WriteFile(file, []byte(tt.text), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			time.Sleep(reloadInterval)
+			synctest.Wait()
+			for _, key := range []string{"old", "new", "newest-of", "newest-of-all", "x"} {
+				want := map[bool]int{true: 200, false: 401}[slices.Contains(strings.Fields(tt.keys), key) || tt.text == "other gitea new\n"]
+				if got := post(t.Context(), rt, "POST", hooksURL, "{}", "X-Gitea-Signature", hexMAC(key, "{}")); got.status != want {
+					t.Errorf("%.40q: %s gets %d, want %d", tt.text, key, got.status, want)
+				}
+			}
+			errors, readings = errors+tt.errs, readings+tt.in
+			if n, m := len(r.log.lines("file kept as it was")), len(r.log.lines("file read again")); n != errors || m != readings {
+				t.Fatalf("%.40q: %d errors and %d readings are logged, want %d and %d:\n%s", tt.text, n, m, errors, readings, r.log)
+			}
+		}
+		if log := r.log.String(); strings.Contains(log, "newest") || strings.Contains(log, "gitee") {
+			t.Errorf("the file is in the log:\n%s", log)
+		}
+	})
 }
 
 // TestFileThatNeverSettles: a start does not wait for ever.
