@@ -7,6 +7,7 @@ import (
 	"container/list"
 	"context"
 	"crypto/rand"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/json"
@@ -1360,17 +1361,24 @@ type hubChannel struct {
 	named       map[string][]*Subscriber // of subscribers, by client
 }
 
+// Credential is what a subscriber came with. Whether that is enough is for
+// whoever admits it.
+type Credential struct {
+	Token        [32]byte            // hash of its token
+	Certificates []*x509.Certificate // of its connection, its own first; nobody has verified them
+}
+
 // Subscriber is one live stream and its queue, bounded by bytes. Whoever
 // subscribes fills in the first part.
 type Subscriber struct {
 	Client     string // see Signal.Client; empty from a legacy client
 	Channel    string
 	Addr       netip.Addr
-	Credential [32]byte // hash of the token it came with
-	HTTP       bool     // it reads webhooks as HTTP messages
-	Responds   bool     // its client reports; it has a name then
-	Drains     bool     // its client knows the drain event
-	Write      func()   // writes what Take gives until that is nothing; runs in a goroutine of its own, one at a time
+	Credential Credential
+	HTTP       bool   // it reads webhooks as HTTP messages
+	Responds   bool   // its client reports; it has a name then
+	Drains     bool   // its client knows the drain event
+	Write      func() // writes what Take gives until that is nothing; runs in a goroutine of its own, one at a time
 
 	ID      string
 	Since   time.Time       // when it subscribed
@@ -1410,7 +1418,7 @@ func alarm(f func()) *time.Timer {
 // Why a stream ends; logged as its reason.
 var (
 	errStuck       = errors.New("evicted: stuck subscriber, a write made no progress")
-	errRevoked     = errors.New("evicted: token revoked")
+	errRevoked     = errors.New("evicted: token or certificate revoked")
 	errPeerGone    = errors.New("peer closed the stream")
 	errShutdown    = errors.New("shutting down")
 	errReplaced    = errors.New("its client has opened another stream")

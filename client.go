@@ -65,7 +65,8 @@ const (
 type ClientOptions struct {
 	Source            *url.URL // .../subscribe/{channel}/
 	Token             string
-	UserAgent         string // towards the source
+	Certificate       func() (*tls.Certificate, error) // for the source, asked for at each connection; nil: none
+	UserAgent         string                           // towards the source
 	ReconnectInterval time.Duration
 	HandlerTimeout    time.Duration // to finish forwards at the end
 
@@ -148,6 +149,9 @@ func NewClient(opts ClientOptions, log *slog.Logger) *Client {
 	}
 	c.turn("connecting", nil)
 	c.reporter.client = c
+	if opts.Certificate != nil {
+		c.source.TLSClientConfig.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return opts.Certificate() }
+	}
 	c.source.IdleConnTimeout = time.Minute
 	c.target.IdleConnTimeout = reuseTimeout
 	return c

@@ -6,6 +6,8 @@ import (
 	"cmp"
 	"compress/gzip"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,6 +16,7 @@ import (
 	mathrand "math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/textproto"
 	"net/url"
 	"runtime"
@@ -2526,4 +2529,29 @@ func BenchmarkReceive(b *testing.B) {
 			}
 		})
 	})
+}
+
+// TestCertificateIsForTheSource: a target does not learn who the client is towards
+// its source, though it asks.
+func TestCertificateIsForTheSource(t *testing.T) {
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprint(w, len(r.TLS.PeerCertificates))
+	}))
+	server.TLS = &tls.Config{ClientAuth: tls.RequestClientCert}
+	server.StartTLS()
+	t.Cleanup(server.Close)
+	roots := x509.NewCertPool()
+	roots.AddCert(server.Certificate())
+	base, err := url.Parse(server.URL + "/subscribe/ci")
+	if err != nil {
+		t.Fatal(err)
+	}
+	pair := (*authority)(nil).pair(t, nil)
+	c := NewClient(ClientOptions{Source: base, Target: base, Roots: roots, Certificate: func() (*tls.Certificate, error) { return pair, nil }}, slog.New(slog.DiscardHandler))
+	for transport, want := range map[*http.Transport]string{c.source: "1", c.target: "0"} {
+		if got := post(t.Context(), transport, "GET", server.URL, ""); got.body != want {
+			t.Errorf("%s certificates of %+v, want %s", got.body, got, want)
+		}
+		transport.CloseIdleConnections()
+	}
 }

@@ -185,7 +185,8 @@
 //	one of them                          64 KiB and 500 values of header,   400
 //	                                     1 MiB of body
 //	reports being read                   64 MiB                             503; sent again
-//	files of tokens and of secrets       1 MiB each                         refused; the last good one stays
+//	files of tokens, of secrets and of   1 MiB each                         refused; the last good one stays
+//	those who issue certificates
 //	the same with half a last line       two equal looks, 3 s apart, or     not in force before; the server
 //	                                     1 s for 10 s at the start          does not start
 //	time of a signature that tells it    5 min to either side               401
@@ -331,7 +332,7 @@ func run(ctx context.Context, environ []string, stderr io.Writer) (err error) {
 		log.Warn(w.message, w.attrs...)
 	}
 	if c.Role == "server" {
-		if c.Server.Token == "" && c.Server.TokensFile == "" {
+		if c.Server.Token == "" && c.Server.TokensFile == "" && c.Server.ClientCAFile == "" {
 			log.Warn("anybody may subscribe: neither AUTH_TOKEN nor AUTH_TOKENS_FILE is set")
 		}
 		return runServer(ctx, c, log)
@@ -383,12 +384,10 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 	web.ConnState = limited.state
 	serve := func() error { return web.Serve(limited) }
 	if c.CertFile != "" {
-		cert := &certificate{certFile: c.CertFile, keyFile: c.KeyFile, log: log}
-		if _, err := cert.get(nil); err != nil {
+		if web.TLSConfig, err = c.serverTLS(log); err != nil {
 			listener.Close()
 			return fmt.Errorf("read TLS certificate: %w", err)
 		}
-		web.TLSConfig = &tls.Config{GetCertificate: cert.get, MinVersion: tls.VersionTLS12}
 		serve = func() error { return web.ServeTLS(limited, "", "") }
 	}
 	health.Metrics = serverMetrics(server, hub, redisBus, limited)
@@ -446,6 +445,13 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 // runClient forwards until ctx ends: one Client for each channel, so that a dead
 // target does not stop the others.
 func runClient(ctx context.Context, c *Config, log *slog.Logger) error {
+	if c.SourceCertFile != "" {
+		cert := &certificate{certFile: c.SourceCertFile, keyFile: c.SourceKeyFile, log: log}
+		if _, err := cert.get(); err != nil {
+			return fmt.Errorf("read TLS certificate: %w", err)
+		}
+		c.Client.Certificate = cert.get
+	}
 	var clients []*Client
 	for _, source := range c.Sources {
 		clients = append(clients, NewClient(c.clientOf(source), log))
@@ -907,6 +913,24 @@ func (g *guest) Close() error {
 	return g.Conn.Close()
 }
 
+// serverTLS is the server's side of TLS. A certificate is asked for where
+// subscribers need one, and nothing is verified before a request is for a stream:
+// a provider that has a certificate of its own must get in all the same.
+func (c *Config) serverTLS(log *slog.Logger) (*tls.Config, error) {
+	cert := &certificate{certFile: c.CertFile, keyFile: c.KeyFile, log: log}
+	if _, err := cert.get(); err != nil {
+		return nil, err
+	}
+	config := &tls.Config{
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return cert.get() },
+		MinVersion:     tls.VersionTLS12,
+	}
+	if c.Server.ClientCAFile != "" {
+		config.ClientAuth = tls.RequestClientCert
+	}
+	return config, nil
+}
+
 // certificate is a key pair that is read again when a file changes; a broken
 // new one leaves the old one in force.
 type certificate struct {
@@ -918,7 +942,7 @@ type certificate struct {
 	changed [2]time.Time
 }
 
-func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+func (c *certificate) get() (*tls.Certificate, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	var changed [2]time.Time
@@ -1095,6 +1119,8 @@ type Config struct {
 	Server            ServerOptions
 	Redis             RedisOptions
 	Client            ClientOptions
+	SourceCertFile    string
+	SourceKeyFile     string
 	Sources           []*url.URL
 	Targets           byChannel[*url.URL]
 	Strip             byChannel[bool]
@@ -1153,6 +1179,7 @@ func settings(c *Config) []setting {
 		{"SERVER_STREAM_MAX_AGE", "", "server", "age at which streams are asked to move; none by default", duration(&s.StreamMaxAge, time.Second, maxDuration), nil},
 		{"SERVER_TLS_CERT_FILE", "", "server", "PEM certificate chain; re-read when it changes", text(&c.CertFile), nil},
 		{"SERVER_TLS_KEY_FILE", "", "server", "PEM private key", text(&c.KeyFile), nil},
+		{"SERVER_TLS_CLIENT_CA_FILE", "", "server", "PEM certificates: streams and reports need a client certificate that one of these issued, webhooks do not; re-read when it changes", readable(&s.ClientCAFile, parseIssuers), nil},
 		{"RESPONSE_MODE", "accept", "server", "accept, status or response, and exceptions by channel: accept, slack=response", perChannel(&s.Modes, parseMode), nil},
 		{"RESPONSE_TIMEOUT", "9s", "server", "how long a sender may wait for the target in status and response mode; exceptions by channel: 9s, slack=2500", perChannel(&s.Timeouts, parseTimeout), nil},
 		{"SUBSCRIBE_ALLOWED_IPS", "", "server", "addresses and CIDR ranges that may subscribe; all by default", prefixes(&s.SubscribeAllowed), nil},
@@ -1169,6 +1196,8 @@ func settings(c *Config) []setting {
 		{"REDIS_ENABLE_OFFLINE_QUEUE", "", "server", "accepted for compatibility, has no effect", ignored, nil},
 		{"REDIS_ENABLE_READY_CHECK", "", "server", "accepted for compatibility, has no effect", ignored, nil},
 		{"SOURCE_URL", "", "client", "the streams, with commas between: https://relay.example.com/subscribe/{channel}/; required", sources(&c.Sources), redactedList},
+		{"SOURCE_TLS_CERT_FILE", "", "client", "PEM certificate chain that is shown to the source; re-read when it changes", text(&c.SourceCertFile), nil},
+		{"SOURCE_TLS_KEY_FILE", "", "client", "its PEM private key", text(&c.SourceKeyFile), nil},
 		{"TARGET_BASE_URL", "", "client", "where webhooks go: path and query are appended; exceptions by channel: http://ci:8080, slack=http://bot:3000/hooks; required", perChannel(&c.Targets, parseTargetURL), redactedList},
 		{"TARGET_STRIP_PREFIX", "false", "client", "the target sees the path behind /webhooks/{channel}; exceptions by channel: false, slack=true", perChannel(&c.Strip, parseBool), nil},
 		{"TARGET_RETRY_STATUSES", "429, 502, 503, 504", "client", "statuses of the target that are worth another try", statuses(&c.Client.RetryOn), nil},
@@ -1264,16 +1293,17 @@ func loadConfig(environ []string) (*Config, []warning, error) {
 		require("SOURCE_URL")
 		require("TARGET_BASE_URL")
 		mistakes = append(mistakes, c.checkChannels()...)
+		mistakes = append(mistakes, checkPair("SOURCE_TLS_CERT_FILE", c.SourceCertFile, "SOURCE_TLS_KEY_FILE", c.SourceKeyFile)...)
+		if c.SourceCertFile != "" && slices.ContainsFunc(c.Sources, func(u *url.URL) bool { return u.Scheme != "https" }) {
+			mistakes = append(mistakes, "SOURCE_TLS_CERT_FILE: needs an https SOURCE_URL")
+		}
 	case "server":
 		if c.Port != 0 && c.Port == c.HealthPort && c.Health {
 			mistakes = append(mistakes, "SERVER_PORT, HEALTH_SERVICE_PORT: must differ")
 		}
-		if (c.CertFile == "") != (c.KeyFile == "") {
-			mistakes = append(mistakes, "SERVER_TLS_CERT_FILE, SERVER_TLS_KEY_FILE: set both or neither")
-		} else if c.CertFile != "" {
-			if _, err := tls.LoadX509KeyPair(c.CertFile, c.KeyFile); err != nil {
-				mistakes = append(mistakes, fmt.Sprintf("SERVER_TLS_CERT_FILE, SERVER_TLS_KEY_FILE: %v", err))
-			}
+		mistakes = append(mistakes, checkPair("SERVER_TLS_CERT_FILE", c.CertFile, "SERVER_TLS_KEY_FILE", c.KeyFile)...)
+		if c.Server.ClientCAFile != "" && c.CertFile == "" {
+			mistakes = append(mistakes, "SERVER_TLS_CLIENT_CA_FILE: needs SERVER_TLS_CERT_FILE and SERVER_TLS_KEY_FILE: whoever ends TLS in front of the server sees the certificates, and nobody else")
 		}
 	}
 	var names []string
@@ -1325,6 +1355,19 @@ func nearest(name string, names []string) (best string, least int) {
 		}
 	}
 	return best, least
+}
+
+// checkPair is what is wrong with a certificate and its key, which variables name.
+func checkPair(certName, cert, keyName, key string) []string {
+	if (cert == "") != (key == "") {
+		return []string{fmt.Sprintf("%s, %s: set both or neither", certName, keyName)}
+	}
+	if cert != "" {
+		if _, err := tls.LoadX509KeyPair(cert, key); err != nil {
+			return []string{fmt.Sprintf("%s, %s: %v", certName, keyName, err)}
+		}
+	}
+	return nil
 }
 
 // clientOf is what the client of one source is told.

@@ -1989,6 +1989,62 @@ func TestServerTLS(t *testing.T) {
 	}
 }
 
+// TestCertificatesForClients is the main path between a server and a client that
+// know each other by certificates, while those of the client and who issues them
+// are renewed. A client without one has no stream, and a provider needs none.
+func TestCertificatesForClients(t *testing.T) {
+	t.Parallel()
+	file := func(name string) string { return filepath.Join(t.TempDir(), name) }
+	serverCert, serverKey, ca, cert, key := file("server.crt"), file("server.key"), file("ca.crt"), file("client.crt"), file("client.key")
+	first, second := newAuthority(t, nil), newAuthority(t, nil)
+	writeCertificate(t, serverCert, serverKey, 1)
+	replace(t, ca, first.pem)
+	writePair(t, cert, key, first.pair(t, nil))
+	server := startServer(t, "SERVER_TLS_CERT_FILE="+serverCert, "SERVER_TLS_KEY_FILE="+serverKey, "SERVER_TLS_CLIENT_CA_FILE="+ca)
+	if n := len(server.log.lines("anybody may subscribe: neither AUTH_TOKEN nor AUTH_TOKENS_FILE is set")); n != 0 {
+		t.Error("the server says that anybody may subscribe")
+	}
+	target := newTarget(t, nil)
+	env := []string{"SOURCE_URL=https://" + server.addr + "/subscribe/m", "CA_FILE=" + serverCert}
+	without := start(t, append([]string{"RELAY_MODE=client", "TARGET_BASE_URL=" + target.url}, env...)...)
+	if got := without.wait("subscribe ended")[0]; got["level"] != "ERROR" || !strings.Contains(fmt.Sprint(got["err"]), "401") {
+		t.Errorf("without a certificate: %v", got)
+	}
+	without.stop()
+	client := startClient(t, server.addr, "m", target.url, append(env, "SOURCE_TLS_CERT_FILE="+cert, "SOURCE_TLS_KEY_FILE="+key)...)
+	ready := func(n int) {
+		t.Helper()
+		eventually(t, "streams", func() bool { return len(client.log.lines("stream ready")) == n })
+	}
+	arrives := func(name string, pair *tls.Certificate) {
+		t.Helper()
+		config := &tls.Config{InsecureSkipVerify: true}
+		if pair != nil {
+			config.Certificates = []tls.Certificate{*pair}
+		}
+		transport := &http.Transport{TLSClientConfig: config, DisableKeepAlives: true}
+		if got := post(t.Context(), transport, "POST", "https://"+server.addr+"/webhooks/m/"+name, "{}"); got.status != 200 {
+			t.Errorf("%s: %+v", name, got)
+		}
+		if got := target.next(t).line; got != "POST /webhooks/m/"+name+" HTTP/1.1" {
+			t.Errorf("target got %q", got)
+		}
+	}
+	ready(1)
+	arrives("of-nobody", nil)
+	arrives("of-a-stranger", second.pair(t, nil))
+
+	writePair(t, cert, key, second.pair(t, nil)) // the stream is still that of the old one
+	arrives("before", nil)
+	ready(1)
+	replace(t, ca, second.pem)
+	ready(2)
+	arrives("after", nil)
+	if n := len(client.log.lines("subscribe ended")); n != 0 {
+		t.Errorf("%d tries were refused", n)
+	}
+}
+
 // TestSlowSubscriber: a subscriber that never reads costs its queue and no more,
 // and others lose nothing.
 func TestSlowSubscriber(t *testing.T) {
@@ -2318,7 +2374,8 @@ var (
 		"TARGET_INSECURE_SKIP_VERIFY":             "sometimes",
 	}
 	free = []string{
-		"RELAY_MODE", "AUTH_TOKENS_FILE", "WEBHOOK_SECRETS_FILE", "SERVER_TLS_CERT_FILE", "SERVER_TLS_KEY_FILE", "REDIS_CHANNEL_PREFIX",
+		"RELAY_MODE", "AUTH_TOKENS_FILE", "WEBHOOK_SECRETS_FILE", "SERVER_TLS_CERT_FILE", "SERVER_TLS_KEY_FILE", "SERVER_TLS_CLIENT_CA_FILE",
+		"SOURCE_TLS_CERT_FILE", "SOURCE_TLS_KEY_FILE", "REDIS_CHANNEL_PREFIX",
 		"REDIS_MAX_RETRIES_PER_REQUEST", "REDIS_ENABLE_OFFLINE_QUEUE", "REDIS_ENABLE_READY_CHECK", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY",
 	}
 )
@@ -2382,6 +2439,9 @@ func TestMistakes(t *testing.T) {
 		return name
 	}
 	server, client := "RELAY_MODE=server", []string{"RELAY_MODE=client", "SOURCE_URL=http://relay/subscribe/m", "TARGET_BASE_URL=http://target"}
+	cert, key, ca := file(""), file(""), file(string(newAuthority(t, nil).pem))
+	writeCertificate(t, cert, key, 1)
+	secure := []string{server, "SERVER_PORT=0", "SERVER_TLS_CERT_FILE=" + cert, "SERVER_TLS_KEY_FILE=" + key}
 	tests := []struct {
 		name string // of the variable
 		env  []string
@@ -2455,6 +2515,15 @@ func TestMistakes(t *testing.T) {
 		{"SERVER_TLS_CERT_FILE", []string{server, "SERVER_TLS_CERT_FILE=/cert"}},
 		{"SERVER_TLS_CERT_FILE", []string{server, "SERVER_TLS_KEY_FILE=/key"}},
 		{"SERVER_TLS_CERT_FILE", []string{server, "SERVER_PORT=0", "SERVER_TLS_CERT_FILE=/nonexistent", "SERVER_TLS_KEY_FILE=/nonexistent"}},
+		{"SERVER_TLS_CLIENT_CA_FILE", []string{server, "SERVER_TLS_CLIENT_CA_FILE=" + ca}},
+		{"SERVER_TLS_CLIENT_CA_FILE", append(secure, "SERVER_TLS_CLIENT_CA_FILE=/nonexistent")},
+		{"SERVER_TLS_CLIENT_CA_FILE", append(secure, "SERVER_TLS_CLIENT_CA_FILE="+file("hunter2"))},
+		{"SERVER_TLS_CLIENT_CA_FILE", append(secure, "SERVER_TLS_CLIENT_CA_FILE="+key)},
+		{"SOURCE_TLS_CERT_FILE", append(client, "SOURCE_URL=https://relay/subscribe/m", "SOURCE_TLS_CERT_FILE="+cert)},
+		{"SOURCE_TLS_CERT_FILE", append(client, "SOURCE_URL=https://relay/subscribe/m", "SOURCE_TLS_KEY_FILE="+key)},
+		{"SOURCE_TLS_CERT_FILE", append(client, "SOURCE_URL=https://relay/subscribe/m", "SOURCE_TLS_CERT_FILE=/nonexistent", "SOURCE_TLS_KEY_FILE="+key)},
+		{"SOURCE_TLS_CERT_FILE", append(client, "SOURCE_URL=https://relay/subscribe/m", "SOURCE_TLS_CERT_FILE="+cert, "SOURCE_TLS_KEY_FILE="+file("hunter2"))},
+		{"SOURCE_TLS_CERT_FILE", append(client, "SOURCE_URL=https://relay/subscribe/m, http://relay/subscribe/n", "SOURCE_TLS_CERT_FILE="+cert, "SOURCE_TLS_KEY_FILE="+key)},
 		{"WEBHOOK_SECRETS_FILE", []string{server, "SERVER_PORT=0", "WEBHOOK_SECRETS_FILE=/nonexistent"}},
 		{"WEBHOOK_SECRETS_FILE", []string{server, "SERVER_PORT=0", "WEBHOOK_SECRETS_FILE=" + file("m hunter2 hunter2\n")}},
 		{"WEBHOOK_SECRETS_FILE", []string{server, "SERVER_PORT=0", "WEBHOOK_SECRETS_FILE=" + file("# nothing\n")}},

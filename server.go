@@ -8,8 +8,10 @@ import (
 	"crypto/hmac"
 	"crypto/sha256"
 	"crypto/subtle"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/hex"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -98,6 +100,7 @@ type ServerOptions struct {
 
 	Token            string // empty with an empty TokensFile: none is asked for
 	TokensFile       string
+	ClientCAFile     string         // empty: subscribers need no certificate
 	SecretsFile      string         // empty: webhooks need no signature
 	SubscribeAllowed []netip.Prefix // nil: everybody
 	WebhooksAllowed  []netip.Prefix // nil: everybody
@@ -116,7 +119,8 @@ type Server struct {
 	reports *Budget // of reports that are being read
 	tokens  watched[byChannel[[][32]byte]]
 	secrets watched[byChannel[[]secret]]
-	began   time.Time // times that clients compare are counted from here
+	issuers watched[*x509.CertPool] // of subscribers' certificates
+	began   time.Time               // times that clients compare are counted from here
 
 	Accepted, Answered, Heartbeats atomic.Int64
 	Refused, Lost, Rejected        tally     // webhooks, webhooks, subscribers and their reports; by reason
@@ -162,12 +166,13 @@ func NewServer(opts ServerOptions, hub *Hub, bus Bus, log *slog.Logger) (*Server
 		opts: opts, log: log, hub: hub, bus: bus, budget: hub.Budget, reports: &Budget{Limit: reportsLimit}, began: time.Now(), unsure: time.Now(),
 		tokens:  watched[byChannel[[][32]byte]]{variable: "AUTH_TOKENS_FILE", name: opts.TokensFile, parse: parseTokens},
 		secrets: watched[byChannel[[]secret]]{variable: "WEBHOOK_SECRETS_FILE", name: opts.SecretsFile, parse: parseSecrets},
+		issuers: watched[*x509.CertPool]{variable: "SERVER_TLS_CLIENT_CA_FILE", name: opts.ClientCAFile, parse: parseIssuers},
 		giveUp:  make(chan struct{}),
 		holds:   map[string]*hold{}, lines: map[string]*line{}, having: map[string]*having{}, departed: map[string]struct{}{}, away: map[string]bool{},
 		Refused: newTally(webhookReasons...), Lost: newTally(lostReasons...), Rejected: newTally(subscriberReasons...),
 		Note: func(uint64, Passage) uint64 { return 0 },
 	}
-	if err := cmp.Or(s.tokens.open(), s.secrets.open()); err != nil {
+	if err := cmp.Or(s.tokens.open(), s.secrets.open(), s.issuers.open()); err != nil {
 		return nil, err
 	}
 	hub.OnSignal = s.signal
@@ -188,17 +193,18 @@ func (s *Server) Run(ctx context.Context) error {
 			s.look(time.Now())
 		case <-reload.C:
 			s.secrets.reload(s.log)
-			if s.tokens.reload(s.log) {
+			tokens, issuers := s.tokens.reload(s.log), s.issuers.reload(s.log)
+			if tokens || issuers {
 				s.revoke()
 			}
 		}
 	}
 }
 
-// revoke ends the streams whose token is not good any more.
+// revoke ends the streams whose token or certificate is not good any more.
 func (s *Server) revoke() {
 	for _, sub := range s.hub.Subscribers() {
-		if !s.opens(sub.Channel, sub.Credential) {
+		if s.denies(sub.Channel, sub.Credential) != nil {
 			s.hub.Leave(sub, errRevoked)
 		}
 	}
@@ -368,6 +374,7 @@ var (
 	errTooLarge    = &refusal{http.StatusRequestEntityTooLarge, "payload too large", "size"}
 	errAddress     = &refusal{http.StatusForbidden, "address not allowed", "address"}
 	errSignature   = &refusal{http.StatusUnauthorized, "missing or wrong signature", "signature"}
+	errCertificate = &refusal{http.StatusUnauthorized, "missing or wrong certificate", "certificate"}
 	errToken       = &refusal{http.StatusUnauthorized, "missing or wrong token", "token"}
 	errBudget      = &refusal{http.StatusServiceUnavailable, "too many requests wait", "budget"}
 	errLimit       = &refusal{http.StatusServiceUnavailable, "too many subscribers", "limit"}
@@ -386,7 +393,7 @@ var (
 var (
 	webhookReasons    = []string{"address", "body", "budget", "bus", "channel", "gone", "method", "nobody", "path", "shutdown", "signature", "size", "timeout", "unreachable"}
 	lostReasons       = []string{"no_client", "no_space", "shutdown", "unknown_channel"}
-	subscriberReasons = []string{"address", "body", "budget", "bus", "channel", "connection", "limit", "method", "shutdown", "token"}
+	subscriberReasons = []string{"address", "body", "budget", "bus", "certificate", "channel", "connection", "limit", "method", "shutdown", "token"}
 )
 
 // refuse answers with err. A body that is still on its way is read for a while,
@@ -1838,6 +1845,28 @@ func parseSecrets(text string) (byChannel[[]secret], error) {
 	})
 }
 
+// parseIssuers reads PEM certificates of those who may issue certificates to
+// subscribers. All of them must be right: one that is cut would lock its
+// subscribers out.
+func parseIssuers(text string) (*x509.CertPool, error) {
+	pool, rest, blocks := x509.NewCertPool(), []byte(text), strings.Count(text, "-----BEGIN ")
+	if blocks == 0 {
+		return nil, errors.New("must hold PEM certificates")
+	}
+	for range blocks {
+		var block *pem.Block
+		if block, rest = pem.Decode(rest); block == nil || block.Type != "CERTIFICATE" {
+			return nil, errors.New("must hold PEM certificates, and nothing else in PEM")
+		}
+		certificate, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, err
+		}
+		pool.AddCert(certificate)
+	}
+	return pool, nil
+}
+
 // secret is what a provider signs a channel's webhooks with.
 type secret struct {
 	scheme
@@ -1992,6 +2021,32 @@ func (k *secret) verifies(header http.Header, body []byte, now time.Time) bool {
 	return found
 }
 
+// denies is why a subscriber with such a credential may not have channel; nil if
+// it may.
+func (s *Server) denies(channel string, c Credential) *refusal {
+	switch {
+	case s.opts.ClientCAFile != "" && !issued(c.Certificates, s.issuers.value()):
+		return errCertificate
+	case !s.opens(channel, c.Token):
+		return errToken
+	}
+	return nil
+}
+
+// issued reports whether the first of a connection's certificates, whose key TLS
+// has seen it use, is one that roots issued for clients.
+func issued(certificates []*x509.Certificate, roots *x509.CertPool) bool {
+	if len(certificates) == 0 {
+		return false
+	}
+	between := x509.NewCertPool()
+	for _, c := range certificates[1:] {
+		between.AddCert(c)
+	}
+	_, err := certificates[0].Verify(x509.VerifyOptions{Roots: roots, Intermediates: between, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
+	return err == nil
+}
+
 // opens reports whether the hash of a token opens channel, in a time that does not
 // depend on how much of it is right.
 func (s *Server) opens(channel string, hash [32]byte) bool {
@@ -2012,13 +2067,16 @@ func (s *Server) opens(channel string, hash [32]byte) bool {
 
 // authorise admits a subscriber's request to channel, or answers it. Unknown
 // and forbidden channels get the same answer.
-func (s *Server) authorise(w http.ResponseWriter, r *http.Request, method, channel string) (addr netip.Addr, credential [32]byte, ok bool) {
+func (s *Server) authorise(w http.ResponseWriter, r *http.Request, method, channel string) (addr netip.Addr, credential Credential, ok bool) {
 	addr, err := s.remote(r)
 	token := r.Header.Get("X-Auth-Token")
 	if scheme, bearer, _ := strings.Cut(r.Header.Get("Authorization"), " "); token == "" && strings.EqualFold(scheme, "Bearer") {
 		token = strings.TrimSpace(bearer)
 	}
-	credential = sha256.Sum256([]byte(token))
+	credential.Token = sha256.Sum256([]byte(token))
+	if r.TLS != nil {
+		credential.Certificates = r.TLS.PeerCertificates
+	}
 	var refused *refusal
 	switch {
 	case !validName(channel):
@@ -2028,11 +2086,16 @@ func (s *Server) authorise(w http.ResponseWriter, r *http.Request, method, chann
 		refused = errMethod
 	case s.opts.SubscribeAllowed != nil && (err != nil || !contains(s.opts.SubscribeAllowed, addr)):
 		refused = errAddress
-	case !s.opens(channel, credential):
-		w.Header().Set("WWW-Authenticate", "Bearer")
-		refused = errToken
 	default:
+		refused = s.denies(channel, credential)
+	}
+	switch refused {
+	case nil:
 		return addr, credential, true
+	case errCertificate:
+		w.Header().Set("Connection", "close") // the next one brings the certificate that is good by then
+	case errToken:
+		w.Header().Set("WWW-Authenticate", "Bearer")
 	}
 	s.reject(w, r, channel, refused, nil)
 	return addr, credential, false
@@ -2196,9 +2259,9 @@ func (s *Server) serveSubscribe(w http.ResponseWriter, r *http.Request, channel 
 		s.reject(w, r, channel, errLeaving, nil)
 		return
 	}
-	if !s.opens(channel, credential) { // revoked before the hub could evict it
+	if denied := s.denies(channel, credential); denied != nil { // revoked before the hub could evict it
 		s.abandon(sub, errRevoked)
-		s.reject(w, r, channel, errToken, nil)
+		s.reject(w, r, channel, denied, nil)
 		return
 	}
 	if !s.awaitLive(r.Context(), sub) {

@@ -13,6 +13,7 @@ import (
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/hex"
@@ -4192,31 +4193,260 @@ func TestFileThatNeverSettles(t *testing.T) {
 
 // TLS.
 
-// writeCertificate puts a new pair for 127.0.0.1 with that serial number where
-// the server looks for it, one file after the other.
-func writeCertificate(t testing.TB, certFile, keyFile string, serial int64) {
+// authority issues certificates, its own first.
+type authority struct {
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+	pem  []byte
+}
+
+// newAuthority is an authority that parent vouches for; nil: nobody does.
+func newAuthority(t testing.TB, parent *authority) *authority {
+	t.Helper()
+	a := &authority{}
+	a.cert, a.key = parent.issue(t, &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: rand.Text()}, NotAfter: time.Now().Add(24 * time.Hour), IsCA: true, BasicConstraintsValid: true,
+	})
+	a.pem = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: a.cert.Raw})
+	return a
+}
+
+// issue makes a certificate of template, which signs itself when a is nil.
+func (a *authority) issue(t testing.TB, template *x509.Certificate) (*x509.Certificate, *ecdsa.PrivateKey) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(serial), NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	parent, signer := template, key
+	if a != nil {
+		parent, signer = a.cert, a.key
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, parent, &key.PublicKey, signer)
 	if err != nil {
 		t.Fatal(err)
 	}
-	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
+	cert, err := x509.ParseCertificate(der)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, block := range map[string]*pem.Block{certFile: {Type: "CERTIFICATE", Bytes: der}, keyFile: {Type: "PRIVATE KEY", Bytes: keyDER}} {
-		if err := os.WriteFile(name+".new", pem.EncodeToMemory(block), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Rename(name+".new", name); err != nil {
-			t.Fatal(err)
-		}
+	return cert, key
+}
+
+// pair is a certificate for a client, with its key, as change would have it;
+// between stand behind it.
+func (a *authority) pair(t testing.TB, change func(*x509.Certificate), between ...*authority) *tls.Certificate {
+	t.Helper()
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: "client"}, NotAfter: time.Now().Add(24 * time.Hour), ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 	}
+	if change != nil {
+		change(template)
+	}
+	cert, key := a.issue(t, template)
+	pair := &tls.Certificate{Certificate: [][]byte{cert.Raw}, PrivateKey: key}
+	for _, b := range between {
+		pair.Certificate = append(pair.Certificate, b.cert.Raw)
+	}
+	return pair
+}
+
+// replace puts text into a file as a whole.
+func replace(t testing.TB, file string, text []byte) {
+	t.Helper()
+	if err := os.WriteFile(file+".new", text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(file+".new", file); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// writePair puts pair where the program looks for it, one file after the other.
+func writePair(t testing.TB, certFile, keyFile string, pair *tls.Certificate) {
+	t.Helper()
+	keyDER, err := x509.MarshalPKCS8PrivateKey(pair.PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var chain []byte
+	for _, der := range pair.Certificate {
+		chain = append(chain, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})...)
+	}
+	replace(t, certFile, chain)
+	replace(t, keyFile, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}))
+}
+
+// writeCertificate is writePair for the server at 127.0.0.1 or relay.test, with
+// that serial number.
+func writeCertificate(t testing.TB, certFile, keyFile string, serial int64) {
+	t.Helper()
+	writePair(t, certFile, keyFile, (*authority)(nil).pair(t, func(c *x509.Certificate) {
+		c.SerialNumber, c.ExtKeyUsage = big.NewInt(serial), nil
+		c.IPAddresses, c.DNSNames = []net.IP{net.IPv4(127, 0, 0, 1)}, []string{"relay.test"}
+	}))
+}
+
+// securely runs f in one bubble for HTTP/1.1 and in one for HTTP/2, with a server
+// over TLS that asks its subscribers for a certificate of root, which is in file.
+// as is a transport of who has such a certificate; nil: none.
+func securely(t *testing.T, env []string, f func(t *testing.T, r *rig, root *authority, file string, as func(*tls.Certificate) *http.Transport)) {
+	for name, protocol := range map[string]string{"HTTP1": "http/1.1", "HTTP2": "h2"} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			certFile, keyFile, file := filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key"), filepath.Join(dir, "ca.crt")
+			inBubble(t, func(t *testing.T) {
+				t.Cleanup(func() { time.Sleep(5 * time.Second) }) // crypto/tls tries for so long to say that it closes
+				root := newAuthority(t, nil)
+				replace(t, file, root.pem)
+				writeCertificate(t, certFile, keyFile, 1)
+				env := append([]string{"SERVER_TLS_CERT_FILE=" + certFile, "SERVER_TLS_KEY_FILE=" + keyFile, "SERVER_TLS_CLIENT_CA_FILE=" + file}, env...)
+				c, _, err := loadConfig(append([]string{"RELAY_MODE=server"}, env...))
+				if err != nil {
+					t.Fatal(err)
+				}
+				config, err := c.serverTLS(slog.New(slog.DiscardHandler))
+				if err != nil {
+					t.Fatal(err)
+				}
+				config.NextProtos = []string{protocol}
+				p := newPipes()
+				r := newRig(t, tls.NewListener(p, config), env...)
+				f(t, r, root, file, func(pair *tls.Certificate) *http.Transport {
+					transport := p.transport(t, false)
+					transport.Protocols.SetHTTP2(true)
+					transport.TLSClientConfig = &tls.Config{InsecureSkipVerify: true, GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+						return cmp.Or(pair, &tls.Certificate{}), nil
+					}}
+					return transport
+				})
+			})
+		})
+	}
+}
+
+const (
+	secureHooks   = "https://relay.test/webhooks/ci"
+	secureStream  = "https://relay.test/subscribe/ci/"
+	secureReports = secureStream + "responses"
+)
+
+// TestClientCertificates: streams and reports are for those whom the authority
+// knows, and a token does not replace a certificate. Webhooks are for everybody,
+// whatever certificate they bring.
+func TestClientCertificates(t *testing.T) {
+	securely(t, []string{"AUTH_TOKEN=secret"}, func(t *testing.T, r *rig, root *authority, _ string, as func(*tls.Certificate) *http.Transport) {
+		between, stranger := newAuthority(t, root), newAuthority(t, nil)
+		denied := relayError(401, "missing or wrong certificate")
+		refused := int64(0)
+		for what, tt := range map[string]struct {
+			pair *tls.Certificate
+			ok   bool
+		}{
+			"none":                   {nil, false},
+			"issued":                 {root.pair(t, nil), true},
+			"issued in between":      {between.pair(t, nil, between), true},
+			"without the one before": {between.pair(t, nil), false},
+			"of a stranger":          {stranger.pair(t, nil), false},
+			"with its authority":     {stranger.pair(t, nil, stranger), false},
+			"self-signed":            {(*authority)(nil).pair(t, nil), false},
+			"expired":                {root.pair(t, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Second) }), false},
+			"of the future":          {root.pair(t, func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Minute) }), false},
+			"for servers":            {root.pair(t, func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth} }), false},
+		} {
+			rt := as(tt.pair)
+			if got := post(t.Context(), rt, "POST", secureHooks, "{}"); got.status != 200 {
+				t.Errorf("%s: webhook %+v", what, got)
+			}
+			report := reportOf(testID, Answer{Status: 200})
+			want := map[bool]int{true: 204, false: 401}[tt.ok]
+			if got := post(t.Context(), rt, "POST", secureReports, report, "X-Auth-Token", "secret", "X-Relay-Client", "ours"); got.status != want || !tt.ok && got.body != denied {
+				t.Errorf("%s: report %+v, want %d", what, got, want)
+			}
+			if tt.ok {
+				listen(t, rt, secureStream, "X-Auth-Token", "secret")
+				if got := post(t.Context(), rt, "GET", secureStream, "", "X-Auth-Token", "wrong"); got.status != 401 || got.body != relayError(401, "missing or wrong token") {
+					t.Errorf("%s, without the token: %+v", what, got)
+				}
+				continue
+			}
+			if refused += 2; r.Rejected["certificate"].Load() != refused-1 {
+				t.Errorf("%s: %d counted, want %d", what, r.Rejected["certificate"].Load(), refused-1)
+			}
+			if got := post(t.Context(), rt, "GET", secureStream, "", "X-Auth-Token", "secret"); got.status != 401 || got.body != denied {
+				t.Errorf("%s: stream %+v", what, got)
+			}
+		}
+	})
+}
+
+// TestClientCertificateRenewed: a certificate is good as long as it says, on every
+// connection, and when it is not any more the connection ends, so that the client
+// comes with its new one.
+func TestClientCertificateRenewed(t *testing.T) {
+	securely(t, nil, func(t *testing.T, r *rig, root *authority, _ string, as func(*tls.Certificate) *http.Transport) {
+		pair := root.pair(t, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(time.Minute) })
+		old := *pair
+		rt := as(pair) // the pair in use is whatever *pair is
+		report := func(want int) {
+			t.Helper()
+			if got := post(t.Context(), rt, "POST", secureReports, reportOf(testID, Answer{Status: 200}), "X-Relay-Client", "ours"); got.status != want {
+				t.Errorf("after %s: %+v, want %d", time.Since(r.began), got, want)
+			}
+		}
+		report(204)
+		time.Sleep(30 * time.Second)
+		*pair = *root.pair(t, nil)
+		report(204) // the connection is that of the old one
+		time.Sleep(31 * time.Second)
+		report(401)
+		report(204)
+		*pair = old
+		report(204)
+		synctest.Wait()
+		rt.CloseIdleConnections()
+		report(401)
+	})
+}
+
+// TestClientAuthorityRenewed replaces who issues certificates, under open streams.
+func TestClientAuthorityRenewed(t *testing.T) {
+	securely(t, nil, func(t *testing.T, r *rig, root *authority, file string, as func(*tls.Certificate) *http.Transport) {
+		next := newAuthority(t, nil)
+		ours, theirs := as(root.pair(t, nil)), as(next.pair(t, nil))
+		stream := listen(t, ours, secureStream)
+		check := func(what string, text []byte, oldIn, newIn bool, errs int) {
+			t.Helper()
+			replace(t, file, text)
+			time.Sleep(2*reloadInterval + time.Second)
+			for rt, in := range map[*http.Transport]bool{ours: oldIn, theirs: newIn} {
+				want := map[bool]int{true: 204, false: 401}[in]
+				if got := post(t.Context(), rt, "POST", secureReports, reportOf(testID, Answer{Status: 200}), "X-Relay-Client", "ours"); got.status != want {
+					t.Errorf("%s: %+v, want %d", what, got, want)
+				}
+			}
+			if n := len(r.log.lines("file kept as it was")); n != errs {
+				t.Errorf("%s: %d errors are logged, want %d", what, n, errs)
+			}
+			if n, _ := r.hub.Count(); (n == 1) != oldIn {
+				t.Errorf("%s: %d streams", what, n)
+			}
+		}
+		both := slices.Concat([]byte("# ours\n"), root.pem, []byte("# theirs\n"), next.pem)
+		check("both", both, true, true, 0)
+		check("nothing", nil, true, true, 1)
+		check("text", []byte("hunter2\n"), true, true, 1) // the same error
+		check("half of one", next.pem[:len(next.pem)/2], true, true, 2)
+		check("one and a half", append(slices.Clone(next.pem), root.pem[:len(root.pem)-20]...), true, true, 2)
+		check("one and nonsense", append(slices.Clone(next.pem), "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"...), true, true, 3)
+		check("one and a key", append(slices.Clone(next.pem), "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"...), true, true, 4)
+		check("the next", next.pem, false, true, 4)
+		stream.endedAt(t)
+		if reason := r.log.lines("subscriber gone"); len(reason) != 1 || reason[0]["reason"] != errRevoked.Error() {
+			t.Errorf("the stream ended: %v", reason)
+		}
+		listen(t, theirs, secureStream)
+	})
 }
 
 // TestTLS serves streams over both versions of HTTP while the certificate is
