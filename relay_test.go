@@ -4054,6 +4054,11 @@ func TestProviders(t *testing.T) {
 		if !strings.HasPrefix(secret, "`"+channel+" ") && !strings.HasPrefix(secret, "none") {
 			t.Errorf("%s: the secrets line is for another channel: %s", name, secret)
 		}
+		if line := strings.NewReplacer("`", "", "…", "c2VjcmV0").Replace(secret); !strings.HasPrefix(secret, "none") {
+			if _, err := parseSecrets(line + "\n"); err != nil {
+				t.Errorf("%s: %s: %v", name, line, err)
+			}
+		}
 	}
 	if want := []string{"GitHub", "GitLab", "Bitbucket", "Gitea", "Stripe", "Slack", "Shopify", "Discord", "Twilio"}; !slices.Equal(names, want) {
 		t.Errorf("providers are %q, want %q", names, want)
