@@ -1219,11 +1219,10 @@ type warning struct {
 	attrs   []any
 }
 
-// ours matches the names a typo would hide in; links matches what Kubernetes
-// sets by itself for a Service of such a name; proxies what is for all programs.
+// ours matches the names a typo would hide in; proxies what is for all programs.
 var (
 	ours    = regexp.MustCompile(`^(RELAY|SERVER|SOURCE|TARGET|RESPONSE|SUBSCRIBE|WEBHOOKS?|TRUSTED|REDIS|RECONNECT|HEALTH_SERVICE|AUTH_TOKENS?)_`)
-	links   = regexp.MustCompile(`_SERVICE_(HOST|PORT)|_PORT_\d+_(TCP|UDP)|_PORT$`)
+	links   = regexp.MustCompile(`_SERVICE_HOST$|_PORT_\d+_(TCP|UDP|SCTP)(_PROTO|_PORT|_ADDR)?$`)
 	proxies = regexp.MustCompile(`^(HTTPS?|NO|ALL|FTP)_PROXY$`)
 )
 
@@ -1311,12 +1310,12 @@ func loadConfig(environ []string) (*Config, []warning, error) {
 		names = append(names, v.name)
 	}
 	for _, name := range slices.Sorted(maps.Keys(env)) {
-		if slices.Contains(names, name) || links.MatchString(name) || proxies.MatchString(strings.ToUpper(name)) {
+		if slices.Contains(names, name) || linked(env, name) || proxies.MatchString(strings.ToUpper(name)) {
 			continue
 		}
-		meant, distance := nearest(name, names)
+		meant := nearest(name, names)
 		switch {
-		case distance <= len(meant)/5:
+		case meant != "":
 			warnings = append(warnings, warning{"unknown variable", []any{"variable", name, "meant", meant}})
 		case ours.MatchString(name):
 			warnings = append(warnings, warning{"unknown variable", []any{"variable", name}})
@@ -1329,32 +1328,48 @@ func loadConfig(environ []string) (*Config, []warning, error) {
 	return c, warnings, nil
 }
 
-// nearest is the one of names that is the fewest edits away from name, and how
-// many that are: letters put in, left out or changed.
-func nearest(name string, names []string) (best string, least int) {
-	least = math.MaxInt
+// linked reports whether Kubernetes has set name by itself, for a Service that is
+// called like something of ours
+// (https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables).
+func linked(env map[string]string, name string) bool {
+	service, port, found := strings.Cut(name, "_SERVICE_PORT")
+	return links.MatchString(name) || strings.HasSuffix(name, "_PORT") && strings.Contains(env[name], "://") ||
+		found && (port == "" || port[0] == '_') && env[service+"_SERVICE_HOST"] != ""
+}
+
+// nearest is the one of names that name was meant for: the fewest edits away, which
+// are letters put in, left out or changed, or neighbours swapped. It is empty when
+// none is within one edit for five letters.
+func nearest(name string, names []string) (best string) {
+	least := math.MaxInt
 	for _, other := range names {
-		row := make([]int, len(other)+1) // edits from what of name is behind to each beginning of other
-		for j := range row {
-			row[j] = j
+		most := len(other) / 5
+		if longer := len(name) - len(other); max(longer, -longer) > most {
+			continue
 		}
-		for i := range len(name) {
-			corner := row[0]
-			row[0] = i + 1
-			for j := range len(other) {
-				change := corner
-				if name[i] != other[j] {
-					change++
+		rows := make([][]int, len(name)+1) // edits from each beginning of name to each of other
+		for i := range rows {
+			rows[i] = make([]int, len(other)+1)
+			for j := range rows[i] {
+				if i == 0 || j == 0 {
+					rows[i][j] = i + j
+					continue
 				}
-				corner = row[j+1]
-				row[j+1] = min(change, row[j]+1, row[j+1]+1)
+				edits := rows[i-1][j-1]
+				if name[i-1] != other[j-1] {
+					edits = 1 + min(edits, rows[i-1][j], rows[i][j-1])
+				}
+				if i > 1 && j > 1 && name[i-1] == other[j-2] && name[i-2] == other[j-1] {
+					edits = min(edits, rows[i-2][j-2]+1)
+				}
+				rows[i][j] = edits
 			}
 		}
-		if row[len(other)] < least {
-			best, least = other, row[len(other)]
+		if edits := rows[len(name)][len(other)]; edits <= most && edits < least {
+			best, least = other, edits
 		}
 	}
-	return best, least
+	return best
 }
 
 // checkPair is what is wrong with a certificate and its key, which variables name.

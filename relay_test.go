@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"compress/gzip"
 	"context"
 	"crypto/hmac"
@@ -2695,6 +2696,105 @@ func TestStartupLog(t *testing.T) {
 	}
 	open := startServer(t)
 	open.wait("anybody may subscribe: neither AUTH_TOKEN nor AUTH_TOKENS_FILE is set")
+}
+
+// TestMisspelled: a name that may have been meant for one of ours is warned about
+// with that one, since what it should have set is not: an access list would be
+// open. What Kubernetes and ordinary environments set is not ours to judge.
+func TestMisspelled(t *testing.T) {
+	names := map[string]bool{}
+	for _, s := range settings(&Config{}) {
+		names[s.name] = true
+	}
+	warned := func(entries ...string) map[string]string { // by variable: the message, and which one was meant
+		t.Helper()
+		_, warnings, err := loadConfig(append([]string{"RELAY_MODE=server"}, entries...))
+		if err != nil {
+			t.Fatalf("%q: %v", entries, err)
+		}
+		said := map[string]string{}
+		for _, w := range warnings {
+			attrs := map[any]any{}
+			for i := 0; i < len(w.attrs); i += 2 {
+				attrs[w.attrs[i]] = w.attrs[i+1]
+			}
+			said[attrs["variable"].(string)] = strings.TrimSpace(fmt.Sprint(w.message, " ", cmp.Or(attrs["meant"], attrs["role"], any(""))))
+		}
+		return said
+	}
+	meant := map[string]map[string]bool{} // by misspelling: any of these
+	for misspelled, name := range map[string]string{
+		"RESPONSE_MOD": "RESPONSE_MODE", "SUBSCRIBE_ALLOWED_IP": "SUBSCRIBE_ALLOWED_IPS", "WEBHOOK_ALLOWED_IPS": "WEBHOOKS_ALLOWED_IPS",
+		"AUTH_TOKEN_FILE": "AUTH_TOKENS_FILE", "TRUSTED_PROXY": "TRUSTED_PROXIES", "REDIS_URI": "REDIS_URL", "LOG_LEVL": "LOG_LEVEL", "SOURCE_UR": "SOURCE_URL",
+	} {
+		meant[misspelled] = map[string]bool{name: true}
+	}
+	for name := range names {
+		for i := range name {
+			typos := []string{name[:i] + name[i+1:], name[:i+1] + name[i:]} // left out, doubled
+			if i > 0 {
+				typos = append(typos, name[:i-1]+name[i:i+1]+name[i-1:i]+name[i+1:]) // swapped
+			}
+			for _, typo := range typos {
+				if meant[typo] == nil {
+					meant[typo] = map[string]bool{}
+				}
+				meant[typo][name] = true
+			}
+		}
+	}
+	var misspelled []string
+	for typo := range meant {
+		if !names[typo] {
+			misspelled = append(misspelled, typo+"=9000")
+		}
+	}
+	for typo, said := range warned(misspelled...) {
+		if name, ok := strings.CutPrefix(said, "unknown variable "); !ok || !meant[typo][name] && !strings.HasPrefix(name, "HTTP") { // those two are as near to each other
+			t.Errorf("%s: %q, want a warning that names one of %v", typo, said, meant[typo])
+		}
+		delete(meant, typo)
+	}
+	for typo := range meant {
+		if !names[typo] {
+			t.Errorf("nothing is said about %s", typo)
+		}
+	}
+	if got, want := warned("RELAY_NAME=x", "WEBHOOKS_SECRET=x"), map[string]string{"RELAY_NAME": "unknown variable", "WEBHOOKS_SECRET": "unknown variable"}; !maps.Equal(got, want) {
+		t.Errorf("warned about %v, want %v: they begin like ours, and are like none", got, want)
+	}
+
+	var services []string
+	for _, service := range []string{"SERVER", "RELAY", "REDIS", "TARGET", "SOURCE", "WEBHOOK_RELAY", "WEBHOOKS", "RESPONSE_MODE", "HEALTH_SERVICE", "AUTH_TOKEN", "SERVER_PRT"} {
+		port := service + "_PORT_3000_TCP"
+		services = append(services, service+"_SERVICE_HOST=10.0.0.1", service+"_SERVICE_PORT=3000", service+"_SERVICE_PORT_WEB=3000",
+			port+"=tcp://10.0.0.1:3000", port+"_PROTO=tcp", port+"_PORT=3000", port+"_ADDR=10.0.0.1", service+"_PORT_53_UDP_ADDR=10.0.0.1")
+		if !names[service+"_PORT"] { // that of a Service called server is a mistake
+			services = append(services, service+"_PORT=tcp://10.0.0.1:3000")
+		}
+	}
+	ordinary := strings.Fields("PATH HOME HOSTNAME LANG LC_ALL TERM PWD OLDPWD SHLVL SHELL USER LOGNAME TZ TMPDIR MAIL EDITOR DISPLAY PORT HOST DEBUG NODE_ENV " +
+		"GOPATH GOPROXY GOROOT GOMAXPROCS GOMEMLIMIT GODEBUG GOGC http_proxy https_proxy no_proxy ALL_PROXY all_proxy FTP_PROXY SSL_CERT_FILE SSL_CERT_DIR " +
+		"NO_COLOR CI POD_NAME POD_IP NODE_NAME NAMESPACE KUBERNETES_SERVICE_HOST KUBERNETES_PORT INVOCATION_ID JOURNAL_STREAM LISTEN_FDS NOTIFY_SOCKET " +
+		"SSH_CONNECTION XDG_RUNTIME_DIR DBUS_SESSION_BUS_ADDRESS container VERSION LOG_FILE AWS_REGION JAVA_HOME PYTHONPATH HTTP_PROXY HTTPS_PROXY NO_PROXY _")
+	for i := range ordinary {
+		ordinary[i] += "=x"
+	}
+	if got := warned(append(services, ordinary...)...); len(got) > 0 {
+		t.Errorf("warned about %v, want nothing", got)
+	}
+
+	for _, s := range settings(&Config{}) {
+		want := map[string]string{}
+		if s.role == "client" && !strings.HasSuffix(s.name, "_PROXY") {
+			want[s.name] = "variable is of the other role, and has no effect client"
+		}
+		if value, bad := mistaken[s.name]; bad && s.role == "client" { // nor is it read
+			if got := warned(s.name + "=" + value); !maps.Equal(got, want) {
+				t.Errorf("%s at a server: %v, want %v", s.name, got, want)
+			}
+		}
+	}
 }
 
 // TestResponseModeKeepsDefault: an exception leaves the other channels alone.
