@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	mathrand "math/rand/v2"
 	"net"
 	"net/http"
@@ -971,6 +972,38 @@ func TestReconnectBackoff(t *testing.T) {
 		pause(14, ended, time.Second)
 		if n := w.Reconnects.Load(); n != 2 {
 			t.Errorf("%d reconnects counted, want those of the streams that were ready", n)
+		}
+	})
+}
+
+// TestTimesInLog: they are whole milliseconds, whatever the line.
+func TestTimesInLog(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		w.respond = func(rw http.ResponseWriter, _ *http.Request, n int) { rw.WriteHeader([]int{503, 200}[min(n-1, 1)]) }
+		w.startAll()
+		f := w.ready()
+		f.send(hook("1"))
+		time.Sleep(4 * time.Second)
+		w.subscribe(func(rw http.ResponseWriter, _ *http.Request) { rw.WriteHeader(503) })
+		f.Close()
+		w.until("another try", func() bool { return len(w.log.lines("no stream from the source")) > 0 })
+		for _, tt := range []struct {
+			message, field string
+			least, most    float64
+		}{
+			{"webhook will be forwarded again", "wait", 125, 250},
+			{"webhook forwarded", "ms", 125, 300},
+			{"stream ended", "age", 4000, 4050},
+			{"no stream from the source", "again", 500, 1000},
+		} {
+			lines := w.log.lines(tt.message)
+			if len(lines) != 1 {
+				t.Fatalf("%d lines %q", len(lines), tt.message)
+			}
+			value, ok := lines[0][tt.field].(float64)
+			if !ok || value < tt.least || value > tt.most || tt.field != "ms" && value != math.Trunc(value) {
+				t.Errorf("%s of %q is %v, want milliseconds between %v and %v", tt.field, tt.message, lines[0][tt.field], tt.least, tt.most)
+			}
 		}
 	})
 }

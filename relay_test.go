@@ -2110,26 +2110,6 @@ func TestManySubscribers(t *testing.T) {
 	}
 }
 
-// TestPortInUse: it is a failure of the machine, not of the configuration.
-func TestPortInUse(t *testing.T) {
-	l, err := net.Listen("tcp", ":0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	_, taken, _ := net.SplitHostPort(l.Addr().String())
-	for _, env := range [][]string{
-		{"RELAY_MODE=server", "SERVER_PORT=" + taken},
-		{"RELAY_MODE=server", "SERVER_PORT=0", "HEALTH_SERVICE_PORT=" + taken},
-		{"RELAY_MODE=client", "SOURCE_URL=http://127.0.0.1:1/subscribe/m", "TARGET_BASE_URL=http://127.0.0.1:1", "HEALTH_SERVICE_PORT=" + taken},
-	} {
-		err := run(t.Context(), env, io.Discard)
-		if _, configuration := errors.AsType[configError](err); configuration || !errors.Is(err, syscall.EADDRINUSE) || !strings.HasPrefix(err.Error(), "listen for ") {
-			t.Errorf("%q: error %v, want the address in use", env, err)
-		}
-	}
-}
-
 // TestLegacyServerDrivesClient: the frames of the program this one succeeds.
 // Their ids count anew on every stream, there is no method, and the headers
 // describe the first hop.
@@ -3215,8 +3195,42 @@ func (p *process) logged(t testing.TB, msg string) {
 	eventually(t, msg, func() bool { return len(p.stderr.lines(msg)) > 0 })
 }
 
-// TestExitCodes: 0 in order, 1 for what failed at run time, 2 for a mistake
-// in how it was started; the second signal does not wait.
+// textLine is a record of the log for people.
+var textLine = regexp.MustCompile(`^time=\S+ level=ERROR msg=("(?:[^"\\]|\\.)*"|\S+)(?:.* err=("(?:[^"\\]|\\.)*"|\S+))?`)
+
+// lastError is the message of the last line of a log and its err, behind a colon,
+// when all lines are records in format and the last one is an error.
+func lastError(log, format string) string {
+	lines := strings.Split(strings.TrimSuffix(log, "\n"), "\n")
+	last := lines[len(lines)-1]
+	if format == "text" {
+		m := textLine.FindStringSubmatch(last)
+		if m == nil {
+			return "no record: " + last
+		}
+		for i, quoted := range m {
+			if text, err := strconv.Unquote(quoted); err == nil {
+				m[i] = text
+			}
+		}
+		return strings.TrimSuffix(m[1]+": "+m[2], ": ")
+	}
+	text := ""
+	for _, line := range lines {
+		var record struct{ Level, Msg, Err string }
+		if json.Unmarshal([]byte(line), &record) != nil || record.Level == "" {
+			return "no record: " + line
+		}
+		if text = record.Msg + ": " + record.Err; record.Level != "ERROR" {
+			text = "no error: " + line
+		}
+	}
+	return strings.TrimSuffix(text, ": ")
+}
+
+// TestExitCodes: 0 in order, 1 for what failed at run time, 2 for a mistake in how
+// it was started, and the reason is the last record of the log, in its format; the
+// second signal does not wait.
 func TestExitCodes(t *testing.T) {
 	t.Parallel()
 	l, err := net.Listen("tcp", ":0")
@@ -3225,34 +3239,46 @@ func TestExitCodes(t *testing.T) {
 	}
 	defer l.Close()
 	_, taken, _ := net.SplitHostPort(l.Addr().String())
+	client := []string{"RELAY_MODE=client", "SOURCE_URL=http://127.0.0.1:1/subscribe/m", "TARGET_BASE_URL=http://127.0.0.1:1"}
+	inUse := ": listen tcp :" + taken + ": bind: address already in use"
 	tests := []struct {
-		name        string
-		env, args   []string
-		code        int
-		out, stderr string // beginnings; of an error in the log, or behind the name
+		name      string
+		env, args []string
+		code      int
+		out       string // its beginning
+		said      string // the last error on stderr begins so
 	}{
 		{"help", nil, []string{"-help"}, 0, "webhook-relay " + version, ""},
 		{"version", nil, []string{"-version"}, 0, "webhook-relay " + version + "\n", ""},
-		{"no environment", nil, nil, 2, "", "RELAY_MODE: required"},
-		{"two mistakes", []string{"RELAY_MODE=server", "SERVER_PORT=x", "LOG_LEVEL=x"}, nil, 2, "", `LOG_LEVEL: "x": must be`},
-		{"argument", []string{"RELAY_MODE=server"}, []string{"server"}, 2, "", `unexpected argument "server"`},
-		{"port in use", []string{"RELAY_MODE=server", "SERVER_PORT=" + taken}, nil, 1, "", "listen for webhooks (SERVER_PORT): "},
+		{"argument", []string{"RELAY_MODE=server"}, []string{"server"}, 2, "", `webhook-relay: unexpected argument "server"`},
+		{"no environment", nil, nil, 2, "", "not started: the configuration has mistakes"},
+		{"two mistakes", []string{"RELAY_MODE=server", "SERVER_PORT=x", "LOG_LEVEL=x"}, nil, 2, "", "not started: the configuration has mistakes"},
+		{"no such file", []string{"RELAY_MODE=server", "AUTH_TOKENS_FILE=/nonexistent"}, nil, 2, "", "not started: the configuration has mistakes"},
+		{"no such format", []string{"RELAY_MODE=server", "LOG_FORMAT=xml"}, nil, 2, "", "not started: the configuration has mistakes"},
+		{"port in use", []string{"RELAY_MODE=server", "SERVER_PORT=" + taken}, nil, 1, "", "failed: listen for webhooks (SERVER_PORT)" + inUse},
+		{"port of probes in use", []string{"RELAY_MODE=server", "HEALTH_SERVICE_PORT=" + taken}, nil, 1, "", "failed: listen for probes (HEALTH_SERVICE_PORT)" + inUse},
+		{"port of a client's probes in use", append(client, "HEALTH_SERVICE_PORT="+taken), nil, 1, "", "failed: listen for probes (HEALTH_SERVICE_PORT)" + inUse},
+		{"no Redis", []string{"RELAY_MODE=server", "REDIS_URL=redis://127.0.0.1:1", "REDIS_MAX_RECONNECT_ATTEMPTS=1"}, nil, 1, "", "failed: "},
 	}
 	for _, test := range tests {
-		p := launch(t, test.env, test.args...)
-		if code := p.code(t); code != test.code || !strings.HasPrefix(p.out.String(), test.out) || (test.out == "") != (p.out.String() == "") {
-			t.Errorf("%s: exit code %d, want %d; output %.80q, want %q", test.name, code, test.code, p.out.String(), test.out)
-		}
-		_, said, _ := strings.Cut(p.stderr.String(), "webhook-relay: ")
-		for _, message := range []string{"mistake in the configuration", "failed"} {
-			if lines := p.stderr.lines(message); len(lines) > 0 {
-				said = lines[0]["err"].(string)
+		for _, format := range []string{"json", "text"} {
+			p := launch(t, append([]string{"LOG_FORMAT=" + format}, test.env...), test.args...)
+			if code := p.code(t); code != test.code || !strings.HasPrefix(p.out.String(), test.out) || (test.out == "") != (p.out.String() == "") {
+				t.Errorf("%s: exit code %d, want %d; output %.80q, want %q", test.name, code, test.code, p.out.String(), test.out)
 			}
-		}
-		if !strings.HasPrefix(said, test.stderr) || test.stderr == "" && p.stderr.String() != "" {
-			t.Errorf("%s: stderr %q, want %q", test.name, p.stderr.String(), test.stderr)
-		}
-		if test.name == "help" {
+			said := p.stderr.String()
+			if test.args == nil {
+				if slices.Contains(test.env, "LOG_FORMAT=xml") {
+					format = "json" // as ever where there is no terminal
+				}
+				said = lastError(said, format)
+			}
+			if !strings.HasPrefix(said, test.said) || test.said == "" && said != "" {
+				t.Errorf("%s, %s: said %q, want %q; stderr:\n%s", test.name, format, said, test.said, &p.stderr)
+			}
+			if test.name != "help" {
+				continue
+			}
 			for _, s := range settings(&Config{}) {
 				if n := strings.Count(p.out.String(), "\n"+s.name+" "); n != 1 {
 					t.Errorf("%s is in the help %d times", s.name, n)
@@ -3264,7 +3290,6 @@ func TestExitCodes(t *testing.T) {
 		t.Errorf("unknown flag: exit code %d, want 2", code)
 	}
 
-	client := []string{"RELAY_MODE=client", "SOURCE_URL=http://127.0.0.1:1/subscribe/m", "TARGET_BASE_URL=http://127.0.0.1:1"}
 	for _, signal := range []os.Signal{syscall.SIGTERM, os.Interrupt} {
 		server := launch(t, []string{"RELAY_MODE=server"})
 		client := launch(t, client)
