@@ -355,8 +355,8 @@ func trouble(err error) (reason, hint string) {
 	if _, ok := errors.AsType[tls.RecordHeaderError](err); ok {
 		return "tls", "no TLS is spoken there: is it http:// instead of https://?"
 	}
-	if alert, ok := errors.AsType[tls.AlertError](err); ok {
-		return "tls", "the other side refused the handshake: " + alert.Error()
+	if alert, ok := errors.AsType[*net.OpError](err); ok && alert.Op == "remote error" { // as crypto/tls has it
+		return "tls", "the other side refused the handshake: " + alert.Err.Error()
 	}
 	if name, ok := errors.AsType[*net.DNSError](err); ok && name.IsNotFound {
 		return "connection", "no such host: check the URL"
@@ -364,6 +364,8 @@ func trouble(err error) (reason, hint string) {
 	switch {
 	case errors.Is(err, errNotReady):
 		return "silent", "a proxy may be buffering the stream: turn that off for /subscribe/"
+	case errors.Is(err, errMalformed):
+		return "connection", "what is spoken there is no HTTP: is it https:// instead of http://?"
 	case errors.Is(err, errNoEvents):
 		return "path", "is this a relay's /subscribe/{channel}? (SOURCE_URL)"
 	}

@@ -6,14 +6,20 @@ import (
 	"cmp"
 	"compress/gzip"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"log/slog"
 	"math"
+	"math/big"
 	mathrand "math/rand/v2"
 	"net"
 	"net/http"
@@ -973,6 +979,168 @@ func TestReconnectBackoff(t *testing.T) {
 		if n := w.Reconnects.Load(); n != 2 {
 			t.Errorf("%d reconnects counted, want those of the streams that were ready", n)
 		}
+	})
+}
+
+// issued is a certificate of its own for host, which ends at the given time, and a
+// file with it.
+func issued(t testing.TB, host string, end time.Time) (tls.Certificate, string) {
+	t.Helper()
+	key := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), DNSNames: []string{host}, NotBefore: end.Add(-time.Hour), NotAfter: end}
+	if ip := net.ParseIP(host); ip != nil {
+		template.DNSNames, template.IPAddresses = nil, []net.IP{ip}
+	}
+	der := must(x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key))
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, writePEM(t, "CERTIFICATE", der)
+}
+
+// nowhere is a name server that knows no name.
+func nowhere(context.Context, string, string) (net.Conn, error) {
+	near, far := net.Pipe()
+	go func() { // ends with the connection
+		defer far.Close()
+		for {
+			size := make([]byte, 2) // of a message over TCP
+			if _, err := io.ReadFull(far, size); err != nil {
+				return
+			}
+			message := make([]byte, binary.BigEndian.Uint16(size))
+			if _, err := io.ReadFull(far, message); err != nil {
+				return
+			}
+			message[2], message[3] = 0x81, 0x83 // an answer: no such name (RFC 1035 section 4.1.1)
+			far.Write(append(size, message...))
+		}
+	}()
+	return near, nil
+}
+
+// TestHints: what keeps a client from its source or its target is told with what
+// may mend it, and counted by its kind.
+func TestHints(t *testing.T) {
+	answering := func(status int, kind string) string {
+		return newSource(t, func(_ int, w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", kind)
+			w.WriteHeader(status)
+		}).URL
+	}
+	secure := func(certificate tls.Certificate, set func(*tls.Config)) string {
+		s := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(418) }))
+		s.Config.ErrorLog = log.New(io.Discard, "", 0)
+		s.TLS = &tls.Config{Certificates: []tls.Certificate{certificate}}
+		if set != nil {
+			set(s.TLS)
+		}
+		s.StartTLS()
+		t.Cleanup(s.Close)
+		return s.URL
+	}
+	good, goodFile := issued(t, "127.0.0.1", time.Now().Add(time.Minute))
+	other, otherFile := issued(t, "relay.example.com", time.Now().Add(time.Minute))
+	old, oldFile := issued(t, "127.0.0.1", time.Now().Add(-time.Minute))
+	closed := loopback(t)
+	closed.Close()
+	down := "http://" + closed.Addr().String()
+	alert := loopback(t) // a TLS port that does not speak HTTP even then
+	var served sync.WaitGroup
+	served.Go(func() {
+		for {
+			conn, err := alert.Accept()
+			if err != nil {
+				return
+			}
+			http.ReadRequest(bufio.NewReader(conn))
+			io.WriteString(conn, "\x15\x03\x01\x00\x02\x02\x46")
+			conn.Close()
+		}
+	})
+	t.Cleanup(func() {
+		alert.Close()
+		served.Wait()
+	})
+
+	const lost = "is this a relay's /subscribe/{channel}? (SOURCE_URL)"
+	for _, tt := range []struct {
+		name, url, ca string
+		reason, hint  string
+		target        bool // it is the same for a target
+	}{
+		{"404", answering(404, ""), "", "path", lost, false},
+		{"a page", answering(200, "text/html"), "", "path", lost, false},
+		{"401", answering(401, ""), "", "token", "AUTH_TOKEN is missing, or is not one that the source takes for this channel", false},
+		{"403", answering(403, ""), "", "address", "the source does not take streams from this address (SUBSCRIBE_ALLOWED_IPS)", false},
+		{"503", answering(503, ""), "", "busy", "the source is full, is shutting down or has lost its Redis", false},
+		{"400", answering(400, ""), "", "status", "does the source want https? (SOURCE_URL)", false},
+		{"500", answering(500, ""), "", "status", "", false},
+		{"a redirect", answering(302, ""), "", "status", "", false},
+		{"unknown CA", secure(good, nil), "", "tls", "nobody known vouches for the certificate: name its CA in CA_FILE", true},
+		{"another host", secure(other, nil), otherFile, "tls", "the certificate is for another host name than the URL has", true},
+		{"expired", secure(old, nil), oldFile, "tls", "the certificate has expired or is not valid yet: renew it, or set this machine's clock", true},
+		{"plain port", strings.Replace(answering(404, ""), "http:", "https:", 1), "", "tls", "no TLS is spoken there: is it http:// instead of https://?", true},
+		{"too old", secure(good, func(c *tls.Config) { c.MaxVersion = tls.VersionTLS11; c.MinVersion = tls.VersionTLS10 }), goodFile, "tls", "the other side refused the handshake: tls: protocol version not supported", true},
+		{"wants a certificate", secure(good, func(c *tls.Config) { c.ClientAuth = tls.RequireAnyClientCert }), goodFile, "tls", "the other side refused the handshake: tls: certificate required", true},
+		{"TLS port", strings.Replace(secure(good, nil), "https:", "http:", 1), "", "status", "does the source want https? (SOURCE_URL)", false},
+		{"TLS port of others", "http://" + alert.Addr().String(), "", "connection", "what is spoken there is no HTTP: is it https:// instead of http://?", true},
+		{"no such host", "http://nowhere.example", "", "connection", "no such host: check the URL", true},
+		{"down", down, "", "connection", "", true},
+	} {
+		check := func(t *testing.T, message, wantLevel string, source, target string) *Client {
+			t.Helper()
+			env := []string{"RECONNECT_INTERVAL=1h", "TARGET_RETRY_WINDOW=0"}
+			if tt.ca != "" {
+				env = append(env, "CA_FILE="+tt.ca)
+			}
+			c, said := newClientOf(t, source+"/subscribe/ci", target, env...), &logBuffer{}
+			c.log = newLogger(&Config{}, said)
+			for _, transport := range []*http.Transport{c.source, c.target} {
+				transport.Proxy = nil
+				if tt.name == "no such host" {
+					transport.DialContext = (&net.Dialer{Resolver: &net.Resolver{PreferGo: true, Dial: nowhere}}).DialContext
+				}
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			var running sync.WaitGroup
+			running.Go(func() { c.Run(ctx) })
+			defer running.Wait()
+			defer cancel()
+			eventually(t, message, func() bool { return len(said.lines(message)) > 0 })
+			line := said.lines(message)[0]
+			if hint, _ := line["hint"].(string); hint != tt.hint || line["level"] != wantLevel || line["err"] == nil {
+				t.Errorf("said %v, want %s with the hint %q", line, wantLevel, tt.hint)
+			}
+			return c
+		}
+		t.Run(tt.name, func(t *testing.T) {
+			level := "WARN"
+			if tt.reason == "token" || tt.reason == "address" {
+				level = "ERROR"
+			}
+			c := check(t, "no stream from the source", level, tt.url, down)
+			if n := c.Denied[tt.reason].Load(); n != 1 || total(c.Denied) != 1 {
+				t.Errorf("%d are counted for %s, of %d", n, tt.reason, total(c.Denied))
+			}
+		})
+		if tt.target {
+			t.Run(tt.name+", of a target", func(t *testing.T) {
+				source := steady(t, dataBlock(map[string]string{"originalUrl": "/webhooks/ci/x"})).URL
+				c := check(t, "webhook given up", "ERROR", source, tt.url)
+				if n := c.Forwards[answerUnreachable].Load(); n != 1 || total(c.Forwards) != 1 {
+					t.Errorf("%d are counted as unreachable, of %d", n, total(c.Forwards))
+				}
+			})
+		}
+	}
+	t.Run("never ready", func(t *testing.T) {
+		inWorld(t, func(t *testing.T, w *world) {
+			w.startAll()
+			w.next().send(": hello\n\n")
+			w.until("a line", func() bool { return len(w.log.lines("no stream from the source")) > 0 })
+			line := w.log.lines("no stream from the source")[0]
+			if line["hint"] != "a proxy may be buffering the stream: turn that off for /subscribe/" || line["level"] != "WARN" || w.Denied["silent"].Load() != 1 || total(w.Denied) != 1 {
+				t.Errorf("said %v, counted %d", line, total(w.Denied))
+			}
+		})
 	})
 }
 
