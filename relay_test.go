@@ -636,6 +636,144 @@ func TestDemoSettings(t *testing.T) {
 	}
 }
 
+// TestOneLineEach: a webhook is one line on each side, which name it as its
+// provider knows it, and tell what became of it and nothing of what it says.
+func TestOneLineEach(t *testing.T) {
+	t.Parallel()
+	const slow = 20 * time.Millisecond
+	var first sync.Map // paths that were there once
+	target := newTarget(t, func(r recorded) string {
+		time.Sleep(slow)
+		path, _, _ := strings.Cut(strings.Fields(r.line)[1], "?")
+		if _, again := first.LoadOrStore(path, true); !again && strings.HasSuffix(path, "/busy") {
+			return "HTTP/1.1 503 canary\r\nContent-Length: 0\r\n\r\n"
+		}
+		if strings.HasSuffix(path, "/broken") {
+			return "HTTP/1.1 500 canary\r\nX-Canary: canary\r\nContent-Length: 6\r\n\r\ncanary"
+		}
+		return "HTTP/1.1 201 canary\r\nX-Canary: canary\r\nContent-Length: 6\r\n\r\ncanary"
+	})
+	closed := loopback(t)
+	closed.Close()
+	down := "http://" + closed.Addr().String()
+	server := startServer(t, "AUTH_TOKEN=canary", "RESPONSE_MODE=accept, s=status, r=response, sd=status, rd=response", "RESPONSE_TIMEOUT=9s, sd=600, rd=600")
+	source := "http://canary:canary@" + server.addr + "/subscribe/"
+	withUser := func(base string) string { return strings.Replace(base, "://", "://canary:canary@", 1) }
+	var sources []string
+	for _, channel := range []string{"a", "s", "r", "ad", "sd", "rd"} {
+		sources = append(sources, source+channel+"?k=canary")
+	}
+	client := start(t, "RELAY_MODE=client", "AUTH_TOKEN=canary", "SOURCE_URL="+strings.Join(sources, ","), "TARGET_RETRY_WINDOW=2s", "RECONNECT_INTERVAL=50",
+		fmt.Sprintf("TARGET_BASE_URL=%s/base?k=canary, ad=%[2]s, sd=%[2]s, rd=%[2]s", withUser(target.url), withUser(down)))
+	eventually(t, "all streams", func() bool { return len(client.log.lines("stream ready")) == len(sources) })
+
+	// logged is the only line about event, and what is beside it is a try that was not the last.
+	logged := func(p *program, event string) (line map[string]any) {
+		t.Helper()
+		eventually(t, "a line", func() bool {
+			line = nil
+			for text := range strings.Lines(p.log.String()) {
+				var record map[string]any
+				if json.Unmarshal([]byte(text), &record) == nil && record["event"] == event && record["level"] != "DEBUG" && record["msg"] != "webhook will be forwarded again" {
+					if line != nil {
+						t.Fatalf("two lines about one webhook:\n%v\n%v", line, record)
+					}
+					line = record
+				}
+			}
+			return line != nil
+		})
+		return line
+	}
+	const (
+		accepted, answered, refused = "INFO webhook accepted", "INFO webhook answered", "WARN webhook refused"
+		forwarded, failing, givenUp = "INFO webhook forwarded", "WARN webhook forwarded", "ERROR webhook given up"
+	)
+	for _, tt := range []struct {
+		method, path         string
+		told                 int // the provider
+		server, client       string
+		status, clientStatus int
+		attempt              float64 // 0: some
+		reason, err          string
+		reached, patient     bool
+	}{
+		{"POST", "/webhooks/a", 200, accepted, forwarded, 200, 201, 1, "", "", true, false},
+		{"PUT", "/webhooks/a/x%2Fy//z", 200, accepted, forwarded, 200, 201, 1, "", "", true, false},
+		{"POST", "/webhooks/a/broken", 200, accepted, failing, 200, 500, 1, "", "", true, false},
+		{"POST", "/webhooks/a/busy", 200, accepted, forwarded, 200, 201, 2, "", "", true, false},
+		{"POST", "/webhooks/ad/x", 200, accepted, givenUp, 200, 0, 0, "", "connection refused", false, false},
+		{"POST", "/webhooks/s/x", 201, answered, forwarded, 201, 201, 1, "", "", true, true},
+		{"POST", "/webhooks/s/broken", 500, "WARN webhook answered", failing, 500, 500, 1, "", "", true, true},
+		{"POST", "/webhooks/s/busy", 201, answered, forwarded, 201, 201, 2, "", "", true, true},
+		{"POST", "/webhooks/sd/x", 502, refused, givenUp, 502, 0, 0, "target unreachable", "connection refused", false, true},
+		{"PATCH", "/webhooks/r/x", 201, answered, forwarded, 201, 201, 1, "", "", true, true},
+		{"POST", "/webhooks/r/broken", 500, "WARN webhook answered", failing, 500, 500, 1, "", "", true, true},
+		{"POST", "/webhooks/rd", 502, refused, givenUp, 502, 0, 0, "target unreachable", "connection refused", false, true},
+	} {
+		t.Run(tt.method+tt.path, func(t *testing.T) {
+			begin := time.Now()
+			status, _, header := send(t, tt.method, "http://"+server.addr+tt.path+"?q=canary", `{"a":"canary"}`, "X-A", "canary", "Authorization", "Bearer canary", "User-Agent", "canary")
+			event := header.Get("X-Relay-Event-Id")
+			if status != tt.told || event == "" {
+				t.Fatalf("the provider was told %d %v, want %d with an id", status, header, tt.told)
+			}
+			channel, _, _ := strings.Cut(strings.TrimPrefix(tt.path, "/webhooks/"), "/")
+			check := func(line map[string]any, want string, status int, attempt float64, least time.Duration, more map[string]any) {
+				t.Helper()
+				fields := map[string]any{"channel": channel, "method": tt.method, "path": tt.path, "bytes": 14.0, "status": float64(status)}
+				if status == 0 { // nobody said one
+					fields["status"] = nil
+				}
+				maps.Copy(fields, more)
+				for name, value := range fields {
+					if line[name] != value {
+						t.Errorf("%s is %v, want %v", name, line[name], value)
+					}
+				}
+				if got := fmt.Sprint(line["level"], " ", line["msg"]); got != want {
+					t.Errorf("the line is %q, want %q", got, want)
+				}
+				if got, ok := line["attempt"].(float64); !ok || got < 1 || attempt > 0 && got != attempt {
+					t.Errorf("attempt is %v, want %v", line["attempt"], attempt)
+				}
+				most := float64(time.Since(begin)) / 1e6
+				if ms, ok := line["ms"].(float64); !ok || ms < float64(least)/1e6 || ms > most {
+					t.Errorf("ms is %v, want a number between %v and %.1f", line["ms"], least, most)
+				}
+				if t.Failed() {
+					t.Logf("the line: %v", line)
+				}
+			}
+			targetURL, atServer, atClient := target.url+"/base", time.Duration(0), time.Duration(0)
+			if !tt.reached {
+				targetURL = down
+			} else {
+				atClient = slow
+				if tt.patient {
+					atServer = slow
+				}
+			}
+			var reason any
+			if tt.reason != "" {
+				reason = tt.reason
+			}
+			check(logged(server, event), tt.server, tt.status, 1, atServer, map[string]any{"reason": reason})
+			line := logged(client, event)
+			check(line, tt.client, tt.clientStatus, tt.attempt, atClient, map[string]any{"target": targetURL})
+			if said, _ := line["err"].(string); (tt.err == "") != (said == "") || !strings.Contains(said, tt.err) {
+				t.Errorf("err is %q, want one with %q", said, tt.err)
+			}
+		})
+	}
+	for _, p := range []*program{client, server} {
+		p.stop()
+		if at := strings.Index(p.log.String(), "canary"); at >= 0 {
+			t.Errorf("the log tells of what a webhook says: %.200s", p.log.String()[max(0, at-100):])
+		}
+	}
+}
+
 // wire sends the bytes of one request on a connection of its own and returns
 // the answer. A body announced by Expect waits for the 100, as curl does.
 func wire(t testing.TB, addr, request string) (status int, answer string, header http.Header) {
