@@ -774,6 +774,67 @@ func TestOneLineEach(t *testing.T) {
 	}
 }
 
+// TestNoFalseAlarm: where nothing is wrong nothing is a warning: not that two
+// clients share a channel, nor that one of them reports later than the other. The
+// first lines say what was set, and where webhooks go.
+func TestNoFalseAlarm(t *testing.T) {
+	t.Parallel()
+	modes := []string{"accept", "status", "response"}
+	var n atomic.Int64
+	target := newTarget(t, func(recorded) string {
+		time.Sleep(time.Duration(n.Add(1)%7) * 10 * time.Millisecond)
+		return ok200
+	})
+	server := startServer(t, "AUTH_TOKEN=secret", "RESPONSE_MODE=accept, status=status, response=response")
+	var sources, want []string
+	for _, mode := range modes {
+		sources = append(sources, "http://user:secret@"+server.addr+"/subscribe/"+mode+"/?k=secret")
+		want = append(want, fmt.Sprintf("%[1]s from http://%[2]s/subscribe/%[1]s/ to %[3]s/base, for http://%[2]s/webhooks/%[1]s", mode, server.addr, target.url))
+	}
+	set := []string{"RELAY_MODE=client", "SOURCE_URL=" + strings.Join(sources, ","), "TARGET_BASE_URL=" + strings.Replace(target.url, "://", "://user:secret@", 1) + "/base?k=secret", "AUTH_TOKEN=secret", "TARGET_TIMEOUT=", "SERVER_PORT="}
+	clients := []*program{start(t, set...), start(t, set...)}
+	for _, client := range clients {
+		eventually(t, "all streams", func() bool { return len(client.log.lines("stream ready")) == len(modes) })
+		var ready []string
+		for _, line := range client.log.lines("stream ready") {
+			ready = append(ready, fmt.Sprintf("%s from %s to %s, for %s", line["channel"], line["source"], line["target"], line["webhooks"]))
+		}
+		if slices.Sort(ready); !slices.Equal(ready, slices.Sorted(slices.Values(want))) {
+			t.Errorf("ready are %q, want %q", ready, want)
+		}
+		shown := client.log.lines("starting")[0]["settings"].(map[string]any)
+		if names := slices.Sorted(maps.Keys(shown)); !slices.Equal(names, []string{"AUTH_TOKEN", "LOG_FORMAT", "LOG_LEVEL", "RELAY_MODE", "SOURCE_URL", "TARGET_BASE_URL"}) {
+			t.Errorf("the settings shown are %q", names)
+		}
+	}
+	var senders sync.WaitGroup
+	const webhooks = 50
+	for i := range webhooks {
+		senders.Go(func() {
+			for _, mode := range modes {
+				if status, _, _ := send(t, "POST", fmt.Sprintf("http://%s/webhooks/%s/%d", server.addr, mode, i), "{}"); status != 200 {
+					t.Errorf("%s: %d", mode, status)
+				}
+			}
+		})
+	}
+	senders.Wait()
+	for range 2 * webhooks * len(modes) { // each client has each
+		target.next(t)
+	}
+	time.Sleep(2 * takenDelay) // what is reported last
+	for _, p := range append(clients, server) {
+		for line := range strings.Lines(p.log.String()) {
+			if !strings.Contains(line, `"level":"INFO"`) && !strings.Contains(line, `"level":"DEBUG"`) {
+				t.Errorf("a false alarm: %s", line)
+			}
+		}
+		if p.stop(); strings.Contains(p.log.String(), "secret") {
+			t.Error("the log has a secret")
+		}
+	}
+}
+
 // wire sends the bytes of one request on a connection of its own and returns
 // the answer. A body announced by Expect waits for the 100, as curl does.
 func wire(t testing.TB, addr, request string) (status int, answer string, header http.Header) {
