@@ -326,8 +326,11 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		s.serveSubscribe(w, r, t.Channel)
 	case t.Kind == "subscribe" && t.Tail == "/responses":
 		s.serveReport(w, r, t.Channel)
-	case t.Path == "/":
+	case t.Path == "/" && (r.Method == http.MethodGet || r.Method == http.MethodHead):
 		s.serveReady(w, r)
+	case t.Path == "/":
+		w.Header().Set("Allow", "GET, HEAD")
+		s.misdirected(w, r, errMethod)
 	default:
 		s.misdirected(w, r, errNotFound)
 	}
@@ -424,9 +427,6 @@ func (s *Server) serveReady(w http.ResponseWriter, r *http.Request) {
 	ctx, cancel := context.WithTimeout(r.Context(), probeTimeout)
 	defer cancel()
 	switch {
-	case r.Method != http.MethodGet && r.Method != http.MethodHead:
-		w.Header().Set("Allow", "GET, HEAD")
-		refuse(w, r, errMethod)
 	case s.draining.Load():
 		refuse(w, r, errLeaving)
 	case s.bus.Check(ctx) != nil:
