@@ -25,6 +25,7 @@ import (
 	"log/slog"
 	"maps"
 	"math/big"
+	mathrand "math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httputil"
@@ -1761,8 +1762,8 @@ func TestMethodsOverHTTP2(t *testing.T) {
 		for _, method := range []string{"GE T", "PO\xffST", `P"OST`} {
 			openHTTP2(t, p, method, "/webhooks/ci", relayError(400, "invalid method")).Close()
 		}
-		if n := r.Refused["method"].Load(); n != 3 {
-			t.Errorf("%d refused", n)
+		if n, told := r.Refused["method"].Load(), len(r.log.lines("webhook refused")); n != 3 || told != 3 {
+			t.Errorf("%d refused, %d lines", n, told)
 		}
 	})
 }
@@ -2282,68 +2283,272 @@ func TestPrivateHeaders(t *testing.T) {
 	})
 }
 
-// TestRefusalsAreCounted: every refusal of a subscriber and of a report is one
-// in the metrics, under its reason and no other.
-func TestRefusalsAreCounted(t *testing.T) {
+// brokenBus takes nothing.
+type brokenBus struct{ *Hub }
+
+func (brokenBus) Publish(context.Context, *Event) (int, error) { return 0, errors.New("broken") }
+func (brokenBus) Send(context.Context, Signal) (int, error)    { return 0, errors.New("broken") }
+
+// outcomes is what r counts of webhooks, and of subscribers that it refuses, by the
+// labels.
+func (r *rig) outcomes() map[string]int {
+	counts := map[string]int{}
+	text := (&Health{Metrics: serverMetrics(r.Server, r.hub, nil, &door{})}).exposition()
+	for _, m := range outcomeSample.FindAllStringSubmatch(text, -1) {
+		counts[m[1]], _ = strconv.Atoi(m[2])
+	}
+	return counts
+}
+
+var outcomeSample = regexp.MustCompile(`(?m)^relay_((?:webhooks_total|subscribers_refused_total)\{.*\}) (\d+)$`)
+
+// TestRefusalsAreTold: every refusal that a stranger can cause is one line, of its
+// level and with its reason, and one in the metrics, under its label and no other.
+func TestRefusalsAreTold(t *testing.T) {
+	const (
+		hook, report, stream = "WARN webhook refused", "WARN report refused", "WARN subscriber refused"
+		misled, browsed      = "WARN request refused", "INFO request refused"
+	)
+	token, elsewhere := []string{"X-Auth-Token", "secret"}, []string{"X-Auth-Token", "secret", "X-Forwarded-For", "198.51.100.1"}
+	many := slices.Repeat([]string{"X-Many", "canary"}, fieldLimit+1)
+	full := func(r *rig) *Budget { return r.budget }
+	ended := func(r *rig) { r.Shutdown() }
+	wait := func(r *rig) { time.Sleep(time.Minute) }
+	kept := func(r *rig) { r.hub.Watch = func(string) {} } // nothing becomes live by itself
+	for _, tt := range []struct {
+		name              string
+		method, url, body string
+		headers           []string
+		chunked           bool // the size of the body is not announced
+		before            func(*rig)
+		full              func(*rig) *Budget
+		status            int
+		line, reason      string
+		label             string // of the metric
+	}{
+		{"address", "POST", hooksURL, "", elsewhere, false, nil, nil, 403, hook, "address not allowed", "address"},
+		{"size, announced", "POST", hooksURL, strings.Repeat("canary", 200), nil, false, nil, nil, 413, hook, "payload too large", "size"},
+		{"size, found", "POST", hooksURL, strings.Repeat("canary", 200), nil, true, nil, nil, 413, hook, "payload too large", "size"},
+		{"values", "POST", hooksURL, "", many, false, nil, nil, 431, hook, "too many header fields", "size"},
+		{"dots", "POST", hooksURL + "/%2e%2e", "", nil, false, nil, nil, 400, hook, "invalid path", "path"},
+		{"channel", "POST", "http://relay.test/webhooks/c%40i", "", nil, false, nil, nil, 400, hook, "invalid channel", "channel"},
+		{"budget", "POST", hooksURL, "canary", nil, false, nil, full, 503, hook, "too many requests wait", "budget"},
+		{"bus", "POST", "http://relay.test/webhooks/broken", "canary", nil, false, nil, nil, 503, hook, "bus unavailable", "bus"},
+		{"shutdown", "POST", hooksURL, "canary", nil, false, ended, nil, 503, hook, "shutting down", "shutdown"},
+		{"nobody", "POST", "http://relay.test/webhooks/waits", "canary", nil, false, nil, nil, 503, hook, "nobody connected", "nobody"},
+		{"misspelled", "POST", "http://relay.test/webhook/ci", "canary", nil, false, nil, nil, 404, misled, "not found", "path"},
+		{"misspelled, at a browser", "GET", "http://relay.test/webhook/ci", "", nil, false, nil, nil, 404, browsed, "not found", "path"},
+		{"no path", "POST", "http://relay.test/", "canary", nil, false, nil, nil, 405, misled, "method not allowed", "method"},
+		{"no channel", "PUT", "http://relay.test/webhooks", "canary", nil, false, nil, nil, 404, misled, "not found", "path"},
+
+		{"token", "GET", streamURL, "", nil, false, nil, nil, 401, stream, "missing or wrong token", "token"},
+		{"wrong token", "GET", streamURL, "", []string{"Authorization", "Bearer canary"}, false, nil, nil, 401, stream, "missing or wrong token", "token"},
+		{"address of a subscriber", "GET", streamURL, "", elsewhere, false, nil, nil, 403, stream, "address not allowed", "address"},
+		{"limit", "GET", streamURL, "", token, false, nil, nil, 503, stream, "too many subscribers", "limit"},
+		{"channel of a subscriber", "GET", "http://relay.test/subscribe/c%40i", "", token, false, nil, nil, 400, stream, "invalid channel", "channel"},
+		{"method of a subscriber", "PUT", streamURL, "", token, false, nil, nil, 405, stream, "method not allowed", "method"},
+		{"body of a subscriber", "GET", otherURL, "canary", token, false, nil, nil, 400, stream, "no body expected", "body"},
+		{"shutdown of a subscriber", "GET", otherURL, "", token, false, ended, nil, 503, stream, "shutting down", "shutdown"},
+		{"never live", "GET", otherURL, "", token, false, kept, nil, 503, stream, "bus unavailable", "bus"},
+		{"token of a report", "POST", reportsURL, "canary", []string{"X-Auth-Token", "canary"}, false, nil, nil, 401, report, "missing or wrong token", "token"},
+		{"address of a report", "POST", reportsURL, "canary", elsewhere, false, nil, nil, 403, report, "address not allowed", "address"},
+		{"method of a report", "GET", reportsURL, "", token, false, nil, nil, 405, stream, "method not allowed", "method"},
+		{"malformed report", "POST", reportsURL, "canary", token, false, nil, nil, 400, report, "invalid report", "body"},
+		{"budget of reports", "POST", reportsURL, reportOf(testID, Answer{Status: 200}), token, false, nil, func(r *rig) *Budget { return r.reports }, 503, report, "too many requests wait", "budget"},
+		{"bus of a report", "POST", reportsURL, reportOf("ELSEWHEREAAAA-AAAAAAAAAAAAAAAAAAAAAAAAAA", Answer{Status: 200}), token, false, nil, nil, 503, report, "bus unavailable", "bus"},
+
+		{"accepted", "POST", hooksURL, "canary", nil, false, nil, nil, 200, "INFO webhook accepted", "", "accepted"},
+		{"answered", "POST", "http://relay.test/webhooks/answers", "canary", nil, false, nil, nil, 200, "INFO webhook answered", "", "answered"},
+		{"unknown", "POST", "http://relay.test/webhooks/unknown", "canary", nil, false, wait, nil, 200, "WARN webhook lost", "unknown_channel", "unknown_channel"},
+		{"report", "POST", reportsURL, reportOf(testID, Answer{Status: 200}), token, false, nil, nil, 204, "", "", ""},
+		{"probe", "GET", "http://relay.test/", "", nil, false, nil, nil, 200, "", "", ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
+				if tt.name == "values" && !rt.Protocols.HTTP1() {
+					return // HTTP/2 counts 32 bytes more for each: they are too large before they are too many
+				}
+				r := newRigOn(t, p, func(h *Hub) Bus {
+					if tt.label == "bus" && tt.before == nil {
+						return brokenBus{h}
+					}
+					return h
+				}, "AUTH_TOKEN=secret", "SERVER_MAX_SUBSCRIBERS=4", "SUBSCRIBE_ALLOWED_IPS=192.0.2.0/24", "WEBHOOKS_ALLOWED_IPS=192.0.2.0/24",
+					"TRUSTED_PROXIES=192.0.2.1", "SERVER_MAX_PAYLOAD_SIZE_LIMIT=1kb", "RESPONSE_MODE=accept, waits=status, answers=status")
+				for _, channel := range []string{"ci", "ci", "answers"} { // half of the subscribers are of one channel
+					listen(t, rt, "http://relay.test/subscribe/"+channel, token...)
+				}
+				if tt.before != nil {
+					tt.before(r)
+				}
+				if tt.full != nil {
+					all, _ := tt.full(r).claim("other", 0)
+					all.add(tt.full(r).Limit)
+					defer all.end()
+				}
+				before := r.outcomes()
+				if len(before) != 2+len(lostReasons)+len(webhookReasons)+len(subscriberReasons) {
+					t.Fatalf("counted are %v", before)
+				}
+				want := map[string]int{}
+				switch _, what, _ := strings.Cut(tt.line, " "); what {
+				case "webhook accepted", "webhook answered":
+					want[fmt.Sprintf(`webhooks_total{outcome=%q,reason=""}`, tt.label)] = 1
+				case "webhook lost", "webhook refused", "request refused":
+					outcome := strings.Fields(what)[1]
+					want[fmt.Sprintf(`webhooks_total{outcome=%q,reason=%q}`, outcome, tt.label)] = 1
+				case "subscriber refused", "report refused":
+					want[fmt.Sprintf(`subscribers_refused_total{reason=%q}`, tt.label)] = 1
+				}
+				synctest.Wait()
+				begin := len(r.log.String())
+				var body io.Reader = strings.NewReader(tt.body)
+				if tt.chunked {
+					body = io.MultiReader(body) // whose length nobody knows
+				}
+				req, err := http.NewRequestWithContext(t.Context(), tt.method, tt.url+"?q=canary", body)
+				if err != nil {
+					t.Fatal(err)
+				}
+				req.Header.Set("User-Agent", "canary")
+				for i := 0; i < len(tt.headers); i += 2 {
+					req.Header.Add(tt.headers[i], tt.headers[i+1])
+				}
+				resp, err := rt.RoundTrip(req)
+				if err != nil {
+					t.Fatal(err)
+				}
+				resp.Body.Close()
+				synctest.Wait()
+				counted := r.outcomes()
+				maps.DeleteFunc(counted, func(name string, n int) bool {
+					counted[name] -= before[name]
+					return n == before[name]
+				})
+				if resp.StatusCode != tt.status || !maps.Equal(counted, want) {
+					t.Errorf("status %d, counted %v, want %d and %v", resp.StatusCode, counted, tt.status, want)
+				}
+				var lines []map[string]any
+				for line := range strings.Lines(r.log.String()[begin:]) {
+					var record map[string]any
+					if err := json.Unmarshal([]byte(line), &record); err != nil {
+						t.Fatal(err)
+					}
+					lines = append(lines, record)
+				}
+				if strings.Contains(r.log.String(), "canary") {
+					t.Errorf("the log tells too much:\n%s", r.log)
+				}
+				if tt.line == "" {
+					if len(lines) > 0 {
+						t.Errorf("logged %v, want nothing", lines)
+					}
+					return
+				}
+				if len(lines) != 1 {
+					t.Fatalf("logged %v, want one line", lines)
+				}
+				line := lines[0]
+				if got := fmt.Sprint(line["level"], " ", line["msg"]); got != tt.line || tt.reason != "" && line["reason"] != tt.reason || line["status"] != float64(tt.status) {
+					t.Errorf("logged %v, want %s because %s, with %d", line, tt.line, tt.reason, tt.status)
+				}
+				addr := "192.0.2.1"
+				if strings.HasPrefix(tt.name, "address") {
+					addr = "198.51.100.1"
+				}
+				if strings.HasSuffix(tt.line, "refused") && line["addr"] != addr {
+					t.Errorf("logged %v, want the address %s", line, addr)
+				}
+				if path := req.URL.EscapedPath(); strings.HasPrefix(tt.line, hook[:12]) && (line["path"] != path || line["method"] != tt.method) {
+					t.Errorf("logged %v, want %s %s", line, tt.method, path)
+				}
+			})
+		})
+	}
+}
+
+// TestCountedOnce: whatever becomes of webhooks, in whatever order they come, each
+// is counted once, for what became of it.
+func TestCountedOnce(t *testing.T) {
+	answer := func(r recorded) string {
+		switch path, _, _ := strings.Cut(strings.Fields(r.line)[1], "?"); path {
+		case "/webhooks/ci/silent":
+			time.Sleep(time.Minute)
+		case "/webhooks/ci/down":
+			return hangUp
+		case "/webhooks/ci/broken":
+			return "HTTP/1.1 500 X\r\nContent-Length: 0\r\n\r\n"
+		}
+		return ok200
+	}
+	kinds := map[string]string{ // by method and path: what becomes of it
+		"POST /webhooks/ci":            `outcome="answered",reason=""`,
+		"POST /webhooks/ci/broken":     `outcome="answered",reason=""`,
+		"POST /webhooks/ci/down":       `outcome="refused",reason="unreachable"`,
+		"POST /webhooks/ci/silent":     `outcome="refused",reason="timeout"`,
+		"POST /webhooks/ci/silent?bye": `outcome="refused",reason="gone"`,
+		"POST /webhooks/lone":          `outcome="refused",reason="nobody"`,
+		"POST /webhooks/ci/%2e%2e":     `outcome="refused",reason="path"`,
+		"POST /webhook/ci":             `outcome="refused",reason="path"`,
+		"GET /favicon.ico":             `outcome="refused",reason="path"`,
+		"POST /webhooks/c%40i":         `outcome="refused",reason="channel"`,
+		"POST /webhooks/read":          `outcome="accepted",reason=""`,
+		"POST /webhooks/left":          `outcome="lost",reason="no_client"`,
+		"POST /webhooks/unknown":       `outcome="lost",reason="unknown_channel"`,
+	}
+	relayTest(t, answer, []string{"RESPONSE_MODE=accept, ci=response, lone=status"}, func(t *testing.T, r *relay) {
+		r.client()
+		listen(t, r.rt, "http://relay.test/subscribe/read")
+		once := listen(t, r.rt, "http://relay.test/subscribe/left", features...)
+		time.Sleep(2 * time.Minute) // from now on it knows which channels there are
+		once.close()
+		<-once.done
+
+		want := map[string]int{}
+		var senders sync.WaitGroup
+		names := slices.Sorted(maps.Keys(kinds))
+		const webhooks = 500
+		for range webhooks {
+			kind := names[mathrand.IntN(len(names))]
+			if kind == "POST /webhooks/left" && time.Since(once.ended) > time.Minute {
+				kind = "POST /webhooks/unknown"
+			}
+			want["webhooks_total{"+kinds[kind]+"}"]++
+			senders.Go(func() {
+				ctx := t.Context()
+				if strings.HasSuffix(kind, "?bye") {
+					var cancel context.CancelFunc
+					ctx, cancel = context.WithTimeout(ctx, time.Second)
+					defer cancel()
+				}
+				method, path, _ := strings.Cut(kind, " ")
+				post(ctx, r.rt, method, "http://relay.test"+path, "{}")
+			})
+			time.Sleep(mathrand.N(250 * time.Millisecond))
+		}
+		senders.Wait()
+		time.Sleep(2 * time.Minute) // what nobody comes for
+		got, sum := r.outcomes(), 0
+		for name, n := range got {
+			if sum += n; n != want[name] {
+				t.Errorf("%s is counted %d times, want %d", name, n, want[name])
+			}
+		}
+		if sum != webhooks {
+			t.Errorf("%d webhooks are counted, %d were sent", sum, webhooks)
+		}
+	})
+}
+
+// TestEveryGuessIsCounted: the log is bounded, what is counted is not.
+func TestEveryGuessIsCounted(t *testing.T) {
 	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
-		r := newRig(t, p, "AUTH_TOKEN=secret", "SERVER_MAX_SUBSCRIBERS=1", "SUBSCRIBE_ALLOWED_IPS=192.0.2.0/24", "WEBHOOKS_ALLOWED_IPS=192.0.2.0/24",
-			"TRUSTED_PROXIES=192.0.2.1", "SERVER_MAX_PAYLOAD_SIZE_LIMIT=1kb", "SERVER_HELD_BUFFER=64kb")
-		sample := regexp.MustCompile(`(?m)^relay_(webhooks|subscribers)_refused_total\{reason="([a-z]+)"\} (\d+)$`)
-		counted := func() map[string]int {
-			counts := map[string]int{}
-			text := (&Health{Metrics: serverMetrics(r.Server, r.hub, nil, &door{})}).exposition()
-			for _, m := range sample.FindAllStringSubmatch(text, -1) {
-				counts[m[1]+" "+m[2]], _ = strconv.Atoi(m[3])
-			}
-			return counts
-		}
-		ok := reportOf(testID, Answer{Status: 200})
-		token, elsewhere := []string{"X-Auth-Token", "secret", "X-Relay-Client", "ours"}, []string{"X-Auth-Token", "secret", "X-Forwarded-For", "198.51.100.1"}
-		listen(t, rt, streamURL, token...)
-		steps := []struct {
-			method, url, body string
-			headers           []string
-			status            int
-			reason            string // "": nothing is counted
-		}{
-			{"GET", streamURL, "", nil, 401, "subscribers token"},
-			{"GET", streamURL, "", []string{"Authorization", "Bearer wrong"}, 401, "subscribers token"},
-			{"POST", reportsURL, ok, []string{"X-Auth-Token", "wrong"}, 401, "subscribers token"},
-			{"GET", streamURL, "", elsewhere, 403, "subscribers address"},
-			{"POST", reportsURL, ok, elsewhere, 403, "subscribers address"},
-			{"PUT", streamURL, "", token, 405, "subscribers method"},
-			{"GET", reportsURL, "", token, 405, "subscribers method"},
-			{"GET", "http://relay.test/subscribe/c%40i", "", token, 400, "subscribers channel"},
-			{"GET", streamURL, "x", token, 400, "subscribers body"},
-			{"GET", streamURL, "", token, 503, "subscribers limit"},
-			{"POST", reportsURL, ok, token, 204, ""},
-			{"POST", "http://relay.test/webhooks/c%40i", "", nil, 400, "webhooks channel"},
-			{"POST", hooksURL + "/%2e%2e", "", nil, 400, "webhooks path"},
-			{"POST", hooksURL, "", elsewhere, 403, "webhooks address"},
-			{"POST", hooksURL, strings.Repeat("x", 1025), nil, 413, "webhooks size"},
-			{"POST", hooksURL, "", nil, 200, ""},
-			{"GET", "http://relay.test/nowhere", "", nil, 404, ""},
-		}
-		before := counted()
-		if len(before) != len(webhookReasons)+len(subscriberReasons) {
-			t.Errorf("reasons %v", before)
-		}
-		for _, tt := range steps {
-			if got := post(t.Context(), rt, tt.method, tt.url, tt.body, tt.headers...); got.status != tt.status {
-				t.Errorf("%s %s: %+v, want %d", tt.method, tt.url, got, tt.status)
-			}
-			if tt.reason != "" {
-				before[tt.reason]++
-			}
-			if after := counted(); !maps.Equal(before, after) {
-				t.Fatalf("%s %s: counted %v, want %v", tt.method, tt.url, after, before)
-			}
-		}
+		r := newRig(t, p, "AUTH_TOKEN=secret")
 		for range 1000 {
 			post(t.Context(), rt, "GET", streamURL, "", "X-Auth-Token", "guess")
 		}
-		if before["subscribers token"] += 1000; !maps.Equal(before, counted()) {
-			t.Errorf("counted %v, want %v", counted(), before)
+		if n, logged := r.Rejected["token"].Load(), len(r.log.lines("subscriber refused")); n != 1000 || total(r.Rejected) != n || logged != hushLines {
+			t.Errorf("%d of %d are counted for their token, %d logged", n, total(r.Rejected), logged)
 		}
 	})
 }
