@@ -4490,8 +4490,8 @@ func TestReasons(t *testing.T) {
 	}
 }
 
-// TestAlerts: the rules ask for metrics that the program has, for the growth of
-// counters and the sum of the rest, and the PodMonitor finds all pods.
+// TestAlerts: the rules ask for metrics that the program has, and for the growth of
+// counters, and the PodMonitor finds all pods.
 func TestAlerts(t *testing.T) {
 	known := map[string]bool{}
 	for _, metrics := range programMetrics(t) {
@@ -4511,7 +4511,7 @@ func TestAlerts(t *testing.T) {
 			t.Errorf("rule %q comes twice, or has no name, severity or summary", alert)
 		}
 		names[alert] = true
-		metrics := regexp.MustCompile(`\brelay_\w+`).FindAllString(expr, -1)
+		metrics := regexp.MustCompile(`\brelay_\w+`).FindAllString(strings.ReplaceAll(expr, "_bucket[", "["), -1)
 		if len(metrics) == 0 {
 			t.Errorf("%s asks for nothing: %s", alert, expr)
 		}
@@ -4519,8 +4519,8 @@ func TestAlerts(t *testing.T) {
 			if !known[name] {
 				t.Errorf("%s asks for %s, which the program does not have", alert, name)
 			}
-			if counts := strings.HasSuffix(name, "_total"); counts != strings.Contains(expr, "increase("+name) || !strings.HasPrefix(expr, "sum") {
-				t.Errorf("%s: counters are asked for their increase, all for their sum over replicas: %s", alert, expr)
+			if counts := strings.HasSuffix(name, "_total"); counts && !strings.Contains(expr, "increase("+name) && !strings.Contains(expr, "rate("+name) {
+				t.Errorf("%s: counters are asked for their increase: %s", alert, expr)
 			}
 		}
 		for _, m := range regexp.MustCompile(`(outcome|reason|code)[=!]=?~?"([^"]*)"`).FindAllStringSubmatch(expr, -1) {
@@ -5499,4 +5499,142 @@ func TestRecipes(t *testing.T) {
 		}
 		client.stop()
 	}
+}
+
+// TestAlertsFire: on a healthy pair of replicas, one of which has no stream, no alert
+// fires; and of what may go wrong each fires its own, and no other.
+func TestAlertsFire(t *testing.T) {
+	t.Parallel()
+	binary := need(t, "promtool", "prometheus")
+	promtool := func(text string, args ...string) {
+		t.Helper()
+		cmd := exec.CommandContext(t.Context(), binary, args...)
+		cmd.Stdin = strings.NewReader(text)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("promtool %s: %v\n%s", strings.Join(args, " "), err, out)
+		}
+	}
+	redis := startRedis(t)
+	a, b := startReplicas(t, redis, "AUTH_TOKEN=secret", "RESPONSE_MODE=accept, slack=response")
+	target := newTarget(t, nil)
+	client := startClient(t, a.addr, "ci", target.url, append(probed, "AUTH_TOKEN=secret", "SOURCE_URL=http://"+a.addr+"/subscribe/ci, http://"+a.addr+"/subscribe/slack")...)
+	eventually(t, "both streams", func() bool { return len(client.log.lines("stream ready")) == 2 })
+	for _, server := range []string{a.addr, b.addr} {
+		for _, channel := range []string{"ci", "slack"} {
+			for range 10 {
+				if status, _, _ := send(t, "POST", "http://"+server+"/webhooks/"+channel, "{}"); status != 200 {
+					t.Fatalf("%s: %d", channel, status)
+				}
+			}
+		}
+	}
+	eventually(t, "all are settled", func() bool { return scrape(t, a)["relay_held_webhooks"]+scrape(t, b)["relay_held_webhooks"] == 0 })
+
+	series := map[string]string{} // as they are now
+	for instance, p := range map[string]*program{"a": a, "b": b, "client": client} {
+		_, text, _ := send(t, "GET", "http://"+p.health+"/metrics", "")
+		promtool(text, "check", "metrics")
+		for line := range strings.Lines(text) {
+			if m := sampleLine.FindStringSubmatch(strings.TrimSuffix(line, "\n")); m != nil {
+				labels := strings.TrimPrefix(m[2]+fmt.Sprintf(",instance=%q,job=\"relay\"", instance), ",")
+				series[m[1]+"{"+labels+"}"] = strconv.FormatFloat(must(strconv.ParseFloat(m[3], 64)), 'f', -1, 64)
+			}
+		}
+	}
+	series[`process_open_fds{instance="another",job="other"}`], series[`process_max_fds{instance="another",job="other"}`] = "1000", "1000"
+
+	block := regexp.MustCompile("(?s)```yaml\n(groups:\n.*?)```").FindStringSubmatch(readFile(t, "docs/operations.md"))
+	rules := filepath.Join(t.TempDir(), "rules.yaml")
+	if err := os.WriteFile(rules, []byte(block[1]), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	promtool("", "check", "rules", rules)
+
+	type change struct{ series, values string } // a regular expression; as promtool has them, with @ for the value as it is
+	const once = "0+0x5 1+0x25"
+	every := func(minute int) string { return fmt.Sprintf("@+%dx30", minute) }
+	is := func(value int) string { return fmt.Sprintf("%d+0x30", value) }
+	lost := func(reason string) []change {
+		return []change{{`relay_webhooks_total{outcome="lost",reason="` + reason + `",instance="b".*`, every(1)}}
+	}
+	refused := func(reason string) []change {
+		return []change{{`relay_webhooks_total{outcome="refused",reason="` + reason + `",instance="a".*`, every(1)}}
+	}
+	code := func(code string, more int) change {
+		return change{`relay_forwards_total{channel="slack",code="` + code + `",.*`, every(more)}
+	}
+	answers := func(bounds string) []change {
+		return []change{{`relay_webhook_answer_seconds_bucket{le="(` + bounds + `)",.*`, every(60)}}
+	}
+	cases := []struct {
+		name    string
+		changes []change
+		fires   string
+	}{
+		{"healthy", nil, ""},
+		{"lost, no client", lost("no_client"), "WebhooksLost"},
+		{"lost, no space", lost("no_space"), "WebhooksLost"},
+		{"lost at the end", lost("shutdown"), "WebhooksLost"},
+		{"a stranger's channel", []change{{lost("unknown_channel")[0].series, once}}, ""},
+		{"a misspelled channel", lost("unknown_channel"), "WebhooksUnheard"},
+		{"target down", refused("unreachable"), "WebhooksUnanswered"},
+		{"target silent", refused("timeout"), "WebhooksUnanswered"},
+		{"nobody there", refused("nobody"), "WebhooksUnanswered"},
+		{"bus down", refused("bus"), "WebhooksRefused"},
+		{"no space", refused("budget"), "WebhooksRefused"},
+		{"a scanner", refused("path"), ""},
+		{"no stream anywhere", []change{{"relay_subscribers{.*", is(0)}}, "NoSubscriber"},
+		{"the other replica has the streams", []change{{`relay_subscribers{instance="a".*`, is(0)}, {`relay_subscribers{instance="b".*`, is(2)}}, ""},
+		{"no Redis", []change{{`relay_redis_up{instance="b".*`, is(0)}}, "RedisDown"},
+		{"no stream", []change{{`relay_stream_ready{channel="ci".*`, is(0)}}, "NoStream"},
+		{"target answers 500", []change{code("5xx", 1), code("2xx", 5)}, "ForwardsFail"},
+		{"target answers 404", []change{code("4xx", 1)}, "ForwardsFail"},
+		{"target unreachable", []change{code("unreachable", 1)}, "ForwardsFail"},
+		{"target seldom fails", []change{code("5xx", 1), code("2xx", 20), code("3xx", 5)}, ""},
+		{"one channel's half is full", []change{{`relay_held_bytes{instance="a".*`, is(120 << 20)}}, "HeldNearLimit"},
+		{"some are held", []change{{`relay_held_bytes{instance="a".*`, is(64 << 20)}}, ""},
+		{"wrong token", []change{{`relay_subscribers_refused_total{reason="token",instance="b".*`, every(2)}}, "WrongToken"},
+		{"wrong address", []change{{`relay_subscribers_refused_total{reason="address",instance="b".*`, every(2)}}, ""},
+		{"answers take 4 s", answers(`5|10|30|60|\+Inf`), "AnswersSlow"},
+		{"answers take 1 s", answers(`1|2.5|5|10|30|60|\+Inf`), ""},
+		{"a stranger's guess", []change{{`relay_subscribers_refused_total{reason="token",instance="b".*`, once}}, ""},
+		{"a client that does not read", []change{{`relay_subscribers_evicted_total{instance="a".*`, every(1)}}, "SubscribersStuck"},
+		{"no place", []change{{`relay_connections_closed_total{instance="a".*`, every(1)}}, "ConnectionsFull"},
+		{"descriptors", []change{{`process_open_fds{instance="client".*`, is(900)}, {`process_max_fds{instance="client".*`, is(1000)}}, "DescriptorsFew"},
+	}
+	var text strings.Builder
+	fired := map[string]bool{}
+	fmt.Fprintf(&text, "rule_files: [%s]\nevaluation_interval: 1m\ntests:\n", rules)
+	for _, tt := range cases {
+		fmt.Fprintf(&text, "  - name: %q\n    interval: 1m\n    input_series:\n", tt.name)
+		found := make([]bool, len(tt.changes))
+		for _, name := range slices.Sorted(maps.Keys(series)) {
+			values := "@+0x30"
+			for i, c := range tt.changes {
+				if regexp.MustCompile("^(?:" + strings.Replace(c.series, "{", `\{`, 1) + ")$").MatchString(name) {
+					values, found[i] = c.values, true
+				}
+			}
+			fmt.Fprintf(&text, "      - {series: '%s', values: '%s'}\n", name, strings.Replace(values, "@", series[name], 1))
+		}
+		if slices.Contains(found, false) {
+			t.Errorf("%s: changes %v find no series", tt.name, tt.changes)
+		}
+		samples := "[]"
+		if fired[tt.fires] = true; tt.fires != "" {
+			samples = fmt.Sprintf(`[{labels: '{alertname="%s"}', value: 1}]`, tt.fires)
+		}
+		firing := `group by (alertname) (max_over_time(ALERTS{alertstate="firing"}[30m])) # ` + tt.name // which names it in what promtool says
+		fmt.Fprintf(&text, "    promql_expr_test:\n      - {expr: %q, eval_time: 30m, exp_samples: %s}\n", firing, samples)
+	}
+	for _, m := range regexp.MustCompile(`- alert: (\S+)`).FindAllStringSubmatch(block[1], -1) {
+		if !fired[m[1]] {
+			t.Errorf("no change makes %s fire", m[1])
+		}
+	}
+	tests := filepath.Join(t.TempDir(), "tests.yaml")
+	if err := os.WriteFile(tests, []byte(text.String()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	promtool("", "test", "rules", tests)
 }
