@@ -984,7 +984,7 @@ func TestReconnectBackoff(t *testing.T) {
 
 // issued is a certificate of its own for host, which ends at the given time, and a
 // file with it.
-func issued(t testing.TB, host string, end time.Time) (tls.Certificate, string) {
+func issuedBy(t testing.TB, host string, end time.Time) (tls.Certificate, string) {
 	t.Helper()
 	key := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
 	template := &x509.Certificate{SerialNumber: big.NewInt(1), DNSNames: []string{host}, NotBefore: end.Add(-time.Hour), NotAfter: end}
@@ -1036,9 +1036,9 @@ func TestHints(t *testing.T) {
 		t.Cleanup(s.Close)
 		return s.URL
 	}
-	good, goodFile := issued(t, "127.0.0.1", time.Now().Add(time.Minute))
-	other, otherFile := issued(t, "relay.example.com", time.Now().Add(time.Minute))
-	old, oldFile := issued(t, "127.0.0.1", time.Now().Add(-time.Minute))
+	good, goodFile := issuedBy(t, "127.0.0.1", time.Now().Add(time.Minute))
+	other, otherFile := issuedBy(t, "relay.example.com", time.Now().Add(time.Minute))
+	old, oldFile := issuedBy(t, "127.0.0.1", time.Now().Add(-time.Minute))
 	closed := loopback(t)
 	closed.Close()
 	down := "http://" + closed.Addr().String()
