@@ -760,7 +760,8 @@ func (s *Server) first(h *hold) (lost bool, refused *refusal) {
 	receivers, err := s.publish(e)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err != nil && h.open == 0 && !h.readers { // as far as anybody can tell nobody has it
+	unheard := s.holds[e.ID] == h && len(h.settled) == 0    // nobody has reported on it
+	if err != nil && unheard && h.open == 0 && !h.readers { // as far as anybody can tell nobody has it
 		s.end(h, errBus)
 		return false, errBus
 	}
@@ -771,8 +772,8 @@ func (s *Server) first(h *hold) (lost bool, refused *refusal) {
 		}
 	}
 	switch {
-	case receivers > 0:
-	case s.alone && s.holds[e.ID] == h:
+	case receivers > 0, s.holds[e.ID] != h:
+	case s.alone:
 		s.end(h, errLeaving)
 		return false, errLeaving
 	default:

@@ -2786,6 +2786,65 @@ func TestHeldWhileBusIsBusy(t *testing.T) {
 	})
 }
 
+// breakingBus hands on what it is given, and breaks before it can say so.
+type breakingBus struct {
+	*Hub
+	breaks chan struct{}
+}
+
+func (b *breakingBus) Publish(ctx context.Context, e *Event) (int, error) {
+	b.Hub.Publish(ctx, e)
+	<-b.breaks
+	return 0, errors.New("broken")
+}
+
+// TestReportedWhileBusBreaks: a webhook that a client has reported on has arrived,
+// whatever the bus says of it later; to send it again would be to deliver it twice.
+func TestReportedWhileBusBreaks(t *testing.T) {
+	for _, tt := range []struct {
+		mode            string
+		report, told    int // 0: none
+		outcome, reason string
+	}{
+		{"accept", 202, 200, "accepted", ""},
+		{"status", 201, 201, "answered", ""},
+		{"status", 500, 500, "answered", ""},
+		{"accept", 0, 200, "accepted", ""}, // a client has it, and says so later
+	} {
+		t.Run(fmt.Sprint(tt.mode, " ", tt.report), func(t *testing.T) {
+			bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
+				bus := &breakingBus{breaks: make(chan struct{})}
+				r := newRigOn(t, p, func(h *Hub) Bus {
+					bus.Hub = h
+					return bus
+				}, "RESPONSE_MODE="+tt.mode)
+				client := listen(t, rt, streamURL, features...)
+				told := make(chan outcome, 1)
+				go func() { told <- post(t.Context(), rt, "POST", hooksURL, "{}") }()
+				synctest.Wait()
+				id := client.next(t, 1).id
+				if tt.report != 0 {
+					client.report(t, rt, id, Answer{Status: tt.report})
+				}
+				synctest.Wait()
+				close(bus.breaks)
+				if got := <-told; got.status != tt.told {
+					t.Errorf("the sender is told %d, want %d", got.status, tt.told)
+				}
+				client.report(t, rt, id, Answer{Status: 202})
+				synctest.Wait()
+				counts := r.outcomes()
+				if n := counts[fmt.Sprintf("webhooks_total{outcome=%q,reason=%q}", tt.outcome, tt.reason)]; n != 1 || total(r.Refused)+total(r.Lost) != 0 {
+					t.Errorf("counted %v, want one %s", counts, tt.outcome)
+				}
+				if n, size := heldBy(r.Server); n != 0 || size != 0 || r.strange != 0 {
+					t.Errorf("%d webhooks, %d bytes, %d of strangers are held at the end", n, size, r.strange)
+				}
+			})
+		})
+	}
+}
+
 // TestClientKilled checks that another client takes over when one is gone
 // without a word in the midst of a forward.
 func TestClientKilled(t *testing.T) {
