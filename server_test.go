@@ -2327,6 +2327,7 @@ func TestRefusalsAreTold(t *testing.T) {
 		label             string // of the metric
 	}{
 		{"address", "POST", hooksURL, "", elsewhere, false, nil, nil, 403, hook, "address not allowed", "address"},
+		{"signature", "POST", "http://relay.test/webhooks/signed", "canary", []string{"X-Gitea-Signature", "canary"}, false, nil, nil, 401, hook, "missing or wrong signature", "signature"},
 		{"size, announced", "POST", hooksURL, strings.Repeat("canary", 200), nil, false, nil, nil, 413, hook, "payload too large", "size"},
 		{"size, found", "POST", hooksURL, strings.Repeat("canary", 200), nil, true, nil, nil, 413, hook, "payload too large", "size"},
 		{"values", "POST", hooksURL, "", many, false, nil, nil, 431, hook, "too many header fields", "size"},
@@ -2374,7 +2375,7 @@ func TestRefusalsAreTold(t *testing.T) {
 					}
 					return h
 				}, "AUTH_TOKEN=secret", "SERVER_MAX_SUBSCRIBERS=4", "SUBSCRIBE_ALLOWED_IPS=192.0.2.0/24", "WEBHOOKS_ALLOWED_IPS=192.0.2.0/24",
-					"TRUSTED_PROXIES=192.0.2.1", "SERVER_MAX_PAYLOAD_SIZE_LIMIT=1kb", "RESPONSE_MODE=accept, waits=status, answers=status")
+					"TRUSTED_PROXIES=192.0.2.1", "SERVER_MAX_PAYLOAD_SIZE_LIMIT=1kb", "RESPONSE_MODE=accept, waits=status, answers=status", "WEBHOOK_SECRETS_FILE="+tokensFile(t, "signed gitea hunter2\n"))
 				for _, channel := range []string{"ci", "ci", "answers"} { // half of the subscribers are of one channel
 					listen(t, rt, "http://relay.test/subscribe/"+channel, token...)
 				}
