@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"context"
-	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -658,6 +657,10 @@ func TestPage(t *testing.T) {
 		if list := p.complaints(); len(list) > 0 {
 			t.Errorf("%s: %q", role, list)
 		}
+		for _, width := range []int{320, 1280} {
+			p.look(width, 800, "dark")
+			p.await("document.documentElement.scrollWidth <= innerWidth") // nothing beside the page
+		}
 	}
 
 	if err := server.stop(); err != nil {
@@ -947,18 +950,4 @@ func (p *tab) look(width, height int, scheme string) {
 	p.c.t.Helper()
 	p.call("Emulation.setDeviceMetricsOverride", map[string]any{"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}, nil)
 	p.call("Emulation.setEmulatedMedia", map[string]any{"features": []map[string]string{{"name": "prefers-color-scheme", "value": scheme}}}, nil)
-}
-
-// screenshot writes what is in view to a PNG file.
-func (p *tab) screenshot(file string) {
-	p.c.t.Helper()
-	var shot struct{ Data string }
-	p.call("Page.captureScreenshot", map[string]any{"format": "png"}, &shot)
-	png, err := base64.StdEncoding.DecodeString(shot.Data)
-	if err != nil {
-		p.c.t.Fatal(err)
-	}
-	if err := os.WriteFile(file, png, 0o644); err != nil {
-		p.c.t.Fatal(err)
-	}
 }
