@@ -217,9 +217,9 @@ func checkPath(path string) error {
 	return nil
 }
 
-// token reports whether s is a token of RFC 9110 section 5.6.2, as methods and
+// isToken reports whether s is a token of RFC 9110 section 5.6.2, as methods and
 // header names must be.
-func token(s string) bool {
+func isToken(s string) bool {
 	for i := range len(s) {
 		c := s[i]
 		if c <= ' ' || c >= 0x7f || strings.IndexByte(`"(),/:;<=>?@[\]{}`, c) >= 0 {
@@ -243,7 +243,7 @@ func checkQuery(query string) error {
 // their line (RFC 9110 section 5.5).
 func checkHeaders(headers []Header) error {
 	for _, h := range headers {
-		if !token(h.Name) {
+		if !isToken(h.Name) {
 			return fmt.Errorf("header name %.40q is no token", h.Name)
 		}
 		for _, v := range h.Values {
@@ -351,9 +351,9 @@ func newEvent(channel, replica string, w *Webhook, b *Budget) (e *Event, ok bool
 // holdCost is how many bytes a hold takes besides its event.
 const holdCost = 1 << 10
 
-// again is e for one more delivery, with the bytes of the first: a client knows
+// repeat is e for one more delivery, with the bytes of the first: a client knows
 // from its time how old it is. It has no use of its own.
-func (e *Event) again(holder string, round int, only string) *Event {
+func (e *Event) repeat(holder string, round int, only string) *Event {
 	return &Event{
 		ID: e.ID, Channel: e.Channel, Mode: e.Mode, Holder: holder, Round: round, Only: only, Until: e.Until,
 		chunk: e.chunk, first: e.owner(),
@@ -698,7 +698,7 @@ func parseFields(lines string) (map[string][]string, error) {
 			continue
 		}
 		name, value, ok := strings.Cut(line, ":")
-		if !ok || !token(name) {
+		if !ok || !isToken(name) {
 			return nil, errors.New("head has a line that is no field")
 		}
 		name = textproto.CanonicalMIMEHeaderKey(name)
@@ -720,7 +720,7 @@ func (w *Webhook) aim(channel, target string) error {
 	switch {
 	case err != nil:
 		return err
-	case !token(w.Method):
+	case !isToken(w.Method):
 		return fmt.Errorf("method %.20q is no token", w.Method)
 	case t.Channel != channel:
 		return errOutside

@@ -216,7 +216,7 @@ func TestLegacyShape(t *testing.T) {
 			if !json.Valid(onlyMessage(t, block(first)).data) {
 				t.Error("data is not JSON")
 			}
-			if over, err := openEvent("ci", e.again(testReplica, 2, "s").message()); err != nil || legacyFrame(over) != string(block(first)) {
+			if over, err := openEvent("ci", e.repeat(testReplica, 2, "s").message()); err != nil || legacyFrame(over) != string(block(first)) {
 				t.Errorf("another replica makes %q, %v", legacyFrame(over), err)
 			}
 		})
@@ -232,7 +232,7 @@ func headersOf(lines string) map[string][]string {
 	h := map[string][]string{}
 	for line := range strings.SplitSeq(lines, "\n") {
 		name, value, _ := strings.Cut(line, ":")
-		if token(name) {
+		if isToken(name) {
 			name = textproto.CanonicalMIMEHeaderKey(name)
 			h[name] = append(h[name], strings.TrimSpace(value))
 		}
@@ -323,7 +323,7 @@ func FuzzWebhook(f *testing.F) {
 			Mode: []string{modeAccept, modeStatus, modeResponse}[mode%3], Timeout: time.Duration(ms),
 		}
 		to, err := parseTarget(raw)
-		if err != nil || to.webhook() != nil || !token(method) || checkHeaders(w.Headers) != nil || len(lines)+len(raw) > 16<<10 {
+		if err != nil || to.webhook() != nil || !isToken(method) || checkHeaders(w.Headers) != nil || len(lines)+len(raw) > 16<<10 {
 			t.Skip("no server takes such a request")
 		}
 		w.Path, w.Query = to.Path, to.Query
@@ -339,7 +339,7 @@ func FuzzWebhook(f *testing.F) {
 			t.Fatal("an event of another channel is taken")
 		}
 		before := bytes.Clone(e.chunk)
-		again := e.again("other", 7, "client")
+		again := e.repeat("other", 7, "client")
 		if over, err := openEvent(to.Channel, again.message()); err != nil || over.Only != "client" || over.Holder != "other" || over.Round != 7 || over.ID != e.ID || over.Mode != w.Mode || !bytes.Equal(over.chunk, before) || !bytes.Equal(e.chunk, before) {
 			t.Fatalf("later delivery over a replica: %+v, %v", over, err)
 		}
@@ -401,7 +401,7 @@ func FuzzDecodeWebhook(f *testing.F) {
 				continue
 			}
 			target, err := parseTarget(w.Path + w.Query)
-			if err != nil || target.webhook() != nil || target.Channel != "github" || !token(w.Method) || checkHeaders(w.Headers) != nil {
+			if err != nil || target.webhook() != nil || target.Channel != "github" || !isToken(w.Method) || checkHeaders(w.Headers) != nil {
 				t.Fatalf("%q became %+v", data, w)
 			}
 			for _, h := range w.Headers {
@@ -463,7 +463,7 @@ func FuzzOpenEnvelope(f *testing.F) {
 		Given: []Given{{"s1", "c1"}, {"s2", ""}},
 	}
 	f.Add(sig.encode())
-	f.Add(eventOf("ci", &Webhook{ID: "r-1", Method: "POST", Path: "/x", Mode: modeStatus, Timeout: time.Second}).again("r", 2, "s").message())
+	f.Add(eventOf("ci", &Webhook{ID: "r-1", Method: "POST", Path: "/x", Mode: modeStatus, Timeout: time.Second}).repeat("r", 2, "s").message())
 	f.Add([]byte{})
 	f.Add([]byte{envelopeVersion})
 	f.Add([]byte{envelopeVersion, 1, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1})
@@ -665,7 +665,7 @@ func TestCharacters(t *testing.T) {
 	const names = "-._~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"             // RFC 3986 section 2.3
 	for c := range 256 {
 		s := string([]byte{byte(c)})
-		if got, want := token(s), strings.Contains(tokens, s); got != want {
+		if got, want := isToken(s), strings.Contains(tokens, s); got != want {
 			t.Errorf("token(%q) = %v", s, got)
 		}
 		if got, want := validName(s), strings.Contains(names, s) && s != "."; got != want {
@@ -688,7 +688,7 @@ func TestCharacters(t *testing.T) {
 			t.Errorf("validName(%q) is not %v", s, want)
 		}
 	}
-	if token("") {
+	if isToken("") {
 		t.Error("an empty token")
 	}
 	for _, s := range []string{"\u0100", "abc\u2028", "\U0001F600"} {
@@ -715,7 +715,7 @@ func TestDecodeHostile(t *testing.T) {
 		if err != nil {
 			return
 		}
-		if target, err := parseTarget(w.Path + w.Query); err != nil || target.webhook() != nil || target.Channel != "ci" || !token(w.Method) || checkHeaders(w.Headers) != nil {
+		if target, err := parseTarget(w.Path + w.Query); err != nil || target.webhook() != nil || target.Channel != "ci" || !isToken(w.Method) || checkHeaders(w.Headers) != nil {
 			t.Errorf("accepted but unsound: %+v", w)
 		}
 		for _, h := range w.Headers {
@@ -970,7 +970,7 @@ func TestDecodeAllocations(t *testing.T) {
 	if n := testing.AllocsPerRun(100, func() { decodeWebhook("github", m.id, m.data) }); n > 20 {
 		t.Errorf("%v allocations to decode an event", n)
 	}
-	if n := testing.AllocsPerRun(100, func() { e.again("REPLICAAAAAAA", 2, "client") }); n > 2 {
+	if n := testing.AllocsPerRun(100, func() { e.repeat("REPLICAAAAAAA", 2, "client") }); n > 2 {
 		t.Errorf("%v allocations to deliver an event again", n)
 	}
 }

@@ -179,7 +179,7 @@ func (c *Client) Check(context.Context) error {
 	if s == nil {
 		return errors.New("no stream")
 	}
-	if quiet := time.Since(time.Unix(0, s.heard.Load())); quiet > s.silence() {
+	if quiet := time.Since(time.Unix(0, s.heard.Load())); quiet > s.patience() {
 		return fmt.Errorf("nothing read from the stream for %s", quiet.Round(time.Second))
 	}
 	return nil
@@ -213,9 +213,9 @@ type subscription struct {
 	interval atomic.Int64 // nanoseconds between heartbeats, as announced; 0 before ready
 }
 
-// silence is how long a stream may be silent once it is ready: two heartbeats,
+// patience is how long a stream may be silent once it is ready: two heartbeats,
 // and a second for the network.
-func (s *subscription) silence() time.Duration {
+func (s *subscription) patience() time.Duration {
 	return 2*time.Duration(s.interval.Load()) + time.Second
 }
 
@@ -235,7 +235,7 @@ func (c *Client) follow(ctx context.Context) {
 	retry := time.NewTimer(0)
 	defer retry.Stop()
 	waiting := true // retry is set
-	again := func(d time.Duration) {
+	retryIn := func(d time.Duration) {
 		waiting = true
 		retry.Reset(d)
 	}
@@ -279,12 +279,12 @@ func (c *Client) follow(ctx context.Context) {
 				c.turn("waiting", next.err)
 			}
 			next = none
-			again(pause)
+			retryIn(pause)
 		case <-drained:
 			c.log.Info("stream asked to move")
 			drained = nil
 			if next == none && !waiting { // at once, unless the source asks for nothing else
-				again(max(0, max(c.opts.ReconnectInterval, streamLasts)-time.Since(since)))
+				retryIn(max(0, max(c.opts.ReconnectInterval, streamLasts)-time.Since(since)))
 			}
 		case <-current.done:
 			c.log.Warn("stream ended", "age", time.Since(since), "err", current.err)
@@ -296,9 +296,9 @@ func (c *Client) follow(ctx context.Context) {
 				break
 			}
 			if time.Since(since) >= streamLasts {
-				again(0)
+				retryIn(0)
 			} else if !waiting {
-				again(backoff.Next())
+				retryIn(backoff.Next())
 			}
 		}
 	}
@@ -544,7 +544,7 @@ type watchedReader struct {
 func (w *watchedReader) Read(p []byte) (int, error) {
 	ready := w.s.interval.Load() > 0 // before, its timeout runs through
 	if ready {
-		w.watchdog.Reset(w.s.silence())
+		w.watchdog.Reset(w.s.patience())
 	}
 	w.s.heard.Store(time.Now().UnixNano())
 	n, err := w.r.Read(p)
@@ -711,8 +711,8 @@ func (s *slot) back(size int) {
 	s.client.aside.Add(-asideCost - int64(size))
 }
 
-// again takes a slot again, as soon as there is one; false when ctx ends first.
-func (s *slot) again(ctx context.Context) bool {
+// retake takes a slot again, as soon as there is one; false when ctx ends first.
+func (s *slot) retake(ctx context.Context) bool {
 	if s.taken {
 		return true
 	}
@@ -802,7 +802,7 @@ func (c *Client) try(ctx context.Context, w *Webhook, received time.Time, slot *
 		slot.stepAside(len(w.Body))
 		sleep(ctx, wait)
 		slot.back(len(w.Body))
-		if !slot.again(ctx) {
+		if !slot.retake(ctx) {
 			return last, attempt, context.Cause(ctx)
 		}
 	}
@@ -838,7 +838,7 @@ func (c *Client) attempt(ctx context.Context, w *Webhook) (a Answer, pause time.
 	for range redirectLimit + 1 {
 		resp, err := c.target.RoundTrip(c.targetRequest(ctx, w, target))
 		if err != nil {
-			return c.silence(ctx, err)
+			return c.unanswered(ctx, err)
 		}
 		next, redirected := c.redirect(resp, target)
 		if redirected {
@@ -846,7 +846,7 @@ func (c *Client) attempt(ctx context.Context, w *Webhook) (a Answer, pause time.
 			target = next
 			continue
 		}
-		return c.answer(ctx, w, resp)
+		return c.readAnswer(ctx, w, resp)
 	}
 	return Answer{Err: answerUnreachable}, 0, fmt.Errorf("%w: more than %d redirects", errHeard, redirectLimit)
 }
@@ -855,17 +855,17 @@ func (c *Client) attempt(ctx context.Context, w *Webhook) (a Answer, pause time.
 // another try would only deliver it once more.
 var errHeard = errors.New("useless answer")
 
-// silence is the answer for a target that gave none.
-func (c *Client) silence(ctx context.Context, err error) (Answer, time.Duration, error) {
+// unanswered is the answer for a target that gave none.
+func (c *Client) unanswered(ctx context.Context, err error) (Answer, time.Duration, error) {
 	if ctx.Err() != nil {
 		return Answer{Err: answerTimeout}, 0, bare(err)
 	}
 	return Answer{Err: answerUnreachable}, 0, bare(err)
 }
 
-// answer reads what the target said: for a sender that waits the body too,
+// readAnswer reads what the target said: for a sender that waits the body too,
 // and otherwise only enough of it to use the connection again.
-func (c *Client) answer(ctx context.Context, w *Webhook, resp *http.Response) (Answer, time.Duration, error) {
+func (c *Client) readAnswer(ctx context.Context, w *Webhook, resp *http.Response) (Answer, time.Duration, error) {
 	defer resp.Body.Close()
 	a := Answer{Status: resp.StatusCode}
 	pause := retryAfterOf(resp.Header.Get("Retry-After"))
@@ -884,7 +884,7 @@ func (c *Client) answer(ctx context.Context, w *Webhook, resp *http.Response) (A
 	body, err := io.ReadAll(io.LimitReader(resp.Body, answerLimit+1))
 	switch {
 	case err != nil && !c.passing(a.Status):
-		a, pause, err := c.silence(ctx, err)
+		a, pause, err := c.unanswered(ctx, err)
 		return a, pause, fmt.Errorf("%w: %w", errHeard, err)
 	case err != nil || len(body) > answerLimit: // half a body would be worse than none
 		c.log.Warn("answer of the target is too large or cut off, its body is left out", "event", w.ID, "status", a.Status)

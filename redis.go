@@ -146,14 +146,14 @@ var (
 	errBroken  = errors.New("connection to redis broke")
 )
 
-// NewRedisBus wires a bus that hands what it receives to hub.
+// NewRedisBus makes a bus that hands what it receives to hub, which its caller lets
+// it watch.
 func NewRedisBus(opts RedisOptions, replica string, hub *Hub, log *slog.Logger) *RedisBus {
 	b := &RedisBus{
 		opts: opts, replica: replica, hub: hub, log: log, OnAlone: func() {},
 		recount: make(chan struct{}, 1), large: make(chan struct{}, 1), poke: make(chan struct{}, 1), speak: make(chan struct{}, 1),
 		ask: make(chan *request), back: make(chan struct{}), dirty: map[string]struct{}{},
 	}
-	hub.Watch = b.watch
 	return b
 }
 
@@ -325,7 +325,7 @@ func (r *request) wait(ctx context.Context, ask chan<- *request) (any, error) {
 	}
 }
 
-func (r *request) answer(value any, err error) {
+func (r *request) resolve(value any, err error) {
 	if r.reply != nil {
 		r.reply <- reply{value, err}
 	}
@@ -934,7 +934,7 @@ func (s *session) work(conn *link) error {
 	}
 	wg.Wait()
 	for len(flight) > 0 {
-		(<-flight).answer(nil, errBroken)
+		(<-flight).resolve(nil, errBroken)
 	}
 	return fmt.Errorf("publish to redis: %w", context.Cause(ctx))
 }
@@ -966,13 +966,13 @@ func (s *session) write(ctx context.Context, conn redis.Conn, flight chan<- *req
 			case flight <- r:
 			case <-ctx.Done():
 				for _, r := range batch[i:] {
-					r.answer(nil, errBroken)
+					r.resolve(nil, errBroken)
 				}
 				return nil
 			}
 			if err := conn.Send(r.cmd, r.args...); err != nil {
 				for _, r := range batch[i+1:] {
-					r.answer(nil, errBroken)
+					r.resolve(nil, errBroken)
 				}
 				return err
 			}
@@ -1015,11 +1015,11 @@ func (s *session) read(ctx context.Context, conn redis.Conn, flight <-chan *requ
 		}
 		value, err := receiveReply(conn)
 		if _, refused := errors.AsType[redis.Error](err); err != nil && !refused {
-			r.answer(nil, errBroken)
+			r.resolve(nil, errBroken)
 			return err
 		}
 		s.heard.Store(time.Now().UnixNano())
-		r.answer(value, err)
+		r.resolve(value, err)
 	}
 }
 

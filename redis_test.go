@@ -2038,6 +2038,7 @@ func runBus(t testing.TB, addr, replica string, onSignal ...func(Signal)) (*Redi
 		hub.OnSignal = f
 	}
 	bus := NewRedisBus(busOptions(addr), replica, hub, slog.New(slog.DiscardHandler))
+	hub.Watch = bus.watch
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	wg.Go(func() { bus.Run(ctx) })
@@ -2436,6 +2437,7 @@ func TestManyHeldAtOnce(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	hub.OnSignal, hub.Watch = server.signal, bus.watch
 	ctx, cancel := context.WithCancel(t.Context())
 	var run, requests sync.WaitGroup
 	defer run.Wait()

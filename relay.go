@@ -270,7 +270,7 @@ func main() {
 	flags.Usage = func() { printHelp(os.Stdout) }
 	showVersion := flags.Bool("version", false, "")
 	var asked string
-	flags.Func("probe", "", oneOf(&asked, "live", "ready", "health"))
+	flags.Func("probe", "", into(&asked, oneOf("live", "ready", "health")))
 	if err := flags.Parse(os.Args[1:]); err != nil {
 		if err == flag.ErrHelp {
 			return
@@ -346,21 +346,21 @@ func run(ctx context.Context, environ []string, stderr io.Writer) (err error) {
 // runServer serves until ctx ends, then drains.
 func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 	hub := &Hub{Limits: c.Limits, Budget: &Budget{Limit: c.HeldBuffer}}
-	c.Server.Replica = newReplica()
-	c.Server.HandlerTimeout = c.HandlerTimeout
+	opts := c.Server
+	opts.Replica = newReplica()
 	var bus Bus = hub
 	var redisBus *RedisBus
 	if c.Redis.Server.Addr != "" || c.Redis.Server.Master != "" {
-		c.Redis.Roots = c.Client.Roots
-		redisBus = NewRedisBus(c.Redis, c.Server.Replica, hub, log)
+		redisBus = NewRedisBus(c.Redis, opts.Replica, hub, log)
 		bus = redisBus
 	}
-	server, err := NewServer(c.Server, hub, bus, log)
+	server, err := NewServer(opts, hub, bus, log)
 	if err != nil {
 		return configError{err.Error()}
 	}
+	hub.OnSignal = server.signal
 	if redisBus != nil {
-		redisBus.OnAlone = server.AskToMove
+		hub.Watch, redisBus.OnAlone = redisBus.watch, server.AskToMove
 	}
 	journal := &Journal{}
 	health := &Health{
@@ -445,16 +445,19 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 // runClient forwards until ctx ends: one Client for each channel, so that a dead
 // target does not stop the others.
 func runClient(ctx context.Context, c *Config, log *slog.Logger) error {
+	cert := &certificate{certFile: c.SourceCertFile, keyFile: c.SourceKeyFile, log: log}
 	if c.SourceCertFile != "" {
-		cert := &certificate{certFile: c.SourceCertFile, keyFile: c.SourceKeyFile, log: log}
 		if _, err := cert.get(); err != nil {
 			return fmt.Errorf("read TLS certificate: %w", err)
 		}
-		c.Client.Certificate = cert.get
 	}
 	var clients []*Client
 	for _, source := range c.Sources {
-		clients = append(clients, NewClient(c.clientOf(source), log))
+		opts := c.clientOf(source)
+		if c.SourceCertFile != "" {
+			opts.Certificate = cert.get
+		}
+		clients = append(clients, NewClient(opts, log))
 	}
 	health := &Health{
 		Info:    map[string]string{"role": c.Role, "version": version},
@@ -548,7 +551,8 @@ func runDemo(ctx context.Context, environ []string, c *Config, log *slog.Logger,
 	fixed := []string{ // so that it meets nothing but itself
 		fmt.Sprintf("SOURCE_URL=http://127.0.0.1:%d/subscribe/demo/", ports[0]),
 		fmt.Sprintf("TARGET_BASE_URL=http://127.0.0.1:%d", ports[3]),
-		"AUTH_TOKENS_FILE=", "SERVER_TLS_CERT_FILE=", "SERVER_TLS_KEY_FILE=", "REDIS_URL=",
+		"AUTH_TOKENS_FILE=", "WEBHOOK_SECRETS_FILE=", "REDIS_URL=", "SERVER_TLS_CERT_FILE=", "SERVER_TLS_KEY_FILE=", "SERVER_TLS_CLIENT_CA_FILE=",
+		"SOURCE_TLS_CERT_FILE=", "SOURCE_TLS_KEY_FILE=",
 	}
 	for _, entry := range fixed {
 		if name, _, _ := strings.Cut(entry, "="); isSet(name) {
@@ -1149,67 +1153,138 @@ type setting struct {
 	fallback string
 	role     string // server, client or both
 	help     string
-	set      func(string) error
+	set      func(string) error  // nil: accepted, and has no effect
 	show     func(string) string // for the log; nil: as it is
 }
 
 // settings is the table, bound to c.
 func settings(c *Config) []setting {
 	s, l, r := &c.Server, &c.Limits, &c.Redis
-	ignored := func(string) error { return nil }
 	return []setting{
-		{"RELAY_MODE", "", "both", "the role, server or client, or demo, which shows one webhook's way through both; required", oneOf(&c.Role, "server", "client", "demo"), nil},
-		{"AUTH_TOKEN", "", "both", "subscribers must send it as X-Auth-Token or Authorization: Bearer", header(&s.Token), hidden},
-		{"AUTH_TOKENS_FILE", "", "server", "lines of channel and token, * for any channel, several per channel for rotation, # comments; re-read when it changes; with AUTH_TOKEN set too, either is enough", readable(&s.TokensFile, parseTokens), nil},
-		{"WEBHOOK_SECRETS_FILE", "", "server", "lines of channel, scheme and secret, * for all other channels, several per channel for rotation, # comments: webhooks of these channels need a signature; unsigned-get at the end lets GET, HEAD and OPTIONS without a body pass; re-read when it changes", readable(&s.SecretsFile, parseSecrets), nil},
-		{"LOG_LEVEL", "info", "both", "debug, info, warn or error", level(&c.LogLevel), nil},
-		{"LOG_FORMAT", "", "both", "text or json; by default text on a terminal, else json", oneOf(&c.LogFormat, "text", "json"), nil},
-		{"HEALTH_SERVICE_PORT", "9000", "both", "port of /live, /ready, /health, /metrics and the status page", port(&c.HealthPort), nil},
-		{"HEALTH_SERVICE_DETECT_KUBERNETES", "true", "both", "outside Kubernetes, start the health service only when its port is set", boolean(&c.DetectKubernetes), nil},
-		{"HEALTH_SERVICE_SHUTDOWN_DELAY", "5000", "both", "server: time between turning unready and asking streams to move, when the health service runs", duration(&c.ShutdownDelay, 0, maxDuration), nil},
-		{"HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT", "10000", "both", "time to finish what is under way at the end", duration(&c.HandlerTimeout, time.Millisecond, maxDuration), nil},
-		{"SERVER_PORT", "3000", "server", "port for webhooks and streams", port(&c.Port), nil},
-		{"SERVER_MAX_PAYLOAD_SIZE_LIMIT", "3mb", "server", "largest webhook body", size(&s.MaxPayload), nil},
-		{"SERVER_HEARTBEAT_INTERVAL", "5000", "server", "time between heartbeats on a stream", duration(&s.Heartbeat, heartbeatMinimum, heartbeatMaximum), nil},
-		{"SERVER_MAX_SUBSCRIBERS", "10000", "server", "most streams at once", integer(&l.Subscribers, 1, 10_000_000), nil},
-		{"SERVER_MAX_SUBSCRIBERS_PER_ADDRESS", "5000", "server", "most streams at once from one remote address", integer(&l.PerAddress, 1, 10_000_000), nil},
-		{"SERVER_SUBSCRIBER_BUFFER", "16mb", "server", "undelivered bytes of one subscriber; what does not fit waits", size(&l.Buffer), nil},
-		{"SERVER_HELD_BUFFER", "256mb", "server", "bytes of all webhooks that are held, read or queued; one channel may take half", size(&c.HeldBuffer), nil},
-		{"SERVER_HOLD_TIME", "60s", "server", "how long a webhook of accept mode waits for a client when none is there", duration(&s.HoldTime, 5*time.Second, maxDuration), nil},
-		{"SERVER_STREAM_MAX_AGE", "", "server", "age at which streams are asked to move; none by default", duration(&s.StreamMaxAge, time.Second, maxDuration), nil},
-		{"SERVER_TLS_CERT_FILE", "", "server", "PEM certificate chain; re-read when it changes", text(&c.CertFile), nil},
-		{"SERVER_TLS_KEY_FILE", "", "server", "PEM private key", text(&c.KeyFile), nil},
-		{"SERVER_TLS_CLIENT_CA_FILE", "", "server", "PEM certificates: streams and reports need a client certificate that one of these issued, webhooks do not; re-read when it changes", readable(&s.ClientCAFile, parseIssuers), nil},
-		{"RESPONSE_MODE", "accept", "server", "accept, status or response, and exceptions by channel: accept, slack=response", perChannel(&s.Modes, parseMode), nil},
-		{"RESPONSE_TIMEOUT", "9s", "server", "how long a sender may wait for the target in status and response mode; exceptions by channel: 9s, slack=2500", perChannel(&s.Timeouts, parseTimeout), nil},
-		{"SUBSCRIBE_ALLOWED_IPS", "", "server", "addresses and CIDR ranges that may subscribe; all by default", prefixes(&s.SubscribeAllowed), nil},
-		{"WEBHOOKS_ALLOWED_IPS", "", "server", "addresses and CIDR ranges that may send webhooks; all by default", prefixes(&s.WebhooksAllowed), nil},
-		{"TRUSTED_PROXIES", "", "server", "addresses and CIDR ranges whose X-Forwarded-For is believed; none by default", prefixes(&s.TrustedProxies), nil},
-		{"REDIS_URL", "", "server", "redis:// or rediss:// with user, password and db, or redis+sentinel://host:port,host:port/{master}/{db}: makes replicas one relay", redisURL(r), redacted},
-		{"REDIS_CHANNEL_PREFIX", "webhook-relay:", "server", "begins the names of all Redis channels", text(&r.Prefix), nil},
-		{"REDIS_RECONNECT_BACKOFF_FACTOR", "2", "server", "growth of the pause between tries to connect", number(&r.Backoff.Factor, 1, 100), nil},
-		{"REDIS_RECONNECT_BACKOFF_INITIAL_TIMEOUT", "100", "server", "first pause", duration(&r.Backoff.Initial, time.Millisecond, maxDuration), nil},
-		{"REDIS_RECONNECT_BACKOFF_MAX_TIMEOUT", "1000", "server", "longest pause", duration(&r.Backoff.Max, time.Millisecond, maxDuration), nil},
-		{"REDIS_RECONNECT_BACKOFF_RANDOMIZE", "true", "server", "shorten each pause by a random part, up to half", boolean(&r.Backoff.Jitter), nil},
-		{"REDIS_MAX_RECONNECT_ATTEMPTS", "-1", "server", "tries in a row before the server exits with 1; -1: unlimited", integer(&r.MaxAttempts, -1, math.MaxInt32), nil},
-		{"REDIS_MAX_RETRIES_PER_REQUEST", "", "server", "accepted for compatibility, has no effect", ignored, nil},
-		{"REDIS_ENABLE_OFFLINE_QUEUE", "", "server", "accepted for compatibility, has no effect", ignored, nil},
-		{"REDIS_ENABLE_READY_CHECK", "", "server", "accepted for compatibility, has no effect", ignored, nil},
-		{"SOURCE_URL", "", "client", "the streams, with commas between: https://relay.example.com/subscribe/{channel}/; required", sources(&c.Sources), redactedList},
-		{"SOURCE_TLS_CERT_FILE", "", "client", "PEM certificate chain that is shown to the source; re-read when it changes", text(&c.SourceCertFile), nil},
-		{"SOURCE_TLS_KEY_FILE", "", "client", "its PEM private key", text(&c.SourceKeyFile), nil},
-		{"TARGET_BASE_URL", "", "client", "where webhooks go: path and query are appended; exceptions by channel: http://ci:8080, slack=http://bot:3000/hooks; required", perChannel(&c.Targets, parseTargetURL), redactedList},
-		{"TARGET_STRIP_PREFIX", "false", "client", "the target sees the path behind /webhooks/{channel}; exceptions by channel: false, slack=true", perChannel(&c.Strip, parseBool), nil},
-		{"TARGET_RETRY_STATUSES", "429, 502, 503, 504", "client", "statuses of the target that are worth another try", statuses(&c.Client.RetryOn), nil},
-		{"RECONNECT_INTERVAL", "1000", "client", "first pause before the stream is opened again; grows to 5s, or 30s when the source refuses", duration(&c.Client.ReconnectInterval, time.Millisecond, maxDuration), nil},
-		{"TARGET_TIMEOUT", "30s", "client", "time for one attempt at the target", duration(&c.Client.Timeout, time.Millisecond, maxDuration), nil},
-		{"TARGET_RETRY_WINDOW", "60s", "client", "time in which attempts are repeated; 0: one attempt", duration(&c.Client.RetryWindow, 0, maxDuration), nil},
-		{"TARGET_CONCURRENCY", "32", "client", "forwards at once; 1 keeps the order", integer(&c.Client.Concurrency, 1, 100_000), nil},
-		{"CA_FILE", "", "both", "PEM roots trusted for source, target and Redis, besides the system's", roots(&c.Client.Roots), nil},
-		{"TARGET_INSECURE_SKIP_VERIFY", "false", "client", "do not verify the target's certificate", boolean(&c.Client.Insecure), nil},
-		{"HTTPS_PROXY", "", "client", "proxy for https", proxyURL, redacted},
-		{"HTTP_PROXY", "", "client", "proxy for http", proxyURL, redacted},
-		{"NO_PROXY", "", "client", "hosts that are reached without a proxy", ignored, nil},
+		{"RELAY_MODE", "", "both",
+			"the role, server or client, or demo, which shows one webhook's way through both; required",
+			into(&c.Role, oneOf("server", "client", "demo")), nil},
+		{"AUTH_TOKEN", "", "both", "subscribers must send it as X-Auth-Token or Authorization: Bearer", into(&s.Token, parseHeader), hidden},
+		{"AUTH_TOKENS_FILE", "", "server",
+			"lines of channel and token, * for any channel, several per channel for rotation, # comments; re-read when it " +
+				"changes; with AUTH_TOKEN set too, either is enough",
+			into(&s.TokensFile, readable(parseTokens)), nil},
+		{"WEBHOOK_SECRETS_FILE", "", "server",
+			"lines of channel, scheme and secret, * for all other channels, several per channel for rotation, # comments: " +
+				"webhooks of these channels need a signature; unsigned-get at the end lets GET, HEAD and OPTIONS without a " +
+				"body pass; re-read when it changes",
+			into(&s.SecretsFile, readable(parseSecrets)), nil},
+		{"LOG_LEVEL", "info", "both", "debug, info, warn or error", into(&c.LogLevel, parseLevel), nil},
+		{"LOG_FORMAT", "", "both", "text or json; by default text on a terminal, else json", into(&c.LogFormat, oneOf("text", "json")), nil},
+		{"HEALTH_SERVICE_PORT", "9000", "both",
+			"port of /live, /ready, /health, /metrics and the status page",
+			into(&c.HealthPort, parsePort), nil},
+		{"HEALTH_SERVICE_DETECT_KUBERNETES", "true", "both",
+			"outside Kubernetes, start the health service only when its port is set",
+			into(&c.DetectKubernetes, parseBool), nil},
+		{"HEALTH_SERVICE_SHUTDOWN_DELAY", "5000", "both",
+			"server: time between turning unready and asking streams to move, when the health service runs",
+			into(&c.ShutdownDelay, duration(0, maxDuration)), nil},
+		{"HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT", "10000", "both",
+			"time to finish what is under way at the end",
+			into(&c.HandlerTimeout, duration(time.Millisecond, maxDuration)), nil},
+		{"SERVER_PORT", "3000", "server", "port for webhooks and streams", into(&c.Port, parsePort), nil},
+		{"SERVER_MAX_PAYLOAD_SIZE_LIMIT", "3mb", "server", "largest webhook body", into(&s.MaxPayload, parseSize), nil},
+		{"SERVER_HEARTBEAT_INTERVAL", "5000", "server",
+			"time between heartbeats on a stream",
+			into(&s.Heartbeat, duration(heartbeatMinimum, heartbeatMaximum)), nil},
+		{"SERVER_MAX_SUBSCRIBERS", "10000", "server", "most streams at once", into(&l.Subscribers, integer(1, 10_000_000)), nil},
+		{"SERVER_MAX_SUBSCRIBERS_PER_ADDRESS", "5000", "server",
+			"most streams at once from one remote address",
+			into(&l.PerAddress, integer(1, 10_000_000)), nil},
+		{"SERVER_SUBSCRIBER_BUFFER", "16mb", "server",
+			"undelivered bytes of one subscriber; what does not fit waits",
+			into(&l.Buffer, parseSize), nil},
+		{"SERVER_HELD_BUFFER", "256mb", "server",
+			"bytes of all webhooks that are held, read or queued; one channel may take half",
+			into(&c.HeldBuffer, parseSize), nil},
+		{"SERVER_HOLD_TIME", "60s", "server",
+			"how long a webhook of accept mode waits for a client when none is there",
+			into(&s.HoldTime, duration(5*time.Second, maxDuration)), nil},
+		{"SERVER_STREAM_MAX_AGE", "", "server",
+			"age at which streams are asked to move; none by default",
+			into(&s.StreamMaxAge, duration(time.Second, maxDuration)), nil},
+		{"SERVER_TLS_CERT_FILE", "", "server", "PEM certificate chain; re-read when it changes", into(&c.CertFile, parseText), nil},
+		{"SERVER_TLS_KEY_FILE", "", "server", "PEM private key", into(&c.KeyFile, parseText), nil},
+		{"SERVER_TLS_CLIENT_CA_FILE", "", "server",
+			"PEM certificates: streams and reports need a client certificate that one of these issued, webhooks do not; " +
+				"re-read when it changes",
+			into(&s.ClientCAFile, readable(parseIssuers)), nil},
+		{"RESPONSE_MODE", "accept", "server",
+			"accept, status or response, and exceptions by channel: accept, slack=response",
+			perChannel(&s.Modes, oneOf(modeAccept, modeStatus, modeResponse)), nil},
+		{"RESPONSE_TIMEOUT", "9s", "server",
+			"how long a sender may wait for the target in status and response mode; exceptions by channel: 9s, slack=2500",
+			perChannel(&s.Timeouts, duration(10*time.Millisecond, maxResponseTimeout)), nil},
+		{"SUBSCRIBE_ALLOWED_IPS", "", "server",
+			"addresses and CIDR ranges that may subscribe; all by default",
+			into(&s.SubscribeAllowed, parsePrefixes), nil},
+		{"WEBHOOKS_ALLOWED_IPS", "", "server",
+			"addresses and CIDR ranges that may send webhooks; all by default",
+			into(&s.WebhooksAllowed, parsePrefixes), nil},
+		{"TRUSTED_PROXIES", "", "server",
+			"addresses and CIDR ranges whose X-Forwarded-For is believed; none by default",
+			into(&s.TrustedProxies, parsePrefixes), nil},
+		{"REDIS_URL", "", "server",
+			"redis:// or rediss:// with user, password and db, or redis+sentinel://host:port,host:port/{master}/{db}: " +
+				"makes replicas one relay",
+			into(&r.Server, parseRedisURL), redacted},
+		{"REDIS_CHANNEL_PREFIX", "webhook-relay:", "server", "begins the names of all Redis channels", into(&r.Prefix, parseText), nil},
+		{"REDIS_RECONNECT_BACKOFF_FACTOR", "2", "server",
+			"growth of the pause between tries to connect",
+			into(&r.Backoff.Factor, number(1, 100)), nil},
+		{"REDIS_RECONNECT_BACKOFF_INITIAL_TIMEOUT", "100", "server",
+			"first pause",
+			into(&r.Backoff.Initial, duration(time.Millisecond, maxDuration)), nil},
+		{"REDIS_RECONNECT_BACKOFF_MAX_TIMEOUT", "1000", "server",
+			"longest pause",
+			into(&r.Backoff.Max, duration(time.Millisecond, maxDuration)), nil},
+		{"REDIS_RECONNECT_BACKOFF_RANDOMIZE", "true", "server",
+			"shorten each pause by a random part, up to half",
+			into(&r.Backoff.Jitter, parseBool), nil},
+		{"REDIS_MAX_RECONNECT_ATTEMPTS", "-1", "server",
+			"tries in a row before the server exits with 1; -1: unlimited",
+			into(&r.MaxAttempts, integer(-1, math.MaxInt32)), nil},
+		{"REDIS_MAX_RETRIES_PER_REQUEST", "", "server", "accepted for compatibility, has no effect", nil, nil},
+		{"REDIS_ENABLE_OFFLINE_QUEUE", "", "server", "accepted for compatibility, has no effect", nil, nil},
+		{"REDIS_ENABLE_READY_CHECK", "", "server", "accepted for compatibility, has no effect", nil, nil},
+		{"SOURCE_URL", "", "client",
+			"the streams, with commas between: https://relay.example.com/subscribe/{channel}/; required",
+			into(&c.Sources, listOf(parseSource)), redactedList},
+		{"SOURCE_TLS_CERT_FILE", "", "client",
+			"PEM certificate chain that is shown to the source; re-read when it changes",
+			into(&c.SourceCertFile, parseText), nil},
+		{"SOURCE_TLS_KEY_FILE", "", "client", "its PEM private key", into(&c.SourceKeyFile, parseText), nil},
+		{"TARGET_BASE_URL", "", "client",
+			"where webhooks go: path and query are appended; exceptions by channel: http://ci:8080, " +
+				"slack=http://bot:3000/hooks; required",
+			perChannel(&c.Targets, parseTargetURL), redactedList},
+		{"TARGET_STRIP_PREFIX", "false", "client",
+			"the target sees the path behind /webhooks/{channel}; exceptions by channel: false, slack=true",
+			perChannel(&c.Strip, parseBool), nil},
+		{"TARGET_RETRY_STATUSES", "429, 502, 503, 504", "client",
+			"statuses of the target that are worth another try",
+			into(&c.Client.RetryOn, listOf(parseStatus)), nil},
+		{"RECONNECT_INTERVAL", "1000", "client",
+			"first pause before the stream is opened again; grows to 5s, or 30s when the source refuses",
+			into(&c.Client.ReconnectInterval, duration(time.Millisecond, maxDuration)), nil},
+		{"TARGET_TIMEOUT", "30s", "client",
+			"time for one attempt at the target",
+			into(&c.Client.Timeout, duration(time.Millisecond, maxDuration)), nil},
+		{"TARGET_RETRY_WINDOW", "60s", "client",
+			"time in which attempts are repeated; 0: one attempt",
+			into(&c.Client.RetryWindow, duration(0, maxDuration)), nil},
+		{"TARGET_CONCURRENCY", "32", "client", "forwards at once; 1 keeps the order", into(&c.Client.Concurrency, integer(1, 100_000)), nil},
+		{"CA_FILE", "", "both", "PEM roots trusted for source, target and Redis, besides the system's", into(&c.Client.Roots, parseRoots), nil},
+		{"TARGET_INSECURE_SKIP_VERIFY", "false", "client", "do not verify the target's certificate", into(&c.Client.Insecure, parseBool), nil},
+		{"HTTPS_PROXY", "", "client", "proxy for https", checkProxy, redacted},
+		{"HTTP_PROXY", "", "client", "proxy for http", checkProxy, redacted},
+		{"NO_PROXY", "", "client", "hosts that are reached without a proxy", nil, nil},
 	}
 }
 
@@ -1239,93 +1314,102 @@ func loadConfig(environ []string) (*Config, []warning, error) {
 			mistakes = append(mistakes, "AUTH_TOKEN: set, but blank: give a token, or do not set it")
 		}
 	}
-	var shown []slog.Attr
 	var warnings []warning
+	var names []string
+	var shown []slog.Attr
 	mode := strings.ToLower(env["RELAY_MODE"])
-	if mode == "" {
-		mistakes = append(mistakes, "RELAY_MODE: required, server, client or demo")
-	}
-	table := settings(c)
-	for _, v := range table {
+	for _, v := range settings(c) {
+		names = append(names, v.name)
+		given := env[v.name] != ""
 		value := cmp.Or(env[v.name], v.fallback)
-		other := v.role != "both" && v.role != mode && (mode == "server" || mode == "client")
-		if other && env[v.name] != "" && !proxies.MatchString(v.name) {
-			warnings = append(warnings, warning{"variable is of the other role, and has no effect", []any{"variable", v.name, "role", v.role}})
-		}
-		if value == "" || other {
-			continue
-		}
-		if v.fallback != "" { // a value may leave part of it: exceptions by channel
-			v.set(v.fallback)
-		}
-		if err := v.set(value); err != nil {
-			if v.show != nil {
-				mistakes = append(mistakes, fmt.Sprintf("%s: %v", v.name, err))
-			} else {
-				mistakes = append(mistakes, fmt.Sprintf("%s: %q: %v", v.name, value, err))
+		switch {
+		case v.role != "both" && v.role != mode && (mode == "server" || mode == "client"):
+			if given && !proxies.MatchString(v.name) {
+				warnings = append(warnings, warning{"variable is of the other role, and has no effect", []any{"variable", v.name, "role", v.role}})
 			}
 			continue
+		case value == "":
+			continue
+		case v.set == nil:
+			if !proxies.MatchString(v.name) {
+				warnings = append(warnings, warning{"variable has no effect", []any{"variable", v.name}})
+			}
+		default:
+			if v.fallback != "" { // a value may leave part of it: exceptions by channel
+				v.set(v.fallback)
+			}
+			if err := v.set(value); err != nil {
+				if v.show == nil {
+					err = fmt.Errorf("%q: %w", value, err)
+				}
+				mistakes = append(mistakes, fmt.Sprintf("%s: %v", v.name, err))
+				continue
+			}
 		}
 		if v.show != nil {
 			value = v.show(value)
 		}
-		if env[v.name] == "" {
-			continue
-		}
-		shown = append(shown, slog.String(v.name, value))
-		if strings.HasSuffix(v.help, "has no effect") {
-			warnings = append(warnings, warning{"variable has no effect", []any{"variable", v.name}})
+		if given {
+			shown = append(shown, slog.String(v.name, value))
 		}
 	}
+	c.shown = slog.GroupValue(shown...)
 	c.Health = env["KUBERNETES_SERVICE_HOST"] != "" || env["HEALTH_SERVICE_PORT"] != "" || !c.DetectKubernetes
-	require := func(name string) {
-		if env[name] == "" {
-			mistakes = append(mistakes, name+": required")
-		}
+	if c.Role == "demo" && env["LOG_LEVEL"] == "" {
+		c.LogLevel = slog.LevelWarn // what it shows is to be read
 	}
+	c.Server.HandlerTimeout, c.Client.HandlerTimeout = c.HandlerTimeout, c.HandlerTimeout
+	c.Client.Token, c.Redis.Roots = c.Server.Token, c.Client.Roots
+	if mistakes = append(mistakes, c.mistakes(mode, env)...); len(mistakes) > 0 {
+		return c, nil, configError{strings.Join(mistakes, "\n")}
+	}
+	return c, append(warnings, strangers(env, names)...), nil
+}
+
+// mistakes are those that no variable makes alone.
+func (c *Config) mistakes(mode string, env map[string]string) (list []string) {
 	switch mode {
-	case "demo":
-		if env["LOG_LEVEL"] == "" {
-			c.LogLevel = slog.LevelWarn // what it shows is to be read
-		}
+	case "":
+		list = append(list, "RELAY_MODE: required, server, client or demo")
 	case "client":
-		require("SOURCE_URL")
-		require("TARGET_BASE_URL")
-		mistakes = append(mistakes, c.checkChannels()...)
-		mistakes = append(mistakes, checkPair("SOURCE_TLS_CERT_FILE", c.SourceCertFile, "SOURCE_TLS_KEY_FILE", c.SourceKeyFile)...)
+		for _, name := range []string{"SOURCE_URL", "TARGET_BASE_URL"} {
+			if env[name] == "" {
+				list = append(list, name+": required")
+			}
+		}
+		list = append(list, c.checkChannels()...)
+		list = append(list, checkPair("SOURCE_TLS_CERT_FILE", c.SourceCertFile, "SOURCE_TLS_KEY_FILE", c.SourceKeyFile)...)
 		if c.SourceCertFile != "" && slices.ContainsFunc(c.Sources, func(u *url.URL) bool { return u.Scheme != "https" }) {
-			mistakes = append(mistakes, "SOURCE_TLS_CERT_FILE: needs an https SOURCE_URL")
+			list = append(list, "SOURCE_TLS_CERT_FILE: needs an https SOURCE_URL")
 		}
 	case "server":
 		if c.Port != 0 && c.Port == c.HealthPort && c.Health {
-			mistakes = append(mistakes, "SERVER_PORT, HEALTH_SERVICE_PORT: must differ")
+			list = append(list, "SERVER_PORT, HEALTH_SERVICE_PORT: must differ")
 		}
-		mistakes = append(mistakes, checkPair("SERVER_TLS_CERT_FILE", c.CertFile, "SERVER_TLS_KEY_FILE", c.KeyFile)...)
+		list = append(list, checkPair("SERVER_TLS_CERT_FILE", c.CertFile, "SERVER_TLS_KEY_FILE", c.KeyFile)...)
 		if c.Server.ClientCAFile != "" && c.CertFile == "" {
-			mistakes = append(mistakes, "SERVER_TLS_CLIENT_CA_FILE: needs SERVER_TLS_CERT_FILE and SERVER_TLS_KEY_FILE: whoever ends TLS in front of the server sees the certificates, and nobody else")
+			list = append(list, "SERVER_TLS_CLIENT_CA_FILE: needs SERVER_TLS_CERT_FILE and SERVER_TLS_KEY_FILE: "+
+				"whoever ends TLS in front of the server sees the certificates, and nobody else")
 		}
 	}
-	var names []string
-	for _, v := range table {
-		names = append(names, v.name)
-	}
+	return list
+}
+
+// strangers warns about variables that are none of names, but look like them.
+func strangers(env map[string]string, names []string) (warnings []warning) {
 	for _, name := range slices.Sorted(maps.Keys(env)) {
 		if slices.Contains(names, name) || linked(env, name) || proxies.MatchString(strings.ToUpper(name)) {
 			continue
 		}
-		meant := nearest(name, names)
-		switch {
-		case meant != "":
-			warnings = append(warnings, warning{"unknown variable", []any{"variable", name, "meant", meant}})
-		case ours.MatchString(name):
-			warnings = append(warnings, warning{"unknown variable", []any{"variable", name}})
+		attrs, meant := []any{"variable", name}, nearest(name, names)
+		if meant != "" {
+			attrs = append(attrs, "meant", meant)
+		}
+		if meant != "" || ours.MatchString(name) {
+			warnings = append(warnings, warning{"unknown variable", attrs})
 		}
 	}
-	c.shown = slog.GroupValue(shown...)
-	if len(mistakes) > 0 {
-		return c, nil, configError{strings.Join(mistakes, "\n")}
-	}
-	return c, warnings, nil
+	return warnings
 }
 
 // linked reports whether Kubernetes has set name by itself, for a Service that is
@@ -1389,7 +1473,7 @@ func checkPair(certName, cert, keyName, key string) []string {
 func (c *Config) clientOf(source *url.URL) ClientOptions {
 	opts, channel := c.Client, sourceChannel(source)
 	opts.Source, opts.Target, opts.StripPrefix = source, c.Targets.of(channel), c.Strip.of(channel)
-	opts.Token, opts.UserAgent, opts.HandlerTimeout = c.Server.Token, "webhook-relay/"+version, c.HandlerTimeout
+	opts.UserAgent = "webhook-relay/" + version
 	return opts
 }
 
@@ -1556,59 +1640,52 @@ func redactedList(value string) string {
 	return strings.Join(parts, ", ")
 }
 
-// Parsers of values. Each returns a function that checks a value and stores
-// it; its error says what is wanted and does not repeat the value.
+// Parsers of values. The error of each says what is wanted, and does not repeat
+// the value.
 
-func text(dst *string) func(string) error {
+// into stores in dst what parse reads.
+func into[T any](dst *T, parse func(string) (T, error)) func(string) error {
 	return func(v string) error {
-		*dst = v
-		return nil
+		parsed, err := parse(v)
+		if err == nil {
+			*dst = parsed
+		}
+		return err
 	}
 }
 
-// readable is the name of a watched file that parse can read.
-func readable[T any](dst *string, parse func(string) (T, error)) func(string) error {
-	return func(v string) error {
-		*dst = v
+func parseText(v string) (string, error) { return v, nil }
+
+// readable reads the name of a watched file that parse can read.
+func readable[T any](parse func(string) (T, error)) func(string) (string, error) {
+	return func(v string) (string, error) {
 		_, err := (&watched[T]{name: v, parse: parse}).look()
-		return err
+		return v, err
 	}
 }
 
-// header is a text that can be sent as a header value.
-func header(dst *string) func(string) error {
-	return func(v string) error {
-		*dst = v
-		if checkHeaders([]Header{{"Token", []string{v}}}) != nil {
-			return errors.New("must not hold control characters")
+// parseHeader reads a text that can be sent as a header value.
+func parseHeader(v string) (string, error) {
+	if checkHeaders([]Header{{"Token", []string{v}}}) != nil {
+		return "", errors.New("must not hold control characters")
+	}
+	return v, nil
+}
+
+func oneOf(choices ...string) func(string) (string, error) {
+	return func(v string) (string, error) {
+		if v = strings.ToLower(v); !slices.Contains(choices, v) {
+			return "", errors.New("must be " + strings.Join(choices, " or "))
 		}
-		return nil
+		return v, nil
 	}
 }
 
-func oneOf(dst *string, choices ...string) func(string) error {
-	return func(v string) error {
-		if *dst = strings.ToLower(v); !slices.Contains(choices, *dst) {
-			return errors.New("must be " + strings.Join(choices, " or "))
-		}
-		return nil
+func parseLevel(v string) (level slog.Level, err error) {
+	if level.UnmarshalText([]byte(v)) != nil {
+		err = errors.New("must be debug, info, warn or error")
 	}
-}
-
-func level(dst *slog.Level) func(string) error {
-	return func(v string) error {
-		if err := dst.UnmarshalText([]byte(v)); err != nil {
-			return errors.New("must be debug, info, warn or error")
-		}
-		return nil
-	}
-}
-
-func boolean(dst *bool) func(string) error {
-	return func(v string) (err error) {
-		*dst, err = parseBool(v)
-		return err
-	}
+	return level, err
 }
 
 func parseBool(v string) (bool, error) {
@@ -1619,80 +1696,70 @@ func parseBool(v string) (bool, error) {
 	return b, nil
 }
 
-func integer(dst *int, least, most int) func(string) error {
-	return func(v string) error {
+func integer(least, most int) func(string) (int, error) {
+	return func(v string) (int, error) {
 		n, err := strconv.Atoi(v)
-		*dst = n
 		if err != nil || n < least || n > most {
-			return fmt.Errorf("must be a whole number from %d to %d", least, most)
+			return 0, fmt.Errorf("must be a whole number from %d to %d", least, most)
 		}
-		return nil
+		return n, nil
 	}
 }
 
-func number(dst *float64, least, most float64) func(string) error {
-	return func(v string) error {
+func number(least, most float64) func(string) (float64, error) {
+	return func(v string) (float64, error) {
 		f, err := strconv.ParseFloat(v, 64)
-		*dst = f
 		if err != nil || !(f >= least && f <= most) {
-			return fmt.Errorf("must be a number from %g to %g", least, most)
+			return 0, fmt.Errorf("must be a number from %g to %g", least, most)
 		}
-		return nil
+		return f, nil
 	}
 }
 
-func port(dst *int) func(string) error {
-	return func(v string) error {
-		if integer(dst, 0, 65535)(v) != nil {
-			return errors.New("must be a port from 0 to 65535; 0 picks a free one")
-		}
-		return nil
+func parsePort(v string) (int, error) {
+	n, err := integer(0, 65535)(v)
+	if err != nil {
+		return 0, errors.New("must be a port from 0 to 65535; 0 picks a free one")
 	}
+	return n, nil
 }
 
 // maxDuration bounds every duration that can be set.
 const maxDuration = 365 * 24 * time.Hour
 
-// parseDuration reads milliseconds or a Go duration.
-func parseDuration(v string, least, most time.Duration) (time.Duration, error) {
-	d, err := time.ParseDuration(v)
-	if ms, msErr := strconv.ParseInt(v, 10, 64); msErr == nil && ms >= 0 && ms <= maxDuration.Milliseconds() {
-		d, err = time.Duration(ms)*time.Millisecond, nil
-	}
-	if err != nil || d < least || d > most {
-		return 0, fmt.Errorf("must be milliseconds or a duration such as 5s, from %v to %v", least, most)
-	}
-	return d, nil
-}
-
-func duration(dst *time.Duration, least, most time.Duration) func(string) error {
-	return func(v string) (err error) {
-		*dst, err = parseDuration(v, least, most)
-		return err
-	}
-}
-
-// size reads bytes, with kb, mb or gb as powers of 1024.
-func size(dst *int64) func(string) error {
-	return func(v string) error {
-		digits := strings.ToLower(v)
-		unit := 1.0
-		for i, suffix := range []string{"kb", "mb", "gb"} {
-			if rest, ok := strings.CutSuffix(digits, suffix); ok {
-				digits, unit = strings.TrimSpace(rest), math.Pow(1024, float64(i+1))
-				break
-			}
+// duration reads milliseconds or a Go duration.
+func duration(least, most time.Duration) func(string) (time.Duration, error) {
+	return func(v string) (time.Duration, error) {
+		d, err := time.ParseDuration(v)
+		if ms, msErr := strconv.ParseInt(v, 10, 64); msErr == nil && ms >= 0 && ms <= maxDuration.Milliseconds() {
+			d, err = time.Duration(ms)*time.Millisecond, nil
 		}
-		n, err := strconv.ParseFloat(strings.TrimSuffix(digits, "b"), 64)
-		if n *= unit; err != nil || !(n >= 1 && n <= 1<<40) {
-			return errors.New("must be a size such as 512kb or 3mb, from 1 byte to 1024gb")
+		if err != nil || d < least || d > most {
+			return 0, fmt.Errorf("must be milliseconds or a duration such as 5s, from %v to %v", least, most)
 		}
-		*dst = int64(n)
-		return nil
+		return d, nil
 	}
 }
 
-// perChannel reads a default and exceptions: "accept, slack=response".
+// parseSize reads bytes, with kb, mb or gb as powers of 1024.
+func parseSize(v string) (int64, error) {
+	digits := strings.ToLower(v)
+	unit := 1.0
+	for i, suffix := range []string{"kb", "mb", "gb"} {
+		if rest, ok := strings.CutSuffix(digits, suffix); ok {
+			digits, unit = strings.TrimSpace(rest), math.Pow(1024, float64(i+1))
+			break
+		}
+	}
+	n, err := strconv.ParseFloat(strings.TrimSuffix(digits, "b"), 64)
+	if n *= unit; err != nil || !(n >= 1 && n <= 1<<40) {
+		return 0, errors.New("must be a size such as 512kb or 3mb, from 1 byte to 1024gb")
+	}
+	return int64(n), nil
+}
+
+// perChannel stores in dst a default and exceptions, "accept, slack=response": what
+// is left out stays as it was.
 func perChannel[T any](dst *byChannel[T], parse func(string) (T, error)) func(string) error {
 	return func(v string) error {
 		for i, part := range strings.Split(v, ",") {
@@ -1721,29 +1788,31 @@ func perChannel[T any](dst *byChannel[T], parse func(string) (T, error)) func(st
 	}
 }
 
-func parseMode(v string) (string, error) {
-	var m string
-	return m, oneOf(&m, modeAccept, modeStatus, modeResponse)(v)
-}
-
-func parseTimeout(v string) (time.Duration, error) {
-	return parseDuration(v, 10*time.Millisecond, maxResponseTimeout)
-}
-
-// prefixes reads a list of CIDR ranges and addresses.
-func prefixes(dst *[]netip.Prefix) func(string) error {
-	return func(v string) error {
-		list := []netip.Prefix{}
-		for part := range strings.FieldsFuncSeq(v, func(r rune) bool { return r == ',' || r == ' ' }) {
-			p, err := parsePrefix(part)
+// listOf reads elements with commas between.
+func listOf[T any](parse func(string) (T, error)) func(string) ([]T, error) {
+	return func(v string) (all []T, err error) {
+		for part := range strings.SplitSeq(v, ",") {
+			one, err := parse(strings.TrimSpace(part))
 			if err != nil {
-				return err
+				return nil, err
 			}
-			list = append(list, p)
+			all = append(all, one)
 		}
-		*dst = list
-		return nil
+		return all, nil
 	}
+}
+
+// parsePrefixes reads a list of CIDR ranges and addresses.
+func parsePrefixes(v string) ([]netip.Prefix, error) {
+	all := []netip.Prefix{}
+	for part := range strings.FieldsFuncSeq(v, func(r rune) bool { return r == ',' || r == ' ' }) {
+		p, err := parsePrefix(part)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, p)
+	}
+	return all, nil
 }
 
 // parsePrefix reads a CIDR range or a bare address, and turns IPv4 mapped
@@ -1794,44 +1863,32 @@ func parseTargetURL(v string) (*url.URL, error) {
 	return u, err
 }
 
-// sources reads URLs that end in /subscribe/{channel}, maybe with a slash:
+// parseSource reads a URL that ends in /subscribe/{channel}, maybe with a slash:
 // anything else would be another service, or the way in for webhooks.
-func sources(dst *[]*url.URL) func(string) error {
-	return func(v string) error {
-		for part := range strings.SplitSeq(v, ",") {
-			u, err := parseWebURL(strings.TrimSpace(part))
-			if err != nil {
-				return err
-			}
-			path := strings.TrimSuffix(u.EscapedPath(), "/")
-			if !strings.HasSuffix(path[:strings.LastIndexByte(path, '/')+1], "/subscribe/") || !validName(sourceChannel(u)) {
-				return errors.New("must end in /subscribe/{channel}, such as https://relay.example.com/subscribe/ci/")
-			}
-			*dst = append(*dst, u)
-		}
-		return nil
+func parseSource(v string) (*url.URL, error) {
+	u, err := parseWebURL(v)
+	if err != nil {
+		return nil, err
 	}
+	path := strings.TrimSuffix(u.EscapedPath(), "/")
+	if !strings.HasSuffix(path[:strings.LastIndexByte(path, '/')+1], "/subscribe/") || !validName(sourceChannel(u)) {
+		return nil, errors.New("must end in /subscribe/{channel}, such as https://relay.example.com/subscribe/ci/")
+	}
+	return u, nil
 }
 
-// statuses reads a list of statuses that tell of a failure.
-func statuses(dst *[]int) func(string) error {
-	return func(v string) error {
-		list := []int{}
-		for part := range strings.SplitSeq(v, ",") {
-			n, err := strconv.Atoi(strings.TrimSpace(part))
-			if err != nil || n < 400 || http.StatusText(n) == "" {
-				return errors.New("must be statuses from 400 to 599 that HTTP knows, with commas between")
-			}
-			list = append(list, n)
-		}
-		*dst = list
-		return nil
+// parseStatus reads a status that tells of a failure.
+func parseStatus(v string) (int, error) {
+	n, err := strconv.Atoi(v)
+	if err != nil || n < 400 || http.StatusText(n) == "" {
+		return 0, errors.New("must be statuses from 400 to 599 that HTTP knows, with commas between")
 	}
+	return n, nil
 }
 
-// proxyURL checks what net/http itself reads from the environment; without a
+// checkProxy checks what net/http itself reads from the environment; without a
 // scheme it takes http.
-func proxyURL(v string) error {
+func checkProxy(v string) error {
 	if !strings.Contains(v, "://") {
 		v = "http://" + v
 	}
@@ -1842,28 +1899,18 @@ func proxyURL(v string) error {
 	return nil
 }
 
-func redisURL(dst *RedisOptions) func(string) error {
-	return func(v string) (err error) {
-		dst.Server, err = parseRedisURL(v)
-		return err
+// parseRoots reads PEM certificates and adds them to the system's.
+func parseRoots(v string) (*x509.CertPool, error) {
+	pool, err := x509.SystemCertPool()
+	if err != nil {
+		pool = x509.NewCertPool()
 	}
-}
-
-// roots reads PEM certificates and adds them to the system's.
-func roots(dst **x509.CertPool) func(string) error {
-	return func(v string) error {
-		pool, err := x509.SystemCertPool()
-		if err != nil {
-			pool = x509.NewCertPool()
-		}
-		pem, err := os.ReadFile(v)
-		if err != nil {
-			return errors.New("must be a readable file")
-		}
-		if !pool.AppendCertsFromPEM(pem) {
-			return errors.New("must hold PEM certificates")
-		}
-		*dst = pool
-		return nil
+	pem, err := os.ReadFile(v)
+	if err != nil {
+		return nil, errors.New("must be a readable file")
 	}
+	if !pool.AppendCertsFromPEM(pem) {
+		return nil, errors.New("must hold PEM certificates")
+	}
+	return pool, nil
 }

@@ -159,8 +159,8 @@ type Server struct {
 	moving   []*Subscriber       // that were asked to move while the bus was away
 }
 
-// NewServer wires a server to its hub and bus, and reads the watched files: its
-// error is a mistake in one of them.
+// NewServer makes a server over hub, whose signals its caller hands to it, and bus.
+// It reads the watched files: its error is a mistake in one of them.
 func NewServer(opts ServerOptions, hub *Hub, bus Bus, log *slog.Logger) (*Server, error) {
 	s := &Server{
 		opts: opts, log: log, hub: hub, bus: bus, budget: hub.Budget, reports: &Budget{Limit: reportsLimit}, began: time.Now(), unsure: time.Now(),
@@ -175,7 +175,6 @@ func NewServer(opts ServerOptions, hub *Hub, bus Bus, log *slog.Logger) (*Server
 	if err := cmp.Or(s.tokens.open(), s.secrets.open(), s.issuers.open()); err != nil {
 		return nil, err
 	}
-	hub.OnSignal = s.signal
 	return s, nil
 }
 
@@ -503,7 +502,7 @@ func (s *Server) relay(w http.ResponseWriter, r *http.Request, t *requestTarget,
 	case lost || refused != nil:
 		return 0, refused
 	case respond(h.event.Mode):
-		return s.answer(w, r, h)
+		return s.reply(w, r, h)
 	}
 	return http.StatusOK, nil // which net/http sends
 }
@@ -514,7 +513,7 @@ func (s *Server) admitWebhook(r *http.Request, t *requestTarget) *refusal {
 	switch { // HTTP/2 can bring such methods and queries
 	case !validName(t.Channel):
 		return errChannel
-	case !token(r.Method):
+	case !isToken(r.Method):
 		return errBadMethod
 	case checkPath(t.Path) != nil:
 		return errInvalidPath
@@ -969,7 +968,7 @@ func (s *Server) signal(sig Signal) {
 	case signalGone:
 		s.gone(sig.From)
 	case signalAgain:
-		s.again(sig.From)
+		s.interrupted(sig.From)
 	case signalHand:
 		s.take(&sig)
 	}
@@ -1174,10 +1173,10 @@ func (s *Server) ready(sig *Signal) {
 	s.deliverAgain(l, sig.Client)
 }
 
-// again lets be published again what may not have got through while the bus was
+// interrupted lets be published again what may not have got through while the bus was
 // away for replica: nobody counts as having an event until he says so anew. That
 // is what its subscribers have, and everything when the replica is this one.
-func (s *Server) again(replica string) {
+func (s *Server) interrupted(replica string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	own := replica == s.opts.Replica
@@ -1324,7 +1323,7 @@ func (s *Server) republish(h *hold, only string) {
 	h.round++
 	h.publish, h.receipts = true, 0
 	h.poke = make(chan struct{}, 1)
-	e := h.event.again(s.opts.Replica, h.round, only)
+	e := h.event.repeat(s.opts.Replica, h.round, only)
 	e.use() // it may be settled meanwhile
 	s.mu.Unlock()
 	receivers, _ := s.publish(e)
@@ -1538,9 +1537,9 @@ func (s *Server) Held() HeldState {
 	return HeldState{len(s.holds), s.budget.Used(), s.budget.Limit}
 }
 
-// answer waits until h is done, or its sender's time is over, and answers unless
+// reply waits until h is done, or its sender's time is over, and answers unless
 // that is the relay's to do.
-func (s *Server) answer(w http.ResponseWriter, r *http.Request, h *hold) (status int, refused *refusal) {
+func (s *Server) reply(w http.ResponseWriter, r *http.Request, h *hold) (status int, refused *refusal) {
 	e := h.event
 	http.NewResponseController(w).SetWriteDeadline(e.Until.Add(replyTimeout))
 	timer := time.NewTimer(time.Until(e.Until))
@@ -1931,7 +1930,7 @@ func schemeOf(word string) (scheme, error) {
 		switch {
 		case s.name == name && s.header != "" && !named:
 			return s, nil
-		case s.name == name && s.header == "" && token(header):
+		case s.name == name && s.header == "" && isToken(header):
 			s.header = http.CanonicalHeaderKey(header)
 			return s, nil
 		case s.header == "":

@@ -96,10 +96,10 @@ func newRigOn(t testing.TB, l net.Listener, around func(*Hub) Bus, env ...string
 	r := &rig{hub: &Hub{Limits: c.Limits, Budget: &Budget{Limit: c.HeldBuffer}}, log: &logBuffer{}}
 	log := newLogger(c, r.log)
 	c.Server.Replica = testReplica
-	c.Server.HandlerTimeout = c.HandlerTimeout
 	if r.Server, err = NewServer(c.Server, r.hub, around(r.hub), log); err != nil {
 		t.Fatal(err)
 	}
+	r.hub.OnSignal = r.signal
 	ctx, stop := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	running.Go(func() { r.Run(ctx) })
@@ -3424,6 +3424,7 @@ func TestHoldVerdict(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
+				hub.OnSignal = s.signal
 				s.over = true // nothing is published again
 				w := &Webhook{ID: testID, Method: "POST", Path: "/webhooks/ci", Mode: mode, Timeout: time.Minute}
 				h := &hold{event: eventOf("ci", w)}

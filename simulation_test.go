@@ -816,7 +816,7 @@ func (w *simWorld) startReplica() *simReplica {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	r.bus.onAlone = r.server.AskToMove
+	r.hub.OnSignal, r.bus.onAlone = r.server.signal, r.server.AskToMove
 	r.web = webServer(r.server, log)
 	ctx, cancel := context.WithCancel(context.Background())
 	var parts sync.WaitGroup
