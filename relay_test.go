@@ -2207,7 +2207,7 @@ func TestCertificatesForClients(t *testing.T) {
 	target := newTarget(t, nil)
 	env := []string{"SOURCE_URL=https://" + server.addr + "/subscribe/m", "CA_FILE=" + serverCert}
 	without := start(t, append([]string{"RELAY_MODE=client", "TARGET_BASE_URL=" + target.url}, env...)...)
-	if got := without.wait("subscribe ended")[0]; got["level"] != "ERROR" || !strings.Contains(fmt.Sprint(got["err"]), "401") {
+	if got := without.wait("no stream from the source")[0]; got["level"] != "ERROR" || !strings.Contains(fmt.Sprint(got["err"]), "401") {
 		t.Errorf("without a certificate: %v", got)
 	}
 	without.stop()
@@ -2240,7 +2240,7 @@ func TestCertificatesForClients(t *testing.T) {
 	replace(t, ca, second.pem)
 	ready(2)
 	arrives("after", nil)
-	if n := len(client.log.lines("subscribe ended")); n != 0 {
+	if n := len(client.log.lines("no stream from the source")); n != 0 {
 		t.Errorf("%d tries were refused", n)
 	}
 }
