@@ -5505,7 +5505,10 @@ func TestRecipes(t *testing.T) {
 // fires; and of what may go wrong each fires its own, and no other.
 func TestAlertsFire(t *testing.T) {
 	t.Parallel()
-	binary := need(t, "promtool", "prometheus")
+	binary, err := exec.LookPath("promtool")
+	if err != nil {
+		t.Skip("no promtool, which is in the package prometheus")
+	}
 	promtool := func(text string, args ...string) {
 		t.Helper()
 		cmd := exec.CommandContext(t.Context(), binary, args...)
