@@ -1,3 +1,8 @@
+// What server, client and bus share: webhooks and answers, their forms on the
+// wire, events, the bus and what replicas tell each other over it, the budget, and
+// the hub, which queues events for subscribers. At the end, what both sides tell
+// and count of webhooks.
+
 package main
 
 import (

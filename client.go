@@ -1,3 +1,8 @@
+// The client: its stream, what it forwards, and how it reports. In the order of a
+// webhook: follow keeps a stream, read takes events from it, take gives each a
+// slot, forward tries the target, and the reporter tells the source. At the end
+// what these use: clocks, the memory of events, and the parser of streams.
+
 package main
 
 import (

@@ -1,3 +1,6 @@
+// The health service: probes, metrics, and the page for people. It knows only the
+// functions that it is given.
+
 package main
 
 import (

@@ -1,3 +1,7 @@
+// The bus over Redis: what it is told to do, the session that does it, the
+// connection that listens (start, steer, receive), and the one that speaks (keep,
+// write, read).
+
 package main
 
 import (

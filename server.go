@@ -1,3 +1,8 @@
+// The server: what it takes, from whom, what it holds, and the streams it writes.
+// In the order of a webhook: ServeHTTP, serveWebhook, relay, capture; its hold,
+// from first over receipt and reported to end; reply. Then reports, who may do
+// what, and streams. The package doc in relay.go tells the protocol.
+
 package main
 
 import (
