@@ -971,10 +971,10 @@ func (c *certificate) get() (*tls.Certificate, error) {
 	return c.pair, nil
 }
 
-// Metrics. What may have several values has labels.
+// Metrics.
 
-// counter, gauge, and histogram are families of one value, and tallied one of a
-// value for each of label's.
+// counter, gauge and histogram are families of one value, and tallied one of a value
+// for each of label's.
 func counter(name, help string, v *atomic.Int64) Metric {
 	return Metric{name, "counter", help, one(func() float64 { return float64(v.Load()) })}
 }
@@ -982,7 +982,19 @@ func counter(name, help string, v *atomic.Int64) Metric {
 func gauge(name, help string, v func() float64) Metric { return Metric{name, "gauge", help, one(v)} }
 
 func histogram(name, help string, h *Histogram) Metric {
-	return Metric{name, "histogram", help, func(sample func(suffix, labels string, value float64)) { buckets(sample, "", h) }}
+	return Metric{name, "histogram", help, func(sample func(suffix, labels string, value float64)) {
+		count := int64(0)
+		for i := range h.counts {
+			bound := "+Inf"
+			if i < len(histogramBounds) {
+				bound = strconv.FormatFloat(histogramBounds[i], 'g', -1, 64)
+			}
+			count += h.counts[i].Load()
+			sample("_bucket", fmt.Sprintf("le=%q", bound), float64(count))
+		}
+		sample("_sum", "", time.Duration(h.sum.Load()).Seconds())
+		sample("_count", "", float64(count))
+	}}
 }
 
 func tallied(name, help, label string, t tally) Metric {
@@ -991,19 +1003,6 @@ func tallied(name, help, label string, t tally) Metric {
 			sample("", fmt.Sprintf("%s=%q", label, value), float64(t[value].Load()))
 		}
 	}}
-}
-
-// buckets gives the samples of h; labels, when there are any, end in a comma.
-func buckets(sample func(suffix, labels string, value float64), labels string, h *Histogram) {
-	count := int64(0)
-	for i, bound := range histogramBounds {
-		count += h.counts[i].Load()
-		sample("_bucket", fmt.Sprintf("%sle=%q", labels, strconv.FormatFloat(bound, 'g', -1, 64)), float64(count))
-	}
-	count += h.counts[len(histogramBounds)].Load()
-	sample("_bucket", labels+`le="+Inf"`, float64(count))
-	sample("_sum", strings.TrimSuffix(labels, ","), time.Duration(h.sum.Load()).Seconds())
-	sample("_count", strings.TrimSuffix(labels, ","), float64(count))
 }
 
 // buildInfo says which build this is.
@@ -1057,49 +1056,37 @@ func serverMetrics(s *Server, hub *Hub, bus *RedisBus, d *door) []Metric {
 	return list
 }
 
-// clientMetrics have the channel as a label: the operator's own names.
+// clientMetrics are those of all clients, with the channel as a label: the
+// operator's own names.
 func clientMetrics(clients []*Client) []Metric {
-	each := func(name, kind, help string, value func(*Client) float64) Metric {
-		return Metric{name, kind, help, func(sample func(suffix, labels string, value float64)) {
+	list := metricsOf(&Client{})
+	for i := range list {
+		list[i].Collect = func(sample func(suffix, labels string, value float64)) {
 			for _, c := range clients {
-				sample("", fmt.Sprintf("channel=%q", c.channel), value(c))
+				metricsOf(c)[i].Collect(func(suffix, labels string, value float64) {
+					sample(suffix, strings.TrimSuffix(fmt.Sprintf("channel=%q,%s", c.channel, labels), ","), value)
+				})
 			}
-		}}
+		}
 	}
-	count := func(name, help string, value func(*Client) *atomic.Int64) Metric {
-		return each(name, "counter", help, func(c *Client) float64 { return float64(value(c).Load()) })
-	}
-	tallied := func(name, help, label string, of func(*Client) tally) Metric {
-		return Metric{name, "counter", help, func(sample func(suffix, labels string, value float64)) {
-			for _, c := range clients {
-				for _, value := range slices.Sorted(maps.Keys(of(c))) {
-					sample("", fmt.Sprintf("channel=%q,%s=%q", c.channel, label, value), float64(of(c)[value].Load()))
-				}
-			}
-		}}
-	}
-	histogram := func(name, help string, of func(*Client) *Histogram) Metric {
-		return Metric{name, "histogram", help, func(sample func(suffix, labels string, value float64)) {
-			for _, c := range clients {
-				buckets(sample, fmt.Sprintf("channel=%q,", c.channel), of(c))
-			}
-		}}
-	}
+	return append([]Metric{buildInfo}, list...)
+}
+
+func metricsOf(c *Client) []Metric {
 	return []Metric{
-		buildInfo,
-		each("relay_stream_ready", "gauge", "1 while the stream is ready and its last byte fresh.", func(c *Client) float64 { return truth(c.Check) }),
-		tallied("relay_subscribes_failed_total", "Tries to subscribe that did not succeed.", "reason", func(c *Client) tally { return c.Denied }),
-		count("relay_stream_ends_total", "Streams that ended after they were ready.", func(c *Client) *atomic.Int64 { return &c.Reconnects }),
-		count("relay_events_total", "Events received.", func(c *Client) *atomic.Int64 { return &c.Events }),
-		histogram("relay_event_age_seconds", "Age of events when they arrive, beside the youngest seen.", func(c *Client) *Histogram { return &c.Age }),
-		count("relay_events_duplicate_total", "Events dropped because they had come before.", func(c *Client) *atomic.Int64 { return &c.Duplicates }),
-		count("relay_events_invalid_total", "Events refused.", func(c *Client) *atomic.Int64 { return &c.Invalid }),
-		count("relay_events_overdue_total", "Events skipped because their sender had been answered already.", func(c *Client) *atomic.Int64 { return &c.Overdue }),
-		tallied("relay_forwards_total", "Webhooks that are done, by what the target said last, or why it said nothing.", "code", func(c *Client) tally { return c.Forwards }),
-		count("relay_forward_retries_total", "Attempts repeated.", func(c *Client) *atomic.Int64 { return &c.Retries }),
-		histogram("relay_forward_attempt_seconds", "One attempt at the target.", func(c *Client) *Histogram { return &c.Attempts }),
-		each("relay_forwards_in_flight", "gauge", "Forwards under way.", func(c *Client) float64 { return float64(len(c.slots)) }),
-		count("relay_reports_total", "Reports that arrived.", func(c *Client) *atomic.Int64 { return &c.Reports }),
+		gauge("relay_stream_ready", "1 while the stream is ready and its last byte fresh.", func() float64 { return truth(c.Check) }),
+		tallied("relay_subscribes_failed_total", "Tries to subscribe that did not succeed.", "reason", c.Denied),
+		counter("relay_stream_ends_total", "Streams that ended after they were ready.", &c.Reconnects),
+		counter("relay_events_total", "Events received.", &c.Events),
+		histogram("relay_event_age_seconds", "Age of events when they arrive, beside the youngest seen.", &c.Age),
+		counter("relay_events_duplicate_total", "Events dropped because they had come before.", &c.Duplicates),
+		counter("relay_events_invalid_total", "Events refused.", &c.Invalid),
+		counter("relay_events_overdue_total", "Events skipped because their sender had been answered already.", &c.Overdue),
+		tallied("relay_forwards_total", "Webhooks that are done, by what the target said last, or why it said nothing.", "code", c.Forwards),
+		counter("relay_forward_retries_total", "Attempts repeated.", &c.Retries),
+		histogram("relay_forward_attempt_seconds", "One attempt at the target.", &c.Attempts),
+		gauge("relay_forwards_in_flight", "Forwards under way.", func() float64 { return float64(len(c.slots)) }),
+		counter("relay_reports_total", "Reports that arrived.", &c.Reports),
 	}
 }
 
