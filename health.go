@@ -195,10 +195,12 @@ func (h *Health) summary(w http.ResponseWriter, r *http.Request) {
 type Metric struct {
 	Name, Kind, Help string // Kind is counter, gauge, histogram or summary
 
-	// Collect calls sample for each value: suffix follows the name, and labels, such
-	// as reason="size", may be empty.
-	Collect func(sample func(suffix, labels string, value float64))
+	Collect func(sampler) // calls it for each value
 }
+
+// sampler takes one value of a family: suffix follows its name, and labels, such as
+// reason="size", may be empty.
+type sampler func(suffix, labels string, value float64)
 
 // exposition is the Prometheus text format, version 0.0.4
 // (https://prometheus.io/docs/instrumenting/exposition_formats/).
@@ -251,10 +253,10 @@ var processMetrics = []Metric{
 		return most, err == nil
 	}),
 	{"process_start_time_seconds", "gauge", "When the process began, in seconds since 1970.", one(func() float64 { return float64(began.UnixMilli()) / 1e3 })},
-	{"go_info", "gauge", "The Go version.", func(sample func(suffix, labels string, value float64)) {
+	{"go_info", "gauge", "The Go version.", func(sample sampler) {
 		sample("", fmt.Sprintf("version=%q", runtime.Version()), 1)
 	}},
-	{"go_gc_duration_seconds", "summary", "Pauses of the collector.", func(sample func(suffix, labels string, value float64)) {
+	{"go_gc_duration_seconds", "summary", "Pauses of the collector.", func(sample sampler) {
 		stats := debug.GCStats{PauseQuantiles: make([]time.Duration, 5)}
 		debug.ReadGCStats(&stats)
 		for i, pause := range stats.PauseQuantiles {
@@ -284,8 +286,8 @@ var processMetrics = []Metric{
 }
 
 // one is Metric.Collect of a single value.
-func one(value func() float64) func(func(suffix, labels string, value float64)) {
-	return func(sample func(suffix, labels string, value float64)) { sample("", "", value()) }
+func one(value func() float64) func(sampler) {
+	return func(sample sampler) { sample("", "", value()) }
 }
 
 // clockTicks is what /proc counts a second in: USER_HZ, 100 on every Linux
@@ -295,7 +297,7 @@ const clockTicks = 100
 // procMetric is a value of Linux: of /proc/self/stat, whose fields read is given
 // from the third on, or of what stands beside it.
 func procMetric(name, kind, help string, read func(stat []string) (value float64, ok bool)) Metric {
-	return Metric{name, kind, help, func(sample func(suffix, labels string, value float64)) {
+	return Metric{name, kind, help, func(sample sampler) {
 		line, _ := os.ReadFile("/proc/self/stat")
 		stat := strings.Fields(string(line[bytes.LastIndexByte(line, ')')+1:])) // the command before may have spaces
 		if len(stat) < 22 {
@@ -309,7 +311,7 @@ func procMetric(name, kind, help string, read func(stat []string) (value float64
 
 // goMetric is the sum of values of runtime/metrics.
 func goMetric(name, kind, help string, of ...string) Metric {
-	return Metric{name, kind, help, func(sample func(suffix, labels string, value float64)) {
+	return Metric{name, kind, help, func(sample sampler) {
 		values, sum := make([]metrics.Sample, len(of)), uint64(0)
 		for i := range of {
 			values[i].Name = of[i]

@@ -283,7 +283,7 @@ func TestExposition(t *testing.T) {
 		tallied("relay_b_total", "Kinds.", "kind", kinds),
 		gauge("relay_c", "Last.", func() float64 { return -0.25 }),
 		histogram("relay_d_seconds", "Times.", &took),
-		{"relay_e", "gauge", "None.", func(func(suffix, labels string, value float64)) {}},
+		{"relay_e", "gauge", "None.", func(sampler) {}},
 	}}
 	const want = `# HELP relay_a_total Things.
 # TYPE relay_a_total counter

@@ -982,7 +982,7 @@ func counter(name, help string, v *atomic.Int64) Metric {
 func gauge(name, help string, v func() float64) Metric { return Metric{name, "gauge", help, one(v)} }
 
 func histogram(name, help string, h *Histogram) Metric {
-	return Metric{name, "histogram", help, func(sample func(suffix, labels string, value float64)) {
+	return Metric{name, "histogram", help, func(sample sampler) {
 		count := int64(0)
 		for i := range h.counts {
 			bound := "+Inf"
@@ -998,7 +998,7 @@ func histogram(name, help string, h *Histogram) Metric {
 }
 
 func tallied(name, help, label string, t tally) Metric {
-	return Metric{name, "counter", help, func(sample func(suffix, labels string, value float64)) {
+	return Metric{name, "counter", help, func(sample sampler) {
 		for _, value := range slices.Sorted(maps.Keys(t)) {
 			sample("", fmt.Sprintf("%s=%q", label, value), float64(t[value].Load()))
 		}
@@ -1006,7 +1006,7 @@ func tallied(name, help, label string, t tally) Metric {
 }
 
 // buildInfo says which build this is.
-var buildInfo = Metric{"relay_build_info", "gauge", "The build: version, and the version of Go.", func(sample func(suffix, labels string, value float64)) {
+var buildInfo = Metric{"relay_build_info", "gauge", "The build: version, and the version of Go.", func(sample sampler) {
 	sample("", fmt.Sprintf("version=%q,goversion=%q", version, runtime.Version()), 1)
 }}
 
@@ -1021,7 +1021,7 @@ func truth(check func(context.Context) error) float64 {
 func serverMetrics(s *Server, hub *Hub, bus *RedisBus, d *door) []Metric {
 	list := []Metric{
 		buildInfo,
-		{"relay_webhooks_total", "counter", "Webhooks by what became of them: each is counted once, when that is known.", func(sample func(suffix, labels string, value float64)) {
+		{"relay_webhooks_total", "counter", "Webhooks by what became of them: each is counted once, when that is known.", func(sample sampler) {
 			sample("", `outcome="accepted",reason=""`, float64(s.Accepted.Load()))
 			sample("", `outcome="answered",reason=""`, float64(s.Answered.Load()))
 			for _, reason := range lostReasons {
@@ -1061,7 +1061,7 @@ func serverMetrics(s *Server, hub *Hub, bus *RedisBus, d *door) []Metric {
 func clientMetrics(clients []*Client) []Metric {
 	list := metricsOf(&Client{})
 	for i := range list {
-		list[i].Collect = func(sample func(suffix, labels string, value float64)) {
+		list[i].Collect = func(sample sampler) {
 			for _, c := range clients {
 				metricsOf(c)[i].Collect(func(suffix, labels string, value float64) {
 					sample(suffix, strings.TrimSuffix(fmt.Sprintf("channel=%q,%s", c.channel, labels), ","), value)
