@@ -37,6 +37,23 @@ import (
 	"unicode/utf8"
 )
 
+// The fixed bounds of events; the package doc lists what happens at each.
+const (
+	maxResponseTimeout = 15 * time.Minute     // a sender's request may be held, whoever says so
+	headLimit          = 64 << 10             // bytes of a message before its body
+	fieldLimit         = 500                  // values of its header from outside: each costs more than its bytes
+	ownFields          = 8                    // values that the relay adds, at most
+	lineLimit          = 64 << 20             // bytes that a client takes for one line or event
+	answerLimit        = 1 << 20              // bytes of the body of a target's answer
+	holdCost           = 1 << 10              // bytes that a hold takes besides its event
+	stallTime          = time.Second          // for which nothing must have come of a body before it gives its place up
+	burst              = 256 << 10            // bytes that Take hands out at once, beyond the first event
+	fewWriters         = 4                    // that one event starts by themselves; of more, as many as there are processors
+	writersTime        = 2 * time.Millisecond // in which one of these must end, or one more is started
+	replicaLength      = 13                   // letters of the names that replicas give themselves
+	shownLimit         = 256                  // bytes of what strangers choose that are shown
+)
+
 // Header is one field of a webhook or of an answer: its name in canonical
 // form and its values in the order they came. Value bytes are kept as received.
 type Header struct {
@@ -75,7 +92,7 @@ type Answer struct {
 	Status  int // 200 to 599; 0 when Err is set
 	Headers []Header
 	Body    []byte
-	Err     string // answerUnreachable or answerTimeout
+	Err     string // one of the below; empty: the target said something
 }
 
 const (
@@ -98,19 +115,7 @@ var hopByHop = map[string]bool{
 // may set those. Targets behind CGI or WSGI read "_" as "-".
 func relaysOwn(name string) bool {
 	const prefix = "x-relay-"
-	for i := range prefix {
-		switch {
-		case i == len(name):
-			return false
-		case prefix[i] == '-':
-			if name[i] != '-' && name[i] != '_' {
-				return false
-			}
-		case name[i]|0x20 != prefix[i]:
-			return false
-		}
-	}
-	return true
+	return len(name) >= len(prefix) && strings.EqualFold(strings.ReplaceAll(name[:len(prefix)], "_", "-"), prefix)
 }
 
 // endToEnd returns the fields of h that cross the relay, sorted by name:
@@ -353,9 +358,6 @@ func newEvent(channel, replica string, w *Webhook, b *Budget) (e *Event, ok bool
 	return e, true
 }
 
-// holdCost is how many bytes a hold takes besides its event.
-const holdCost = 1 << 10
-
 // repeat is e for one more delivery, with the bytes of the first: a client knows
 // from its time how old it is. It has no use of its own.
 func (e *Event) repeat(holder string, round int, only string) *Event {
@@ -417,9 +419,6 @@ func (w *Webhook) wireSize(text bool) int {
 	return n + base64.StdEncoding.EncodedLen(len(w.Body))
 }
 
-// lineLimit is how many bytes a client takes for one line or event.
-const lineLimit = 64 << 20
-
 // size is what e counts for in a queue: the relay's own events, which have no
 // id, must not make a subscriber look slow.
 func (e *Event) size() int64 {
@@ -438,16 +437,7 @@ func valueCount(h map[string][]string) int {
 	return n
 }
 
-// headerValues is how many values headers have, and headerBytes about how many
-// bytes they take.
-func headerValues(headers []Header) int {
-	n := 0
-	for _, h := range headers {
-		n += len(h.Values)
-	}
-	return n
-}
-
+// headerBytes is about how many bytes headers take.
 func headerBytes(headers []Header) int {
 	n := 0
 	for _, h := range headers {
@@ -625,13 +615,6 @@ func latin1(s string) (_ string, ok bool) {
 	return string(b), true
 }
 
-// The bounds of a head: request line and fields of a message.
-const (
-	headLimit  = 64 << 10 // bytes
-	fieldLimit = 500      // values from outside: each costs more than its bytes
-	ownFields  = 8        // values that the relay adds, at most
-)
-
 // decodeWebhook reads the data of a webhook event: an HTTP message, which came
 // under id. It checks all that may reach the target; hop-by-hop fields are gone
 // from what it returns. Its errors hold nothing of the event beyond a method or
@@ -659,12 +642,7 @@ func decodeWebhook(channel, id string, data []byte) (*Webhook, error) {
 	if err != nil {
 		return nil, err
 	}
-	own := func(name string) string {
-		if v := fields[name]; len(v) > 0 {
-			return v[0]
-		}
-		return ""
-	}
+	own := http.Header(fields).Get
 	w.Mode, after, _ = strings.Cut(own("X-Relay-Respond"), ";")
 	if timeout, ok := strings.CutPrefix(strings.TrimSpace(after), "timeout="); ok {
 		ms, _ := strconv.ParseUint(timeout, 10, 31)
@@ -906,9 +884,6 @@ func legacyFields(data json.RawMessage) (map[string][]string, error) {
 	return fields, nil
 }
 
-// maxResponseTimeout bounds how long a sender's request may be held, whoever says so.
-const maxResponseTimeout = 15 * time.Minute
-
 // jsonError keeps what encoding/json says of form and place and drops what it
 // quotes: parts of a payload must not reach a log.
 func jsonError(err error) error {
@@ -935,9 +910,6 @@ func validName(s string) bool {
 }
 
 // A report is an HTTP response: the target's, or why there is none.
-
-// The bounds of a report.
-const answerLimit = 1 << 20 // bytes of a target's body
 
 // appendReport appends a, the answer to the event id, as an HTTP/1.1 response.
 func (a *Answer) appendReport(b *bytes.Buffer, id string) {
@@ -1031,9 +1003,6 @@ func (a *Answer) rank() int {
 	}
 }
 
-// replicaLength is how long the names are that replicas give themselves.
-const replicaLength = 13
-
 // newReplica is a name for a replica: 65 random bits.
 func newReplica() string { return rand.Text()[:replicaLength] }
 
@@ -1120,7 +1089,7 @@ const (
 	signalReceipt = "receipt" // to the holder: Event was given to these subscribers in this round
 	signalReport  = "report"  // to the holder, or to all when it is gone: Client's report on Event is Data
 	signalReady   = "ready"   // to all: a stream of Client on Channel is ready, or has space again
-	signalLeft    = "left"    // to all: Subscriber of Client on Channel is gone
+	signalLeft    = "left"    // to all: Subscriber on Channel is gone
 	signalGone    = "gone"    // from the bus: the replica From is gone, with all its subscribers
 	signalAgain   = "again"   // to all: the bus was away for From, what was told meanwhile may be lost
 	signalHand    = "hand"    // to one replica: hold Event of Channel, which is Data, from now on; Client is whom it may be given to, as in Event.Only
@@ -1207,7 +1176,7 @@ type claim struct {
 func (b *Budget) claim(channel string, n int64) (c *claim, ok bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.used+n > b.Limit || b.channels[channel]+n > b.share() {
+	if b.used+n > b.Limit || b.channels[channel]+n > half(b.Limit) {
 		return nil, false
 	}
 	c = &claim{budget: b, channel: channel}
@@ -1221,9 +1190,6 @@ func (b *Budget) force(channel string, n int64) *claim {
 	c.add(n)
 	return c
 }
-
-// share is what one party may have.
-func (b *Budget) share() int64 { return (b.Limit + 1) / 2 }
 
 // Used is how many bytes are taken.
 func (b *Budget) Used() int64 {
@@ -1284,7 +1250,7 @@ func (c *claim) read(n int, body interface{ cut() }) bool {
 	}
 	c.moved = now
 	c.grow(int64(n))
-	for b.reading > b.share() || b.used > b.Limit {
+	for b.reading > half(b.Limit) || b.used > b.Limit {
 		stalled := b.bodies.Front().Value.(*claim)
 		if stalled == c || now.Sub(stalled.moved) < stallTime {
 			return false
@@ -1293,12 +1259,8 @@ func (c *claim) read(n int, body interface{ cut() }) bool {
 		stalled.grow(-stalled.bytes)
 		stalled.body.cut()
 	}
-	return b.channels[c.channel] <= b.share()
+	return b.channels[c.channel] <= half(b.Limit)
 }
-
-// stallTime is for how long nothing must have come of a body before it gives
-// its place up.
-const stallTime = time.Second
 
 // readDone ends the reading of the body. It needs budget.mu.
 func (c *claim) readDone() {
@@ -1332,7 +1294,7 @@ func neighbourhood(addr netip.Addr) netip.Addr {
 }
 
 // half is the share of n that one party may take, so that others find space.
-func half(n int) int { return (n + 1) / 2 }
+func half[N int | int64](n N) N { return (n + 1) / 2 }
 
 // Limits bound a Hub. Zero values refuse everything.
 type Limits struct {
@@ -1427,7 +1389,6 @@ var (
 	errPeerGone    = errors.New("peer closed the stream")
 	errShutdown    = errors.New("shutting down")
 	errReplaced    = errors.New("its client has opened another stream")
-	errMovedAway   = errors.New("its client was asked to move")
 	errStreamAge   = errors.New("stream reached its age")
 	errOverdue     = errors.New("evicted: subscriber did not take its events in time")
 	errSubscribers = errors.New("too many subscribers")
@@ -1587,7 +1548,7 @@ func (h *Hub) end(s *Subscriber, reason error) {
 
 // Deliver queues e for its channel's subscribers, as far as it is for them, and
 // returns to whom it was given. One whose queue is full is not given it, and says
-// so when it has space again: see Missed. An empty queue takes any one event.
+// so when it has space again: see Take. An empty queue takes any one event.
 func (h *Hub) Deliver(e *Event) (given []Given) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -1653,11 +1614,6 @@ func rouse(idle []*Subscriber) {
 	}
 }
 
-const (
-	fewWriters  = 4                    // that one event starts by themselves
-	writersTime = 2 * time.Millisecond // in which something must move
-)
-
 // run writes what is queued.
 func (s *Subscriber) run() {
 	defer s.Writers.Done()
@@ -1711,9 +1667,6 @@ func (s *Subscriber) push(e *Event) bool {
 	s.Writers.Add(1)
 	return true
 }
-
-// burst is how many bytes Take hands out at once, beyond the first event.
-const burst = 256 << 10
 
 // Take moves the next batch of queued events to Write, its only caller; the
 // batch before counts as written. An empty batch ends Write. dst is reused. What
@@ -1909,9 +1862,6 @@ func shown(s string) string {
 	}
 	return strings.ToValidUTF8(s[:shownLimit], "") + "…"
 }
-
-// shownLimit is how many bytes of a path are shown.
-const shownLimit = 256
 
 // tally counts by a label whose values are fixed when it is made. It is safe for
 // concurrent use.

@@ -882,7 +882,7 @@ func (c *Client) readAnswer(ctx context.Context, w *Webhook, resp *http.Response
 		return a, pause, nil
 	}
 	a.Headers = slices.DeleteFunc(endToEnd(resp.Header), func(h Header) bool { return checkHeaders([]Header{h}) != nil })
-	if headerBytes(a.Headers) > answerHeaders-1<<10 || headerValues(a.Headers) > fieldLimit { // no report has more
+	if headerBytes(a.Headers) > answerHeaders-1<<10 || valueCount(resp.Header) > fieldLimit { // no report has more
 		c.log.Warn("header of the target's answer is too large, it is left out", "event", w.ID, "status", a.Status)
 		a.Headers = nil
 	}
@@ -1119,7 +1119,10 @@ func (r *reporter) send() {
 			backoff.Reset()
 			r.client.Reports.Add(int64(len(batch)))
 		}
-		pause := backoff.Next()
+		pause := time.Duration(0)
+		if err != nil {
+			pause = backoff.Next()
+		}
 		refusal, ok := errors.AsType[*statusError](err)
 		final := ok && refusal.status == http.StatusBadRequest || r.client.work.Err() != nil
 		r.mu.Lock()

@@ -17,6 +17,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"runtime/metrics"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -207,7 +208,7 @@ type sampler func(suffix, labels string, value float64)
 // (https://prometheus.io/docs/instrumenting/exposition_formats/).
 func (h *Health) exposition() string {
 	var b strings.Builder
-	for _, m := range append(h.Metrics, processMetrics...) {
+	for _, m := range slices.Concat(h.Metrics, processMetrics) {
 		told := false
 		m.Collect(func(suffix, labels string, value float64) {
 			if !told {
@@ -229,30 +230,21 @@ var began = time.Now()
 // processMetrics have the names of Prometheus' own Go client, so that the usual
 // dashboards fill. What this system does not tell is left out.
 var processMetrics = []Metric{
-	procMetric("process_cpu_seconds_total", "counter", "CPU time, user and system, in seconds.", func(stat []string) (float64, bool) {
-		user, err := strconv.ParseFloat(stat[11], 64)
-		system, err2 := strconv.ParseFloat(stat[12], 64)
-		return (user + system) / clockTicks, err == nil && err2 == nil
-	}),
-	procMetric("process_resident_memory_bytes", "gauge", "Memory in RAM, in bytes.", func(stat []string) (float64, bool) {
-		pages, err := strconv.ParseFloat(stat[21], 64)
-		return pages * float64(os.Getpagesize()), err == nil
-	}),
-	procMetric("process_virtual_memory_bytes", "gauge", "Virtual memory, in bytes.", func(stat []string) (float64, bool) {
-		size, err := strconv.ParseFloat(stat[20], 64)
-		return size, err == nil
-	}),
-	procMetric("process_open_fds", "gauge", "Open file descriptors.", func([]string) (float64, bool) {
-		list, err := os.ReadDir("/proc/self/fd")
-		return float64(len(list)), err == nil
-	}),
-	procMetric("process_max_fds", "gauge", "Most open file descriptors.", func([]string) (float64, bool) {
+	procMetric("process_cpu_seconds_total", "counter", "CPU time, user and system, in seconds.", 1.0/clockTicks, 11, 12),
+	procMetric("process_resident_memory_bytes", "gauge", "Memory in RAM, in bytes.", float64(os.Getpagesize()), 21),
+	procMetric("process_virtual_memory_bytes", "gauge", "Virtual memory, in bytes.", 1, 20),
+	{"process_open_fds", "gauge", "Open file descriptors.", func(sample sampler) {
+		if list, err := os.ReadDir("/proc/self/fd"); err == nil {
+			sample("", "", float64(len(list)))
+		}
+	}},
+	{"process_max_fds", "gauge", "Most open file descriptors.", func(sample sampler) {
 		limits, _ := os.ReadFile("/proc/self/limits")
 		_, rest, _ := strings.Cut(string(limits), "Max open files")
-		fields := append(strings.Fields(rest), "")
-		most, err := strconv.ParseFloat(fields[0], 64)
-		return most, err == nil
-	}),
+		if most, err := strconv.ParseFloat(append(strings.Fields(rest), "")[0], 64); err == nil {
+			sample("", "", most)
+		}
+	}},
 	{"process_start_time_seconds", "gauge", "When the process began, in seconds since 1970.", one(func() float64 { return float64(began.UnixMilli()) / 1e3 })},
 	{"go_info", "gauge", "The Go version.", func(sample sampler) {
 		sample("", fmt.Sprintf("version=%q", runtime.Version()), 1)
@@ -295,18 +287,20 @@ func one(value func() float64) func(sampler) {
 // (https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html).
 const clockTicks = 100
 
-// procMetric is a value of Linux: of /proc/self/stat, whose fields read is given
-// from the third on, or of what stands beside it.
-func procMetric(name, kind, help string, read func(stat []string) (value float64, ok bool)) Metric {
+// procMetric is the sum of fields of /proc/self/stat, counted from the third.
+func procMetric(name, kind, help string, scale float64, fields ...int) Metric {
 	return Metric{name, kind, help, func(sample sampler) {
 		line, _ := os.ReadFile("/proc/self/stat")
 		stat := strings.Fields(string(line[bytes.LastIndexByte(line, ')')+1:])) // the command before may have spaces
-		if len(stat) < 22 {
-			return
+		sum := 0.0
+		for _, i := range fields {
+			if i >= len(stat) {
+				return
+			}
+			n, _ := strconv.ParseFloat(stat[i], 64)
+			sum += n
 		}
-		if value, ok := read(stat); ok {
-			sample("", "", value)
-		}
+		sample("", "", sum*scale)
 	}}
 }
 

@@ -211,12 +211,8 @@ func (b *RedisBus) Publish(ctx context.Context, e *Event) (int, error) {
 
 // Send implements Bus.
 func (b *RedisBus) Send(ctx context.Context, sig Signal) (int, error) {
-	if sig.To == b.replica {
-		b.hub.OnSignal(sig)
+	if b.here(sig) {
 		return 1, nil
-	}
-	if sig.To == "" {
-		b.hub.OnSignal(sig)
 	}
 	return b.publish(ctx, b.signalName(&sig), appendSignal(nil, &sig))
 }
@@ -224,12 +220,8 @@ func (b *RedisBus) Send(ctx context.Context, sig Signal) (int, error) {
 // Tell implements Bus. What cannot be queued is lost, and all replicas are told
 // so once something can be.
 func (b *RedisBus) Tell(sig Signal) {
-	if sig.To == b.replica {
-		b.hub.OnSignal(sig)
+	if b.here(sig) {
 		return
-	}
-	if sig.To == "" {
-		b.hub.OnSignal(sig) // Redis gives it back, too, but perhaps not in time
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -241,6 +233,15 @@ func (b *RedisBus) Tell(sig Signal) {
 	default:
 		b.told[toldLimit-1] = Signal{Kind: signalAgain, From: b.replica}
 	}
+}
+
+// here hands sig on if it is for this replica, too, and reports whether it is for
+// no other. Redis gives back what is for all, but perhaps not in time.
+func (b *RedisBus) here(sig Signal) bool {
+	if sig.To == "" || sig.To == b.replica {
+		b.hub.OnSignal(sig)
+	}
+	return sig.To == b.replica
 }
 
 // Flush implements Bus: what was told goes out together with a command that is
@@ -256,7 +257,7 @@ func (b *RedisBus) Peers(ctx context.Context) ([]string, error) {
 	if err := b.Check(ctx); err != nil {
 		return nil, err
 	}
-	peers, err := b.peersIn(b.do(ctx, "PUBSUB", "CHANNELS", b.peerPattern()))
+	peers, err := b.peersBy(func(cmd string, args ...any) (any, error) { return b.do(ctx, cmd, args...) })
 	return slices.Sorted(maps.Keys(peers)), err
 }
 
@@ -294,7 +295,6 @@ func (b *RedisBus) publish(ctx context.Context, name string, message []byte) (in
 
 // do has one command written, and waits for its reply.
 func (b *RedisBus) do(ctx context.Context, cmd string, args ...any) (any, error) {
-	r := &request{cmd: cmd, args: args, reply: make(chan reply, 1)}
 	b.mu.Lock()
 	back := b.back
 	b.mu.Unlock()
@@ -303,7 +303,7 @@ func (b *RedisBus) do(ctx context.Context, cmd string, args ...any) (any, error)
 	case <-ctx.Done():
 		return nil, errBusDown
 	}
-	return r.wait(ctx, b.ask)
+	return b.doNow(ctx, cmd, args...)
 }
 
 // request is one command on the connection that speaks.
@@ -318,10 +318,11 @@ type reply struct {
 	err   error
 }
 
-// wait hands r to whoever writes, and waits for the reply.
-func (r *request) wait(ctx context.Context, ask chan<- *request) (any, error) {
+// doNow is do without waiting for a session to begin.
+func (b *RedisBus) doNow(ctx context.Context, cmd string, args ...any) (any, error) {
+	r := &request{cmd: cmd, args: args, reply: make(chan reply, 1)}
 	select {
-	case ask <- r:
+	case b.ask <- r:
 		got := <-r.reply
 		return got.value, got.err
 	case <-ctx.Done():
@@ -788,7 +789,7 @@ func (s *session) join() error {
 	before, blind := b.peers, b.peers == nil && b.late
 	b.mu.Unlock()
 	for {
-		now, err := s.peers()
+		now, err := b.peersBy(s.do)
 		if err != nil {
 			return err
 		}
@@ -832,7 +833,7 @@ func (s *session) count() error {
 				s.bus.Send(s.ctx, Signal{Kind: signalJoined, From: s.bus.replica})
 			}
 		}
-		if now, err := s.peers(); err == nil {
+		if now, err := s.bus.peersBy(s.do); err == nil {
 			s.bus.notePeers(now)
 		}
 	}
@@ -870,30 +871,21 @@ func (s *session) primary() error {
 
 // do is RedisBus.do for a session that has not begun.
 func (s *session) do(cmd string, args ...any) (any, error) {
-	r := &request{cmd: cmd, args: args, reply: make(chan reply, 1)}
-	return r.wait(s.ctx, s.bus.ask)
+	return s.bus.doNow(s.ctx, cmd, args...)
 }
 
-// peers asks Redis which other replicas listen.
-func (s *session) peers() (map[string]bool, error) {
-	return s.bus.peersIn(s.do("PUBSUB", "CHANNELS", s.bus.peerPattern()))
-}
-
-// peerPattern matches the channels of replicas
-// (https://redis.io/docs/latest/commands/psubscribe/).
-func (b *RedisBus) peerPattern() string {
-	return strings.NewReplacer(`\`, `\\`, "*", `\*`, "?", `\?`, "[", `\[`, "]", `\]`).Replace(b.opts.Prefix) + "@*"
-}
-
-// peersIn are the names of the other replicas in a reply that lists channels.
-func (b *RedisBus) peersIn(reply any, err error) (map[string]bool, error) {
-	list, err := redis.Strings(reply, err)
+// peersBy asks Redis which other replicas listen
+// (https://redis.io/docs/latest/commands/psubscribe/ has the pattern).
+func (b *RedisBus) peersBy(do func(cmd string, args ...any) (any, error)) (map[string]bool, error) {
+	own := b.replicaName("")
+	escaped := strings.NewReplacer(`\`, `\\`, "*", `\*`, "?", `\?`, "[", `\[`, "]", `\]`).Replace(own)
+	list, err := redis.Strings(do("PUBSUB", "CHANNELS", escaped+"*"))
 	if err != nil {
 		return nil, fmt.Errorf("ask redis for replicas: %w", err)
 	}
 	peers := map[string]bool{}
 	for _, name := range list {
-		if replica := strings.TrimPrefix(name, b.replicaName("")); replica != b.replica && len(replica) == replicaLength {
+		if replica := strings.TrimPrefix(name, own); replica != b.replica && len(replica) == replicaLength {
 			peers[replica] = true
 		}
 	}

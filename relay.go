@@ -228,6 +228,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"iter"
 	stdlog "log"
 	"log/slog"
 	"maps"
@@ -249,6 +250,18 @@ import (
 	"syscall"
 	"text/tabwriter"
 	"time"
+	"unicode"
+)
+
+const (
+	extraConnections = 4096                 // beyond those of subscribers
+	probeConnections = 256                  // to the health service
+	probeTime        = 5 * time.Second      // for a probe's header, and for its answer
+	hushLines        = 50                   // of one message a second, above debug
+	maxDuration      = 365 * 24 * time.Hour // that can be set
+	demoHook         = "/webhooks/demo/hello"
+	demoStart        = 10 * time.Second // for the client to become ready
+	demoShown        = 4 << 10          // bytes of one webhook
 )
 
 // release is set by -ldflags "-X main.release=…".
@@ -513,12 +526,6 @@ func noteIn(j *Journal) func(entry uint64, p Passage) uint64 {
 
 // Demo.
 
-const (
-	demoHook  = "/webhooks/demo/hello"
-	demoStart = 10 * time.Second // for the client to become ready
-	demoShown = 4 << 10          // bytes of one webhook
-)
-
 // runDemo shows one webhook's way: through a server and a client, which environ
 // sets like any others, to a target, all in this process and on loopback alone.
 // It writes to out, from several goroutines, what the target gets, until ctx ends.
@@ -756,15 +763,6 @@ func serveHealth(c *Config, health *Health, log *slog.Logger) (stop func(), err 
 		serving.Wait()
 	}, nil
 }
-
-// extraConnections is how many connections there may be beyond subscribers.
-const extraConnections = 4096
-
-// probeConnections is how many connections there may be to the health service.
-const probeConnections = 256
-
-// probeTime bounds a probe's header, and its answer.
-const probeTime = 5 * time.Second
 
 // door is a listener that bounds the connections that are open at once, and the
 // share of one address (a /64 in IPv6), which is half, so that nobody keeps
@@ -1134,7 +1132,7 @@ type configError struct{ text string }
 func (e configError) Error() string { return e.text }
 
 // setting declares one variable: the single source for parsing, defaults,
-// validation, -help, the start-up log and the README's tables.
+// validation, -help, the start-up log and the tables of the reference.
 type setting struct {
 	name     string
 	fallback string
@@ -1210,13 +1208,13 @@ func settings(c *Config) []setting {
 			perChannel(&s.Timeouts, duration(10*time.Millisecond, maxResponseTimeout)), nil},
 		{"SUBSCRIBE_ALLOWED_IPS", "", "server",
 			"addresses and CIDR ranges that may subscribe; all by default",
-			into(&s.SubscribeAllowed, parsePrefixes), nil},
+			into(&s.SubscribeAllowed, listOf(parsePrefix)), nil},
 		{"WEBHOOKS_ALLOWED_IPS", "", "server",
 			"addresses and CIDR ranges that may send webhooks; all by default",
-			into(&s.WebhooksAllowed, parsePrefixes), nil},
+			into(&s.WebhooksAllowed, listOf(parsePrefix)), nil},
 		{"TRUSTED_PROXIES", "", "server",
 			"addresses and CIDR ranges whose X-Forwarded-For is believed; none by default",
-			into(&s.TrustedProxies, parsePrefixes), nil},
+			into(&s.TrustedProxies, listOf(parsePrefix)), nil},
 		{"REDIS_URL", "", "server",
 			"redis:// or rediss:// with user, password and db, or redis+sentinel://host:port,host:port/{master}/{db}: " +
 				"makes replicas one relay",
@@ -1477,19 +1475,15 @@ func (c *Config) checkChannels() (mistakes []string) {
 			mistakes = append(mistakes, fmt.Sprintf("TARGET_BASE_URL: names no target for channel %q, and no default", channel))
 		}
 	}
-	if len(known) == 0 {
-		return mistakes
-	}
-	for _, channel := range slices.Sorted(maps.Keys(c.Targets.Named)) {
-		if !known[channel] {
-			mistakes = append(mistakes, fmt.Sprintf("TARGET_BASE_URL: no SOURCE_URL has channel %q", channel))
+	strangers := func(variable string, channels iter.Seq[string]) {
+		for _, channel := range slices.Sorted(channels) {
+			if len(known) > 0 && !known[channel] {
+				mistakes = append(mistakes, fmt.Sprintf("%s: no SOURCE_URL has channel %q", variable, channel))
+			}
 		}
 	}
-	for _, channel := range slices.Sorted(maps.Keys(c.Strip.Named)) {
-		if !known[channel] {
-			mistakes = append(mistakes, fmt.Sprintf("TARGET_STRIP_PREFIX: no SOURCE_URL has channel %q", channel))
-		}
-	}
+	strangers("TARGET_BASE_URL", maps.Keys(c.Targets.Named))
+	strangers("TARGET_STRIP_PREFIX", maps.Keys(c.Strip.Named))
 	return mistakes
 }
 
@@ -1523,28 +1517,22 @@ func newLogger(c *Config, w io.Writer) *slog.Logger {
 	if asText {
 		handler = slog.NewTextHandler(w, options)
 	}
-	return slog.New(hush{handler, &shares{of: map[string]share{}}})
+	return slog.New(hush{handler, new(sync.Mutex), map[string]quota{}})
 }
-
-// hushLines is how many lines of one message, above debug, a second may have.
-const hushLines = 50
 
 // hush bounds the log, most of whose lines strangers can cause. Messages are
 // constant, so each has a share of its own and none drowns another; its next
 // line tells how many were left out.
 type hush struct {
 	slog.Handler
-	shares *shares // shared by all handlers of one log
+
+	// Shared by all handlers of one log.
+	mu     *sync.Mutex
+	quotas map[string]quota // guarded by mu; by message
 }
 
-// shares is what is left to each message.
-type shares struct {
-	mu sync.Mutex
-	of map[string]share // guarded by mu; by message
-}
-
-// share is what one message has had.
-type share struct {
+// quota is what one message has had.
+type quota struct {
 	second  int64 // Unix time
 	lines   int   // in that second
 	omitted int   // since the last line that was written
@@ -1552,7 +1540,7 @@ type share struct {
 
 func (h hush) Handle(ctx context.Context, r slog.Record) error {
 	if r.Level > slog.LevelDebug {
-		omitted, over := h.shares.take(r.Message)
+		omitted, over := h.take(r.Message)
 		if over {
 			return nil
 		}
@@ -1564,31 +1552,33 @@ func (h hush) Handle(ctx context.Context, r slog.Record) error {
 	return h.Handler.Handle(ctx, r)
 }
 
+// take takes one line of message's quota; over says that none is left, and omitted
+// how many were left out before.
+func (h hush) take(message string) (omitted int, over bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	q := h.quotas[message]
+	if now := time.Now().Unix(); q.second != now {
+		q.second, q.lines = now, 0
+	}
+	if over = q.lines == hushLines; over {
+		q.omitted++
+	} else {
+		q.lines++
+		omitted, q.omitted = q.omitted, 0
+	}
+	h.quotas[message] = q
+	return omitted, over
+}
+
 func (h hush) WithAttrs(attrs []slog.Attr) slog.Handler {
-	return hush{h.Handler.WithAttrs(attrs), h.shares}
+	h.Handler = h.Handler.WithAttrs(attrs)
+	return h
 }
 
 func (h hush) WithGroup(name string) slog.Handler {
-	return hush{h.Handler.WithGroup(name), h.shares}
-}
-
-// take takes one line of message's share; over says that none is left, and
-// omitted how many were left out before.
-func (s *shares) take(message string) (omitted int, over bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	one := s.of[message]
-	if now := time.Now().Unix(); one.second != now {
-		one.second, one.lines = now, 0
-	}
-	one.lines++
-	if over = one.lines > hushLines; over {
-		one.omitted++
-	} else {
-		omitted, one.omitted = one.omitted, 0
-	}
-	s.of[message] = one
-	return omitted, over
+	h.Handler = h.Handler.WithGroup(name)
+	return h
 }
 
 // What a value may look like in the log.
@@ -1711,9 +1701,6 @@ func parsePort(v string) (int, error) {
 	return n, nil
 }
 
-// maxDuration bounds every duration that can be set.
-const maxDuration = 365 * 24 * time.Hour
-
 // duration reads milliseconds or a Go duration.
 func duration(least, most time.Duration) func(string) (time.Duration, error) {
 	return func(v string) (time.Duration, error) {
@@ -1775,31 +1762,21 @@ func perChannel[T any](dst *byChannel[T], parse func(string) (T, error)) func(st
 	}
 }
 
-// listOf reads elements with commas between.
+// listOf reads elements with commas, or spaces, between.
 func listOf[T any](parse func(string) (T, error)) func(string) ([]T, error) {
 	return func(v string) (all []T, err error) {
-		for part := range strings.SplitSeq(v, ",") {
-			one, err := parse(strings.TrimSpace(part))
+		for part := range strings.FieldsFuncSeq(v, func(r rune) bool { return r == ',' || unicode.IsSpace(r) }) {
+			one, err := parse(part)
 			if err != nil {
 				return nil, err
 			}
 			all = append(all, one)
 		}
+		if all == nil {
+			return nil, errors.New("must not be empty")
+		}
 		return all, nil
 	}
-}
-
-// parsePrefixes reads a list of CIDR ranges and addresses.
-func parsePrefixes(v string) ([]netip.Prefix, error) {
-	all := []netip.Prefix{}
-	for part := range strings.FieldsFuncSeq(v, func(r rune) bool { return r == ',' || r == ' ' }) {
-		p, err := parsePrefix(part)
-		if err != nil {
-			return nil, err
-		}
-		all = append(all, p)
-	}
-	return all, nil
 }
 
 // parsePrefix reads a CIDR range or a bare address, and turns IPv4 mapped

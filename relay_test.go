@@ -2660,7 +2660,7 @@ func TestMistakes(t *testing.T) {
 		{"TARGET_BASE_URL", append(client, "TARGET_BASE_URL=http://target?")},
 		{"SOURCE_URL", append(client, "SOURCE_URL=http://relay:65536/subscribe/m")},
 		{"SOURCE_URL", append(client, "SOURCE_URL=http://relay/webhooks/m/")},
-		{"SOURCE_URL", append(client, "SOURCE_URL=http://relay/subscribe/m,")},
+		{"SOURCE_URL", append(client, "SOURCE_URL=http://relay/subscribe/m,,x")},
 		{"SOURCE_URL", append(client, "SOURCE_URL=http://hunter2@relay/subscribe/m, http://other/subscribe/m/")},
 		{"TARGET_BASE_URL", append(client, "TARGET_BASE_URL=http://hunter2@target:70000")},
 		{"TARGET_BASE_URL", append(client, "TARGET_BASE_URL=http://target, http://hunter2@target")},

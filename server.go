@@ -161,7 +161,6 @@ type Server struct {
 	strange  int64               // bytes of holds of channels that are not known
 	unsure   time.Time           // since when it knows of all channels: its start, or the last time that it may not have been told of some
 	order    uint64              // of the newest hold
-	moving   []*Subscriber       // that were asked to move while the bus was away
 }
 
 // NewServer makes a server over hub, whose signals its caller hands to it, and bus.
@@ -1205,12 +1204,6 @@ func (s *Server) interrupted(replica string) {
 	for _, l := range s.lines {
 		s.deliverAgain(l, "")
 	}
-	if own && len(s.moving) > 0 {
-		for _, sub := range s.moving {
-			time.AfterFunc(returnTime+mathrand.N(moveJitter), func() { s.hub.Finish(sub, errMovedAway) })
-		}
-		s.moving = nil
-	}
 }
 
 // take holds from now on what a replica that leaves has handed over.
@@ -2245,23 +2238,11 @@ func (s *Server) serveSubscribe(w http.ResponseWriter, r *http.Request, channel 
 		s.reject(w, r, channel, errUnwanted, nil)
 		return
 	}
-	if !s.enter() {
-		s.reject(w, r, channel, errLeaving, nil)
-		return
-	}
 	st := &stream{server: s, sub: sub, most: math.MaxInt}
 	sub.Write = st.write
-	if err := s.hub.Subscribe(sub); err != nil {
-		s.streams.Done()
-		s.reject(w, r, channel, errLimit, err)
-		return
-	}
-	s.mu.Lock()
-	leaving := s.leaving // since enter: then nobody asks this stream to move
-	s.mu.Unlock()
-	if leaving {
-		s.abandon(sub, errShutdown)
-		s.reject(w, r, channel, errLeaving, nil)
+	if err := s.enter(sub); err != nil {
+		refused, _ := errors.AsType[*refusal](err)
+		s.reject(w, r, channel, cmp.Or(refused, errLimit), err)
 		return
 	}
 	if denied := s.denies(channel, credential); denied != nil { // revoked before the hub could evict it
@@ -2331,15 +2312,19 @@ func (s *Server) serveConn(w http.ResponseWriter, r *http.Request, st *stream) {
 // past makes a deadline fail at once.
 var past = time.Unix(1, 0)
 
-// enter counts a stream in unless the server is leaving; streams.Done counts it
-// out.
-func (s *Server) enter() bool {
+// enter takes sub in unless the server is leaving; streams.Done counts it out. Both
+// under mu, so that whoever asks all streams to move sees it.
+func (s *Server) enter(sub *Subscriber) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.leaving {
-		s.streams.Add(1)
+	if s.leaving {
+		return errLeaving
 	}
-	return !s.leaving
+	if err := s.hub.Subscribe(sub); err != nil {
+		return err
+	}
+	s.streams.Add(1)
+	return nil
 }
 
 // abandon ends a stream that never began. It may have been given events.
@@ -2360,7 +2345,7 @@ func (s *Server) tellReady(sub *Subscriber, begun string) {
 
 // tellLeft tells all replicas that sub is gone.
 func (s *Server) tellLeft(sub *Subscriber) {
-	s.bus.Tell(Signal{Kind: signalLeft, From: s.opts.Replica, Channel: sub.Channel, Subscriber: sub.ID, Client: sub.Client})
+	s.bus.Tell(Signal{Kind: signalLeft, From: s.opts.Replica, Channel: sub.Channel, Subscriber: sub.ID})
 }
 
 // awaitLive waits until the bus has confirmed the subscription; not for long while
@@ -2422,7 +2407,7 @@ func (st *stream) begin(out sink, abort func(), head []byte) {
 
 // finished reports whether a stream ended for reason after its last write.
 func finished(reason error) bool {
-	return reason == errShutdown || reason == errStreamAge || reason == errMovedAway
+	return reason == errShutdown || reason == errStreamAge
 }
 
 // end waits for the last write of a stream that the hub has ended.
@@ -2461,16 +2446,12 @@ func (st *stream) beat() {
 
 // AskToMove asks all streams to move, because this replica is cut off from the
 // bus and another one may not be. They stay open: when nobody answers, they are
-// all that the clients have. Those that did move are of no use any more once the
-// bus is back, and end then.
+// all that the clients have. A client that did move ends its old one itself.
 func (s *Server) AskToMove() {
 	subs := s.hub.Subscribers()
 	if len(subs) > 0 {
 		s.log.Warn("cut off from redis: streams are asked to move", "count", len(subs))
 	}
-	s.mu.Lock()
-	s.moving = append(s.moving, subs...)
-	s.mu.Unlock()
 	for _, sub := range subs {
 		time.AfterFunc(mathrand.N(moveJitter), func() { s.askToMove(sub) })
 	}

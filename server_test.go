@@ -890,7 +890,7 @@ func TestLastChunk(t *testing.T) {
 	for _, tt := range []struct {
 		reason   error
 		complete bool
-	}{{errShutdown, true}, {errStreamAge, true}, {errMovedAway, true}, {errRevoked, false}, {errStuck, false}, {errReplaced, false}, {errOverdue, false}} {
+	}{{errShutdown, true}, {errStreamAge, true}, {errRevoked, false}, {errStuck, false}, {errReplaced, false}, {errOverdue, false}} {
 		inBubble(t, func(t *testing.T) {
 			p := newPipes()
 			r := newRig(t, p)
