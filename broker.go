@@ -1402,8 +1402,8 @@ var (
 func (h *Hub) Subscribe(s *Subscriber) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	c := h.channels[s.Channel]
-	switch near := neighbourhood(s.Addr); {
+	c, near := h.channels[s.Channel], neighbourhood(s.Addr)
+	switch {
 	case h.total >= h.Limits.Subscribers:
 		return errSubscribers
 	case h.addresses[near] >= h.Limits.PerAddress:
@@ -1418,7 +1418,7 @@ func (h *Hub) Subscribe(s *Subscriber) error {
 		h.channels, h.addresses = map[string]*hubChannel{}, map[netip.Addr]int{}
 	}
 	h.total++
-	h.addresses[neighbourhood(s.Addr)]++
+	h.addresses[near]++
 	if c == nil {
 		c = &hubChannel{confirmed: make(chan struct{}), subscribers: map[*Subscriber]struct{}{}, named: map[string][]*Subscriber{}}
 		h.channels[s.Channel] = c

@@ -181,7 +181,7 @@ func (h *Health) summary(w http.ResponseWriter, r *http.Request) {
 		doc[name] = value
 	}
 	for _, v := range checks {
-		if !v.OK {
+		if !v.OK && doc[v.Of] == "ok" {
 			doc[v.Of], doc["status"], status = v.Name+": "+v.Error, "failing", http.StatusServiceUnavailable
 		}
 	}

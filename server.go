@@ -1,7 +1,8 @@
 // The server: what it takes, from whom, what it holds, and the streams it writes.
 // In the order of a webhook: ServeHTTP, serveWebhook, relay, capture; its hold,
 // from first over receipt and reported to end; reply. Then reports, who may do
-// what, and streams. The package doc in relay.go tells the protocol.
+// what, streams, and the end of it all. The package doc in relay.go tells the
+// protocol.
 
 package main
 
@@ -223,90 +224,6 @@ func (s *Server) Check(context.Context) error {
 
 // Drain turns the server unready; it goes on working.
 func (s *Server) Drain() { s.draining.Store(true) }
-
-// Shutdown takes no new streams, asks clients to move and ends each stream once
-// its queue is written, goes on taking webhooks as long as there are streams,
-// finishes what is held or hands it over, all within the handler timeout.
-func (s *Server) Shutdown() {
-	end := time.Now().Add(s.opts.HandlerTimeout)
-	last := min(reserve, s.opts.HandlerTimeout/4)
-	near := end.Add(-last)
-	s.draining.Store(true)
-	peers, err := s.others(near)
-	s.mu.Lock()
-	s.leaving, s.alone = true, err == nil && len(peers) == 0
-	s.mu.Unlock()
-	s.move(near)
-	cut := time.AfterFunc(time.Until(end.Add(-last/2)), func() {
-		for _, sub := range s.hub.Subscribers() {
-			s.hub.Leave(sub, errOverdue)
-		}
-	})
-	defer cut.Stop()
-	s.await(near, func() bool { n, _ := s.hub.Count(); return n == 0 })
-	s.mu.Lock()
-	s.closed = true
-	s.mu.Unlock()
-	if peers, err = s.others(near); err != nil {
-		s.log.Warn("other replicas are not known", "err", err)
-	}
-	s.await(near, func() bool { return s.settled(len(peers) > 0) })
-	close(s.giveUp)
-	if now, err := s.others(end); err == nil { // some may have come or gone meanwhile
-		peers = now
-	}
-	s.handOver(peers, end)
-	for _, wait := range []*sync.WaitGroup{&s.requests, &s.streams} { // an answer or a stream may be stuck in its connection, which our caller closes
-		select {
-		case <-done(wait):
-		case <-time.After(time.Until(end)):
-		}
-	}
-}
-
-// others are the names of the other replicas, if they are known before end.
-func (s *Server) others(end time.Time) ([]string, error) {
-	ctx, cancel := context.WithDeadline(context.Background(), end)
-	defer cancel()
-	return s.bus.Peers(ctx)
-}
-
-// await looks whether ok holds until it does, or until end.
-func (s *Server) await(end time.Time, ok func() bool) {
-	for !ok() && time.Until(end) > 0 {
-		time.Sleep(min(20*time.Millisecond, time.Until(end)))
-	}
-}
-
-// done is closed once wg is; its goroutine ends then.
-func done(wg *sync.WaitGroup) <-chan struct{} {
-	c := make(chan struct{})
-	go func() {
-		wg.Wait()
-		close(c)
-	}()
-	return c
-}
-
-// move asks all streams to move, spread over moveJitter, and ends each when its
-// client has had the time to: once its queue is written, and, until near, once
-// nothing waits for space in it.
-func (s *Server) move(near time.Time) {
-	jitter, patience := min(moveJitter, s.opts.HandlerTimeout/8), min(moveTime, s.opts.HandlerTimeout/4)
-	for _, sub := range s.hub.Subscribers() {
-		asked := mathrand.N(jitter + 1)
-		time.AfterFunc(asked, func() { s.askToMove(sub) })
-		var finish func()
-		finish = func() {
-			if time.Until(near) > 0 && s.waitsFor(sub.Channel) {
-				time.AfterFunc(min(lookInterval, max(time.Until(near), 1)), finish)
-				return
-			}
-			s.hub.Finish(sub, errShutdown)
-		}
-		time.AfterFunc(asked+patience, finish)
-	}
-}
 
 // ServeHTTP is the whole route table. It never redirects: a provider that does
 // not follow would lose its webhook.
@@ -642,7 +559,7 @@ type hold struct {
 
 	round    int               // publications so far; only receipts of the last one count
 	publish  bool              // one is under way
-	receipts int               // that are to come
+	receipts int               // that are to come; less than none while more have come than the bus has told of
 	parties  map[string]*party // clients that were given it and have not settled
 	open     int               // parties with a stream
 	settled  map[string]bool   // clients that have reported
@@ -1472,69 +1389,6 @@ func (s *Server) handOver(peers []string, end time.Time) {
 	}
 }
 
-// ServerState is what the status page shows of a server: everything in total, and
-// some of the channels and subscribers one by one.
-type ServerState struct {
-	Streams  int            `json:"streams"`
-	Channels int            `json:"channels"`
-	Held     HeldState      `json:"held"`
-	List     []ChannelState `json:"list"`
-}
-
-// HeldState is how many webhooks are held, and the bytes that they, what is being
-// read and what is queued take of their limit.
-type HeldState struct {
-	Webhooks int   `json:"webhooks"`
-	Bytes    int64 `json:"bytes"`
-	Limit    int64 `json:"limit"`
-}
-
-// ChannelState is one channel with subscribers.
-type ChannelState struct {
-	Channel     string            `json:"channel"`
-	Held        int               `json:"held"`
-	Count       int               `json:"count"` // of all its subscribers
-	Subscribers []SubscriberState `json:"subscribers"`
-}
-
-// SubscriberState is one stream.
-type SubscriberState struct {
-	Client  string     `json:"client,omitempty"`
-	Addr    netip.Addr `json:"addr"`
-	Since   time.Time  `json:"since"`
-	Waiting int64      `json:"waiting"` // bytes
-}
-
-// State is the server now.
-func (s *Server) State() (state ServerState) {
-	state.Streams, state.Channels = s.hub.Count()
-	state.Held = s.Held()
-	channels := slices.Sorted(slices.Values(s.hub.Channels()))
-	for _, channel := range channels[:min(len(channels), channelsShown)] {
-		one := ChannelState{Channel: channel, Subscribers: []SubscriberState{}}
-		var waiting map[*Subscriber]int64
-		waiting, one.Count = s.hub.Waiting(channel, subscribersShown)
-		for sub, size := range waiting {
-			one.Subscribers = append(one.Subscribers, SubscriberState{sub.Client, sub.Addr, sub.Since, size})
-		}
-		slices.SortFunc(one.Subscribers, func(a, b SubscriberState) int { return a.Since.Compare(b.Since) })
-		s.mu.Lock()
-		if l := s.lines[channel]; l != nil {
-			one.Held = l.holds
-		}
-		s.mu.Unlock()
-		state.List = append(state.List, one)
-	}
-	return state
-}
-
-// Held is what is held now.
-func (s *Server) Held() HeldState {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return HeldState{len(s.holds), s.budget.Used(), s.budget.Limit}
-}
-
 // reply waits until h is done, or its sender's time is over, and answers unless
 // that is the relay's to do.
 func (s *Server) reply(w http.ResponseWriter, r *http.Request, h *hold) (status int, refused *refusal) {
@@ -2241,8 +2095,11 @@ func (s *Server) serveSubscribe(w http.ResponseWriter, r *http.Request, channel 
 	st := &stream{server: s, sub: sub, most: math.MaxInt}
 	sub.Write = st.write
 	if err := s.enter(sub); err != nil {
-		refused, _ := errors.AsType[*refusal](err)
-		s.reject(w, r, channel, cmp.Or(refused, errLimit), err)
+		if err == errLeaving {
+			s.reject(w, r, channel, errLeaving, nil)
+		} else {
+			s.reject(w, r, channel, errLimit, err)
+		}
 		return
 	}
 	if denied := s.denies(channel, credential); denied != nil { // revoked before the hub could evict it
@@ -2569,4 +2426,155 @@ func (st *stream) sendBatch(batch []*Event) error {
 		recycle(buf)
 	}
 	return err
+}
+
+// The end.
+
+// Shutdown takes no new streams, asks clients to move and ends each stream once
+// its queue is written, goes on taking webhooks as long as there are streams,
+// finishes what is held or hands it over, all within the handler timeout.
+func (s *Server) Shutdown() {
+	end := time.Now().Add(s.opts.HandlerTimeout)
+	last := min(reserve, s.opts.HandlerTimeout/4)
+	near := end.Add(-last)
+	s.draining.Store(true)
+	peers, err := s.others(near)
+	s.mu.Lock()
+	s.leaving, s.alone = true, err == nil && len(peers) == 0
+	s.mu.Unlock()
+	s.move(near)
+	cut := time.AfterFunc(time.Until(end.Add(-last/2)), func() {
+		for _, sub := range s.hub.Subscribers() {
+			s.hub.Leave(sub, errOverdue)
+		}
+	})
+	defer cut.Stop()
+	s.await(near, func() bool { n, _ := s.hub.Count(); return n == 0 })
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	if peers, err = s.others(near); err != nil {
+		s.log.Warn("other replicas are not known", "err", err)
+	}
+	s.await(near, func() bool { return s.settled(len(peers) > 0) })
+	close(s.giveUp)
+	if now, err := s.others(end); err == nil { // some may have come or gone meanwhile
+		peers = now
+	}
+	s.handOver(peers, end)
+	for _, wait := range []*sync.WaitGroup{&s.requests, &s.streams} { // an answer or a stream may be stuck in its connection, which our caller closes
+		select {
+		case <-done(wait):
+		case <-time.After(time.Until(end)):
+		}
+	}
+}
+
+// others are the names of the other replicas, if they are known before end.
+func (s *Server) others(end time.Time) ([]string, error) {
+	ctx, cancel := context.WithDeadline(context.Background(), end)
+	defer cancel()
+	return s.bus.Peers(ctx)
+}
+
+// await looks whether ok holds until it does, or until end.
+func (s *Server) await(end time.Time, ok func() bool) {
+	for !ok() && time.Until(end) > 0 {
+		time.Sleep(min(20*time.Millisecond, time.Until(end)))
+	}
+}
+
+// done is closed once wg is; its goroutine ends then.
+func done(wg *sync.WaitGroup) <-chan struct{} {
+	c := make(chan struct{})
+	go func() {
+		wg.Wait()
+		close(c)
+	}()
+	return c
+}
+
+// move asks all streams to move, spread over moveJitter, and ends each when its
+// client has had the time to: once its queue is written, and, until near, once
+// nothing waits for space in it.
+func (s *Server) move(near time.Time) {
+	jitter, patience := min(moveJitter, s.opts.HandlerTimeout/8), min(moveTime, s.opts.HandlerTimeout/4)
+	for _, sub := range s.hub.Subscribers() {
+		asked := mathrand.N(jitter + 1)
+		time.AfterFunc(asked, func() { s.askToMove(sub) })
+		var finish func()
+		finish = func() {
+			if time.Until(near) > 0 && s.waitsFor(sub.Channel) {
+				time.AfterFunc(min(lookInterval, max(time.Until(near), 1)), finish)
+				return
+			}
+			s.hub.Finish(sub, errShutdown)
+		}
+		time.AfterFunc(asked+patience, finish)
+	}
+}
+
+// What the status page shows.
+
+// ServerState is what the status page shows of a server: everything in total, and
+// some of the channels and subscribers one by one.
+type ServerState struct {
+	Streams  int            `json:"streams"`
+	Channels int            `json:"channels"`
+	Held     HeldState      `json:"held"`
+	List     []ChannelState `json:"list"`
+}
+
+// HeldState is how many webhooks are held, and the bytes that they, what is being
+// read and what is queued take of their limit.
+type HeldState struct {
+	Webhooks int   `json:"webhooks"`
+	Bytes    int64 `json:"bytes"`
+	Limit    int64 `json:"limit"`
+}
+
+// ChannelState is one channel with subscribers.
+type ChannelState struct {
+	Channel     string            `json:"channel"`
+	Held        int               `json:"held"`
+	Count       int               `json:"count"` // of all its subscribers
+	Subscribers []SubscriberState `json:"subscribers"`
+}
+
+// SubscriberState is one stream.
+type SubscriberState struct {
+	Client  string     `json:"client,omitempty"`
+	Addr    netip.Addr `json:"addr"`
+	Since   time.Time  `json:"since"`
+	Waiting int64      `json:"waiting"` // bytes
+}
+
+// State is the server now.
+func (s *Server) State() (state ServerState) {
+	state.Streams, state.Channels = s.hub.Count()
+	state.Held = s.Held()
+	channels := slices.Sorted(slices.Values(s.hub.Channels()))
+	for _, channel := range channels[:min(len(channels), channelsShown)] {
+		one := ChannelState{Channel: channel, Subscribers: []SubscriberState{}}
+		var waiting map[*Subscriber]int64
+		waiting, one.Count = s.hub.Waiting(channel, subscribersShown)
+		for sub, size := range waiting {
+			one.Subscribers = append(one.Subscribers, SubscriberState{sub.Client, sub.Addr, sub.Since, size})
+		}
+		slices.SortFunc(one.Subscribers, func(a, b SubscriberState) int { return a.Since.Compare(b.Since) })
+		s.mu.Lock()
+		if l := s.lines[channel]; l != nil {
+			one.Held = l.holds
+		}
+		s.mu.Unlock()
+		state.List = append(state.List, one)
+	}
+	return state
+}
+
+// Held is what is held now.
+func (s *Server) Held() HeldState {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return HeldState{len(s.holds), s.budget.Used(), s.budget.Limit}
 }
