@@ -1844,19 +1844,20 @@ func TestClientReports(t *testing.T) {
 // meanwhile go into the next request: never more than a few requests at a time,
 // however slow the source is, and fewer of them than reports.
 func TestReportsTravelTogether(t *testing.T) {
-	const events = 300
 	for _, tc := range []struct {
-		name  string
-		takes time.Duration // what the source takes for one request
-		body  int           // of the target's answers
-		most  int           // requests
+		name   string
+		events int
+		takes  time.Duration // what the source takes for one request
+		body   int           // of the target's answers
+		most   int           // requests
 	}{
-		{"quick source", 0, 0, events},
-		{"slow source", 500 * time.Millisecond, 0, 2 * reportsAtOnce},
-		{"large answers", 500 * time.Millisecond, 100 << 10, reportsAtOnce + events/9},
-		{"largest answers", 10 * time.Millisecond, answerLimit, events},
+		{"quick source", 300, 0, 0, 300},
+		{"slow source", 300, 500 * time.Millisecond, 0, 2 * reportsAtOnce},
+		{"large answers", 90, 500 * time.Millisecond, 100 << 10, reportsAtOnce + 90/9},
+		{"largest answers", 20, 10 * time.Millisecond, answerLimit, 20},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
+			events := tc.events
 			inWorld(t, func(t *testing.T, w *world) {
 				var now, most atomic.Int32
 				w.reply = func(n int) int {
@@ -1877,7 +1878,7 @@ func TestReportsTravelTogether(t *testing.T) {
 				for n := range events {
 					f.send(asking(strconv.Itoa(n), time.Minute))
 				}
-				w.until("all are reported", func() bool { return w.Reports.Load() == events })
+				w.until("all are reported", func() bool { return int(w.Reports.Load()) == events })
 				requests := w.reported()
 				times := map[string]int{}
 				for i, r := range requests {
@@ -2233,6 +2234,7 @@ func TestHTTPProxy(t *testing.T) {
 
 // TestSOCKSProxy: behind one of these the target itself reads the request line.
 func TestSOCKSProxy(t *testing.T) {
+	t.Parallel()
 	l := loopback(t)
 	defer l.Close()
 	lines := make(chan string, 1)
@@ -2735,6 +2737,7 @@ func BenchmarkReceive(b *testing.B) {
 // TestCertificateIsForTheSource: a target does not learn who the client is towards
 // its source, though it asks.
 func TestCertificateIsForTheSource(t *testing.T) {
+	t.Parallel()
 	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprint(w, len(r.TLS.PeerCertificates))
 	}))

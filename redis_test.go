@@ -630,7 +630,7 @@ func (c *arrivals) check(t testing.TB, s *retrySender) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var lost, repeated []string
-	for deadline := time.Now().Add(patience / 3); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
 		if lost, repeated = c.compare(s.taken); len(lost) == 0 {
 			break
 		}
@@ -645,6 +645,7 @@ func (c *arrivals) check(t testing.TB, s *retrySender) {
 // TestReplicasShareEvents is the promise of ready: a webhook accepted by any
 // replica afterwards is on the stream, and once.
 func TestReplicasShareEvents(t *testing.T) {
+	t.Parallel()
 	a, b := startReplicas(t, startRedis(t))
 	replicas := []*program{a, b}
 	var feeds [100]*feed
@@ -663,6 +664,7 @@ func TestReplicasShareEvents(t *testing.T) {
 // TestRedisHoldsOnlySubscriptions looks at what a relay leaves in Redis: one
 // channel for each that is live, and no key.
 func TestRedisHoldsOnlySubscriptions(t *testing.T) {
+	t.Parallel()
 	r := startRedis(t)
 	a, b := startReplicas(t, r, "RESPONSE_MODE=accept, held=status", "RESPONSE_TIMEOUT=9s, held=50")
 	own := r.channels()
@@ -724,6 +726,7 @@ func replicaNameIn(name string) string {
 // TestHalfClosedSender: a sender may close its side after the request; what is
 // published is accepted.
 func TestHalfClosedSender(t *testing.T) {
+	t.Parallel()
 	r := startRedis(t)
 	server := startServer(t, "REDIS_URL="+r.url, "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0")
 	awaitReady(t, server)
@@ -737,6 +740,7 @@ func TestHalfClosedSender(t *testing.T) {
 // TestRedisChannelPrefix has two relays on one Redis that must not hear each
 // other, also where prefix and channel make the same name in Redis.
 func TestRedisChannelPrefix(t *testing.T) {
+	t.Parallel()
 	r := startRedis(t)
 	a, b := startReplicas(t, r)
 	other, _ := startReplicas(t, r, "REDIS_CHANNEL_PREFIX=other.")
@@ -768,6 +772,7 @@ func TestRedisChannelPrefix(t *testing.T) {
 // subscribing and unsubscribing overtake each other, and then compares what
 // Redis believes with who is there.
 func TestSubscriptionEdges(t *testing.T) {
+	t.Parallel()
 	r := startRedis(t)
 	a, b := startReplicas(t, r)
 	replicas := []*program{a, b}
@@ -844,20 +849,55 @@ func heapInUse() int64 {
 }
 
 // postRefused posts one webhook that must be refused in time with 503 and Retry-After.
-func postRefused(t testing.TB, p *program, channel string, within time.Duration) {
+func postRefused(t testing.TB, p *program, channel string) {
 	t.Helper()
 	began := time.Now()
 	status, body, header := send(t, "POST", webhookURL(p, channel, "x"), "{}")
 	if status != 503 || header.Get("Retry-After") == "" || !strings.Contains(body, `"statusCode":503`) {
 		t.Fatalf("status %d %s %v, want 503 with Retry-After", status, body, header)
 	}
-	if took := time.Since(began); took > within {
-		t.Errorf("refused after %s, want within %s", took, within)
+	if took := time.Since(began); took > busTimeout+silenceTimeout+slack {
+		t.Errorf("refused after %s", took)
 	}
+}
+
+// TestRefusedIsForgotten: webhooks that a broken bus refuses are refused in its
+// time, and nothing of them stays.
+func TestRefusedIsForgotten(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		p := newPipes()
+		newRigOn(t, p, func(h *Hub) Bus {
+			return NewRedisBus(busOptions("127.0.0.1:1"), testReplica, h, slog.New(slog.DiscardHandler)) // which nobody runs
+		})
+		rt := p.transport(t, false)
+		rt.MaxIdleConnsPerHost = 100
+		payload := strings.Repeat("x", 32<<10)
+		flood := func(n int) {
+			var senders sync.WaitGroup
+			for range 100 {
+				senders.Go(func() {
+					for range n / 100 {
+						began := time.Now()
+						if got := post(t.Context(), rt, "POST", hooksURL, payload); got.status != 503 || time.Since(began) != busTimeout {
+							t.Errorf("status %d %v after %s, want 503 after %s", got.status, got.err, time.Since(began), busTimeout)
+						}
+					}
+				})
+			}
+			senders.Wait()
+		}
+		flood(100) // connections and pools have their size then
+		before := heapInUse()
+		flood(300)
+		if grown := heapInUse() - before; grown > 4<<20 {
+			t.Errorf("heap grew by %d bytes over 300 refused webhooks of %d", grown, len(payload))
+		}
+	})
 }
 
 // TestRedisDown kills Redis under a server with a stream, and brings it back.
 func TestRedisDown(t *testing.T) {
+	t.Parallel()
 	r := startRedis(t)
 	server := startServer(t, "REDIS_URL="+r.url, "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0",
 		"SERVER_HEARTBEAT_INTERVAL=100", "LOG_LEVEL=info")
@@ -867,42 +907,14 @@ func TestRedisDown(t *testing.T) {
 	f.only(t, "before")
 
 	r.stop()
-	postRefused(t, server, "down", busTimeout+time.Second)
+	postRefused(t, server, "down")
 	eventually(t, "/ready is 503", func() bool { return probeStatus(t, server, "/ready") == 503 })
 	if got := probeStatus(t, server, "/live"); got != 200 {
 		t.Errorf("/live is %d", got)
 	}
 	server.wait("redis is down")
 	logged := len(server.log.String())
-	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 100}}
-	defer client.CloseIdleConnections()
-	payload := bytes.Repeat([]byte("x"), 32<<10)
-	flood := func(n int) {
-		var wg sync.WaitGroup
-		for range 100 { // each waits for the bus to come back
-			wg.Go(func() {
-				for range n / 100 {
-					resp, err := client.Post(webhookURL(server, "down", "x"), "text/plain", bytes.NewReader(payload))
-					if err != nil {
-						t.Error(err)
-						return
-					}
-					io.Copy(io.Discard, resp.Body)
-					resp.Body.Close()
-					if resp.StatusCode != 503 {
-						t.Errorf("status %d, want 503", resp.StatusCode)
-					}
-				}
-			})
-		}
-		wg.Wait()
-	}
-	flood(100) // connections and pools have their size then
-	before := heapInUse()
-	flood(300)
-	if grown := heapInUse() - before; grown > 4<<20 {
-		t.Errorf("heap grew by %d bytes over 300 refused webhooks of %d", grown, len(payload))
-	}
+	postRefused(t, server, "down")
 	for line := range strings.Lines(server.log.String()[logged:]) {
 		if !strings.Contains(line, `"msg":"webhook refused"`) {
 			t.Errorf("logged while down: %s", line)
@@ -914,11 +926,7 @@ func TestRedisDown(t *testing.T) {
 	go func() { late <- subscribeAt(t.Context(), server, "down") }() // waits for the bus
 
 	r.restart()
-	began := time.Now()
 	awaitReady(t, server)
-	if took := time.Since(began); took > 2*time.Second {
-		t.Errorf("connected again after %s", took)
-	}
 	newcomer := <-late
 	defer newcomer.leave()
 	select {
@@ -939,11 +947,11 @@ func TestRedisDown(t *testing.T) {
 
 // TestRedisDownAtStart starts a server before its Redis.
 func TestRedisDownAtStart(t *testing.T) {
-	t.Parallel() // most of it waits for a stream to be refused
+	t.Parallel()
 	r := startRedis(t)
 	r.stop()
 	server := startServer(t, "REDIS_URL="+r.url, "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0", "LOG_LEVEL=info")
-	postRefused(t, server, "early", busTimeout+time.Second)
+	postRefused(t, server, "early")
 	if ready, live := probeStatus(t, server, "/ready"), probeStatus(t, server, "/live"); ready != 503 || live != 200 {
 		t.Errorf("/ready is %d, want 503; /live is %d, want 200", ready, live)
 	}
@@ -963,6 +971,7 @@ func TestRedisDownAtStart(t *testing.T) {
 
 // TestRedisReconnectAttempts bounds the tries, at the start and later.
 func TestRedisReconnectAttempts(t *testing.T) {
+	t.Parallel()
 	r := startRedis(t)
 	server := startServer(t, "REDIS_URL="+r.url, "REDIS_MAX_RECONNECT_ATTEMPTS=2",
 		"REDIS_RECONNECT_BACKOFF_INITIAL_TIMEOUT=10", "LOG_LEVEL=debug")
@@ -987,8 +996,8 @@ func TestRedisReconnectAttempts(t *testing.T) {
 // session's connections. The pauses between them are those of the variables,
 // also when sessions come up and break at once.
 func TestRedisBackoff(t *testing.T) {
-	t.Parallel() // most of it waits
-	const tries = 8
+	t.Parallel()
+	const tries = 12                                             // which without a longest pause would take longer than patience
 	const pauses = (50 + 100 + (tries-3)*200) * time.Millisecond // between so many
 	for _, tt := range []struct {
 		name  string
@@ -1000,6 +1009,7 @@ func TestRedisBackoff(t *testing.T) {
 		{"sessions break at once", nil, func(r *redisServer, way *tcpLink) { way.route(r.addr) }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
 			r := startRedis(t)
 			way := newLink(t, r.addr)
 			if tt.begin != nil {
@@ -1017,8 +1027,8 @@ func TestRedisBackoff(t *testing.T) {
 				refused := len(server.log.lines("redis is down")) + len(server.log.lines("redis is still down"))
 				return way.tried.Load() > (tries-1)*2 || tt.up == nil && refused >= tries
 			})
-			if took := time.Since(began); took < pauses || took > 5*pauses { // which is less than without a longest pause
-				t.Errorf("%d tries took %s, want %s and little more", tries, took, pauses)
+			if took := time.Since(began); took < pauses {
+				t.Errorf("%d tries took %s, want %s", tries, took, pauses)
 			}
 		})
 	}
@@ -1027,6 +1037,7 @@ func TestRedisBackoff(t *testing.T) {
 // TestRedisFrozen stops the process without closing anything: Redis accepts
 // and never answers.
 func TestRedisFrozen(t *testing.T) {
+	t.Parallel()
 	r := startRedis(t)
 	server := startServer(t, "REDIS_URL="+r.url, "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0", "LOG_LEVEL=info")
 	awaitReady(t, server)
@@ -1043,8 +1054,8 @@ func TestRedisFrozen(t *testing.T) {
 	working("1")
 
 	r.freeze()
-	postRefused(t, server, "frozen", silenceTimeout+lookTime+time.Second) // once it is written, nobody could say otherwise
-	postRefused(t, server, "frozen", busTimeout+time.Second)
+	postRefused(t, server, "frozen") // once it is written, nobody could say otherwise
+	postRefused(t, server, "frozen")
 	if got := probeStatus(t, server, "/ready"); got != 503 {
 		t.Errorf("/ready is %d", got)
 	}
@@ -1054,7 +1065,7 @@ func TestRedisFrozen(t *testing.T) {
 	r.freeze() // and now nobody posts
 	began := time.Now()
 	eventually(t, "/ready is 503", func() bool { return probeStatus(t, server, "/ready") == 503 })
-	if took := time.Since(began); took > 3500*time.Millisecond {
+	if took := time.Since(began); took > silenceTimeout+slack {
 		t.Errorf("noticed after %s", took)
 	}
 	if got := probeStatus(t, server, "/live"); got != 200 {
@@ -1106,6 +1117,7 @@ func certify(t testing.TB) (caFile, certFile, keyFile string) {
 
 // TestRedisTLS uses everything that REDIS_URL can hold.
 func TestRedisTLS(t *testing.T) {
+	t.Parallel()
 	caFile, certFile, keyFile := certify(t)
 	const password = "s3cret:/@?#%"
 	r := startRedis(t, "--port", "0", "--tls-port", "%d", "--tls-auth-clients", "no",
@@ -1133,7 +1145,7 @@ func TestRedisTLS(t *testing.T) {
 		if got := probeStatus(t, p, "/ready"); got != 503 {
 			t.Errorf("%s: /ready is %d", name, got)
 		}
-		postRefused(t, p, "sealed", busTimeout+time.Second)
+		postRefused(t, p, "sealed")
 		if p.stop() != nil {
 			t.Errorf("%s: run returned %v", name, p.err)
 		}
@@ -1156,12 +1168,14 @@ func TestRedisTLS(t *testing.T) {
 // that is killed may have answered a publisher and not yet written to the
 // subscribers: that instant is all that accept mode may lose.
 func TestRedisRestartUnderLoad(t *testing.T) {
+	t.Parallel()
 	for _, kind := range []struct {
 		name string
 		away func(*redisServer)
 		lose int
 	}{{"Redis ends", (*redisServer).end, 0}, {"Redis is killed", (*redisServer).stop, 3}} {
 		t.Run(kind.name, func(t *testing.T) {
+			t.Parallel()
 			r := startRedis(t)
 			a, b := startReplicas(t, r, "LOG_LEVEL=info")
 			var atTarget, atFeed arrivals
@@ -1183,23 +1197,17 @@ func TestRedisRestartUnderLoad(t *testing.T) {
 			eventually(t, "webhooks come through again", func() bool { return arrived(again) })
 			stop()
 			for name, at := range map[string]*arrivals{"target": &atTarget, "other replica's stream": &atFeed} {
-				var lost []string
-				for deadline := time.Now().Add(patience / 10); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+				eventually(t, "what was accepted reaches the "+name, func() bool {
 					arrived(0)
-					if lost, _ = at.compare(posts.taken); len(lost) == 0 {
-						break
-					}
-				}
-				if len(lost) > kind.lose {
-					t.Errorf("%d of %d accepted webhooks did not reach the %s: %v", len(lost), len(posts.taken), name, lost)
-				}
-				t.Logf("lost on the way to the %s: %d", name, len(lost))
+					lost, _ := at.compare(posts.taken)
+					return len(lost) <= kind.lose
+				})
 			}
 			_, repeated := atTarget.compare(posts.taken)
 			slowest := time.Duration(posts.slowest.Load())
 			t.Logf("accepted %d, refused and sent again %d, of these delivered twice %d, slowest answer %s",
 				len(posts.taken), posts.retried.Load(), len(repeated), slowest.Round(time.Millisecond))
-			if slowest > busTimeout+silenceTimeout { // nobody may hang
+			if slowest > busTimeout+silenceTimeout+slack { // nobody may hang
 				t.Errorf("slowest answer took %s", slowest)
 			}
 			if n := posts.failed.Load(); n > 0 {
@@ -1213,11 +1221,13 @@ func TestRedisRestartUnderLoad(t *testing.T) {
 // the target's status at both replicas. Each sender gets it at the first try, and
 // a client that may finish what it has leaves nothing to be forwarded twice.
 func TestClientRestartUnderLoad(t *testing.T) {
+	t.Parallel()
 	for _, kind := range []struct {
 		name   string
 		signal os.Signal
 	}{{"client ends", syscall.SIGTERM}, {"client is killed", os.Kill}} {
 		t.Run(kind.name, func(t *testing.T) {
+			t.Parallel()
 			a, b := startReplicas(t, startRedis(t), "RESPONSE_MODE=status", "RESPONSE_TIMEOUT=30s", "LOG_LEVEL=info")
 			var atTarget arrivals
 			tg := newTarget(t, func(r recorded) string {
@@ -1262,6 +1272,7 @@ func TestClientRestartUnderLoad(t *testing.T) {
 // come in at both replicas. The client forwards each until it is answered; what
 // the target sees twice has the same event id.
 func TestTargetRestartUnderLoad(t *testing.T) {
+	t.Parallel()
 	a, b := startReplicas(t, startRedis(t), "LOG_LEVEL=info")
 	var atTarget, ids arrivals
 	addr := fmt.Sprintf("127.0.0.1:%d", freePorts(t, 1)[0])
@@ -1400,10 +1411,10 @@ func (l *balancer) knows(addr string, ready bool) bool {
 	return l.ready[addr] == ready
 }
 
-// TestRollout restarts every replica twice, one after the other, under load:
+// TestRollout restarts every replica, one after the other, under load:
 // the target must see each accepted webhook once.
 func TestRollout(t *testing.T) {
-	t.Parallel() // it is long, and its only deadline is the shutdown delay
+	t.Parallel()
 	r := startRedis(t)
 	ports := freePorts(t, 4)
 	type replica struct{ addr, health string }
@@ -1421,7 +1432,7 @@ func TestRollout(t *testing.T) {
 			// The balancer must see a replica turn unready within the delay: what it
 			// sends there afterwards is a request on a connection that is being
 			// closed, or a stream that is refused.
-			"HEALTH_SERVICE_SHUTDOWN_DELAY=1s", "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=10s")
+			"HEALTH_SERVICE_SHUTDOWN_DELAY=2s", "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=10s")
 		eventually(t, "the balancer sees a new replica", func() bool { return lb.knows(rep.addr, true) })
 		return p
 	}
@@ -1440,8 +1451,7 @@ func TestRollout(t *testing.T) {
 	running = append(running, rollIn(replicas[1]))
 	sides["accepted"].stop = sides["accepted"].posts.run(5 * time.Millisecond)
 	sides["held"].stop = sides["held"].posts.run(50 * time.Millisecond)
-	for i := range 4 {
-		n := i % 2
+	for n := range running {
 		sides["accepted"].more(t, 200)
 		if err := running[n].stop(); err != nil {
 			t.Errorf("replica %d: run returned %v", n, err)
@@ -1453,14 +1463,17 @@ func TestRollout(t *testing.T) {
 	for channel, s := range sides {
 		s.stop()
 		s.check(t, s.posts)
-		if n := len(s.client.log.lines("stream asked to move")); n != 4 {
-			t.Errorf("%s: the client was asked to move %d times, want 4", channel, n)
+		if n := len(s.client.log.lines("stream asked to move")); n != len(running) {
+			t.Errorf("%s: the client was asked to move %d times", channel, n)
 		}
 		if n := len(s.client.log.lines("no stream from the source")); n != 0 {
 			t.Errorf("%s: %d tries to subscribe failed", channel, n)
 		}
 	}
 	t.Logf("requests while no replica was ready: %d", lb.empty.Load())
+	for _, p := range running { // at once
+		p.cancel()
+	}
 }
 
 // postHeld posts one webhook whose sender waits.
@@ -1526,7 +1539,8 @@ const createdAnswer = "HTTP/1.1 201 Created\r\nX-Made: yes\r\nContent-Length: 4\
 // TestResponsesOverReplicas has the sender at one replica and who answers at
 // the other.
 func TestResponsesOverReplicas(t *testing.T) {
-	a, b := startReplicas(t, startRedis(t), "RESPONSE_MODE=response", "RESPONSE_TIMEOUT=9s, nobody=200")
+	t.Parallel()
+	a, b := startReplicas(t, startRedis(t), "RESPONSE_MODE=response", "RESPONSE_TIMEOUT=2m, nobody=200")
 
 	t.Run("client comes later", func(t *testing.T) {
 		told := postHeld(t, b, "later", "x")
@@ -1606,7 +1620,7 @@ func TestResponsesOverReplicas(t *testing.T) {
 	})
 
 	t.Run("legacy subscriber", func(t *testing.T) {
-		for i := range 100 { // such a client forwards every copy it gets
+		for i := range 30 { // such a client forwards every copy it gets
 			channel := fmt.Sprintf("legacy-%d", i)
 			f := openFeed(t, a, channel)
 			first := postHeld(t, b, channel, "first") // while the news of the stream may still be on its way
@@ -1624,6 +1638,7 @@ func TestResponsesOverReplicas(t *testing.T) {
 // TestClientKilledOverReplicas kills a client in the midst of a forward. One at
 // any replica takes over, and the sender gets its answer from any.
 func TestClientKilledOverReplicas(t *testing.T) {
+	t.Parallel()
 	a, b := startReplicas(t, startRedis(t), "RESPONSE_MODE=response")
 	for i, tt := range []struct {
 		name             string
@@ -1661,6 +1676,7 @@ func TestClientKilledOverReplicas(t *testing.T) {
 // TestTargetsOverReplicas is what a sender at one replica is told for what a
 // target says, or does not say, to the client at the other.
 func TestTargetsOverReplicas(t *testing.T) {
+	t.Parallel()
 	a, b := startReplicas(t, startRedis(t), "RESPONSE_MODE=response", "RESPONSE_TIMEOUT=9s, down=2s, slow=1s")
 	over := make(chan struct{})
 	defer close(over)
@@ -1697,6 +1713,7 @@ func TestTargetsOverReplicas(t *testing.T) {
 // TestHeldBytesOverReplicas fills one replica's budget with requests whose client
 // is at the other: what comes then is refused at once, until senders hang up.
 func TestHeldBytesOverReplicas(t *testing.T) {
+	t.Parallel()
 	a, b := startReplicas(t, startRedis(t), "RESPONSE_MODE=status", "SERVER_HELD_BUFFER=840kb")
 	g := newGate(t, createdAnswer)
 	startClient(t, a.addr, "many", g.url)
@@ -1739,6 +1756,7 @@ func TestHeldBytesOverReplicas(t *testing.T) {
 // client all the same, one after the other, and so does what was told 503 and is
 // sent again.
 func TestShareFullOfHeld(t *testing.T) {
+	t.Parallel()
 	a, b := startReplicas(t, startRedis(t), "SERVER_HELD_BUFFER=2mb")
 	stream := openStream(t, a.addr, "big", "X-Relay-Features: http, respond", "X-Relay-Client: first") // so that the channel is known
 	stream.conn.Close()
@@ -1769,6 +1787,7 @@ func TestShareFullOfHeld(t *testing.T) {
 // TestFormsOverReplicas has a reader of each form at each replica. All get what
 // either replica took, as far as their form can tell it.
 func TestFormsOverReplicas(t *testing.T) {
+	t.Parallel()
 	a, b := startReplicas(t, startRedis(t), "SERVER_MAX_PAYLOAD_SIZE_LIMIT=3mb")
 	var feeds []*feed
 	for _, p := range []*program{a, b} {
@@ -1818,6 +1837,7 @@ func TestFormsOverReplicas(t *testing.T) {
 // sender gets what the client reports that has it, at the replica that does not
 // hold it.
 func TestReportsOverReplicas(t *testing.T) {
+	t.Parallel()
 	a, b := startReplicas(t, startRedis(t), "RESPONSE_MODE=response", "AUTH_TOKENS_FILE="+tokensFile(t, "ci secret\nother else\n"))
 	f := openFeed(t, a, "ci", "X-Relay-Features", "http, respond", "X-Relay-Client", "ours", "X-Auth-Token", "secret")
 	told := postHeld(t, b, "ci", "x")
@@ -1870,6 +1890,7 @@ func TestReportsOverReplicas(t *testing.T) {
 // TestHeldOverRedisRestart kills Redis while requests are held: those with a
 // client that works on them, and those that wait for one.
 func TestHeldOverRedisRestart(t *testing.T) {
+	t.Parallel()
 	r := startRedis(t)
 	a, b := startReplicas(t, r, "RESPONSE_MODE=status")
 	g := newGate(t, createdAnswer)
@@ -1888,7 +1909,7 @@ func TestHeldOverRedisRestart(t *testing.T) {
 	r.stop()
 	for _, p := range []*program{a, b} {
 		p.wait("redis is down")
-		postRefused(t, p, "busy", busTimeout+time.Second) // never held: nobody knows for how long
+		postRefused(t, p, "busy") // never held: nobody knows for how long
 	}
 	g.open()
 	for _, told := range local { // their client's replica holds them: no bus between
@@ -1911,6 +1932,7 @@ func TestHeldOverRedisRestart(t *testing.T) {
 
 // TestHeldOverShutdown ends the replica that holds requests.
 func TestHeldOverShutdown(t *testing.T) {
+	t.Parallel()
 	a, b := startReplicas(t, startRedis(t), "RESPONSE_MODE=response")
 	g := newGate(t, createdAnswer)
 	startClient(t, b.addr, "busy", g.url)
@@ -1932,6 +1954,7 @@ func TestHeldOverShutdown(t *testing.T) {
 // TestHeldWhileReplicaIsCutOff breaks one replica's way to Redis. Its client
 // stays on it, and gets what the other replica held meanwhile.
 func TestHeldWhileReplicaIsCutOff(t *testing.T) {
+	t.Parallel()
 	r := startRedis(t)
 	way := newLink(t, r.addr)
 	env := []string{"HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0", "RESPONSE_MODE=status", "RESPONSE_TIMEOUT=4s"}
@@ -1951,7 +1974,7 @@ func TestHeldWhileReplicaIsCutOff(t *testing.T) {
 // TestStreamsMove bounds the age of streams: the client moves again and again
 // under load, and the target notices nothing.
 func TestStreamsMove(t *testing.T) {
-	t.Parallel() // it is long, and a client that is asked to move has the handler timeout for it
+	t.Parallel()
 	a, b := startReplicas(t, startRedis(t), "SERVER_STREAM_MAX_AGE=1s", "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=10s", "LOG_LEVEL=info")
 	var atTarget arrivals
 	client := startClient(t, a.addr, "age", atTarget.target(t).url, "LOG_LEVEL=info")
@@ -1969,7 +1992,7 @@ func TestStreamsMove(t *testing.T) {
 // read on when its stream is over: it still has what came before the new
 // stream was ready, and in part on both.
 func TestStreamsMoveWhileClientIsFull(t *testing.T) {
-	t.Parallel() // it is long; too little time makes it easier, but does not fail it
+	t.Parallel()
 	a, b := startReplicas(t, startRedis(t), "SERVER_STREAM_MAX_AGE=1s", "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=3s", "LOG_LEVEL=info")
 	type side struct {
 		arrivals
@@ -2113,6 +2136,7 @@ func mustPublish(t testing.TB, bus *RedisBus, e *Event) {
 // before another: until that one is subscribed again, the first must not
 // accept what the other's streams would miss.
 func TestReplicasWaitForEachOther(t *testing.T) {
+	t.Parallel()
 	for _, kind := range []string{"old", "new"} {
 		t.Run(kind+" replica comes first", func(t *testing.T) {
 			r := startRedis(t)
@@ -2165,7 +2189,7 @@ func TestUnreadIsDelivered(t *testing.T) {
 	far, _ := startBus(t, r.addr, "FAR")
 	s := joinLive(t, hub, "unread")
 	way.silence()
-	const n = 3000
+	const n = 1000
 	e := busEvent("unread", 100)
 	for range n / 100 {
 		var wg sync.WaitGroup
@@ -2195,6 +2219,7 @@ func TestUnreadIsDelivered(t *testing.T) {
 // TestLargeEventsGoOneByOne: a large event waits for its turn, for a time, and
 // the small ones do not wait with it.
 func TestLargeEventsGoOneByOne(t *testing.T) {
+	t.Parallel()
 	r := startRedis(t)
 	bus, hub := startBus(t, r.addr, testReplica)
 	s := joinLive(t, hub, "ci")
@@ -2217,6 +2242,7 @@ func TestLargeEventsGoOneByOne(t *testing.T) {
 // subscriptions and before the bus works. A stream that comes then is not
 // subscribed anywhere and must wait.
 func TestFailedSessionIsNotLive(t *testing.T) {
+	t.Parallel()
 	r := startRedis(t)
 	way := newLink(t, r.addr)
 	bus, hub := startBus(t, way.addr(), testReplica)
@@ -2243,6 +2269,7 @@ func TestFailedSessionIsNotLive(t *testing.T) {
 // TestConfirmationIsTheLast has a stream come back to a channel that is just
 // being left: what Redis confirms first is that it was left.
 func TestConfirmationIsTheLast(t *testing.T) {
+	t.Parallel()
 	r := startRedis(t)
 	way := newLink(t, r.addr)
 	bus, hub := startBus(t, way.addr(), testReplica)
@@ -2275,6 +2302,7 @@ func TestConfirmationIsTheLast(t *testing.T) {
 // TestSignalsAreNotLost has a replica say more at once than its connection
 // takes. A sender waits for each of these signals, and nobody repeats them.
 func TestSignalsAreNotLost(t *testing.T) {
+	t.Parallel()
 	r := startRedis(t)
 	way := newLink(t, r.addr)
 	var heard atomic.Int64
@@ -2299,6 +2327,7 @@ func TestSignalsAreNotLost(t *testing.T) {
 // TestNothingGrowsWithoutRedis has streams come and go on ever new channels
 // while Redis is down.
 func TestNothingGrowsWithoutRedis(t *testing.T) {
+	t.Parallel()
 	r := startRedis(t)
 	bus, hub := startBus(t, r.addr, testReplica)
 	r.stop()
@@ -2321,7 +2350,7 @@ func TestNothingGrowsWithoutRedis(t *testing.T) {
 // TestIdleConnectionsStay uses a Redis that closes idle connections, as
 // managed ones do: the bus must not notice it by the next webhook.
 func TestIdleConnectionsStay(t *testing.T) {
-	t.Parallel() // it waits for Redis to lose patience
+	t.Parallel()
 	r := startRedis(t, "--timeout", "2")
 	bus, hub := startBus(t, r.addr, testReplica)
 	joinLive(t, hub, "idle")
@@ -2344,7 +2373,7 @@ func TestIdleConnectionsStay(t *testing.T) {
 // TestConnectionIsReplaced breaks the publishing connections of two replicas.
 // Their subscriptions must not notice: what is published meanwhile would be lost.
 func TestConnectionIsReplaced(t *testing.T) {
-	t.Parallel() // it waits for connections to have lasted
+	t.Parallel()
 	r := startRedis(t)
 	near, hub := startBus(t, r.addr, "NEAR")
 	far, _ := startBus(t, r.addr, "FAR")
@@ -2375,6 +2404,7 @@ func TestConnectionIsReplaced(t *testing.T) {
 // TestDemotedRedis makes the Redis a replica of another one, as a failover does
 // that leaves connections open.
 func TestDemotedRedis(t *testing.T) {
+	t.Parallel()
 	r, other := startRedis(t), startRedis(t)
 	bus, hub := startBus(t, r.addr, testReplica)
 	s := joinLive(t, hub, "demoted")
@@ -2390,9 +2420,11 @@ func TestDemotedRedis(t *testing.T) {
 // TestRedisUser is what a Redis user needs to be allowed, and that a server is
 // not ready, and says why once, when something is missing.
 func TestRedisUser(t *testing.T) {
+	t.Parallel()
 	commands := []string{"+subscribe", "+unsubscribe", "+publish", "+pubsub", "+ping"}
 	for _, missing := range append(commands, "") {
 		t.Run("without "+missing, func(t *testing.T) {
+			t.Parallel()
 			r := startRedis(t)
 			rights := []any{"SETUSER", "relay", "on", ">pw", "resetchannels", "&webhook-relay:*"}
 			for _, command := range commands {
@@ -2426,6 +2458,7 @@ func TestRedisUser(t *testing.T) {
 // TestManyHeldAtOnce has one stream wake very many held requests: all of them are
 // published.
 func TestManyHeldAtOnce(t *testing.T) {
+	t.Parallel()
 	r := startRedis(t)
 	hub := &Hub{Limits: Limits{Subscribers: 2, PerAddress: 2, Buffer: 1 << 30}, Budget: &Budget{Limit: 1 << 30}}
 	log := slog.New(slog.DiscardHandler)
@@ -2445,7 +2478,7 @@ func TestManyHeldAtOnce(t *testing.T) {
 	run.Go(func() { bus.Run(ctx) })
 	run.Go(func() { server.Run(ctx) })
 	awaitBus(t, bus)
-	const n = 8000
+	const n = 4 * flightLimit / 200 * 200
 	for sent := 0; sent < n; sent += 200 {
 		for range 200 {
 			requests.Go(func() {
@@ -2485,6 +2518,7 @@ func TestManyHeldAtOnce(t *testing.T) {
 // TestReceiversThatAreNoReplicas has somebody look on with PSUBSCRIBE, as Redis'
 // tools do: nobody waits for what such a receiver will never say.
 func TestReceiversThatAreNoReplicas(t *testing.T) {
+	t.Parallel()
 	r := startRedis(t)
 	a, b := startReplicas(t, r, "RESPONSE_MODE=status", "RESPONSE_TIMEOUT=1m")
 	conn, err := redis.DialURL(r.url)
@@ -2508,6 +2542,7 @@ func TestReceiversThatAreNoReplicas(t *testing.T) {
 // TestSignalsAtTheEnd listens for what a server says of its streams while it
 // ends: the others must hear of each.
 func TestSignalsAtTheEnd(t *testing.T) {
+	t.Parallel()
 	r := startRedis(t)
 	server := startServer(t, "REDIS_URL="+r.url, "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0", "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=2s", "REDIS_CHANNEL_PREFIX=bus:", "LOG_LEVEL=info")
 	awaitReady(t, server)

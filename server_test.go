@@ -20,6 +20,7 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -58,12 +59,23 @@ func TestMain(m *testing.M) {
 	case "bare":
 		bareMain()
 	default:
+		flag.Parse()
+		// Those that are not measure, or need what little time the program gives.
+		if !isSet("test.parallel") { // most tests that are parallel wait
+			flag.Set("test.parallel", "10")
+		}
 		code := m.Run()
 		if line := lacking.String(); line != "" {
 			fmt.Println(line)
 		}
 		os.Exit(code)
 	}
+}
+
+// isSet tells of a flag that the command line has.
+func isSet(name string) (set bool) {
+	flag.Visit(func(f *flag.Flag) { set = set || f.Name == name })
+	return set
 }
 
 // rig is a server without run around it: on any listener, with the settings
@@ -502,6 +514,7 @@ func TestFloodOfWebhooks(t *testing.T) {
 // TestRoutes is the route table, one row for each request a stranger may try.
 // The relay's own errors are JSON of a fixed text and echo nothing.
 func TestRoutes(t *testing.T) {
+	t.Parallel()
 	const (
 		badChannel = "invalid channel"
 		badPath    = "invalid path"
@@ -1182,6 +1195,7 @@ func TestDisconnect(t *testing.T) {
 // TestChattySubscriber checks that a subscriber which sends without end after
 // its request is cut, and one that sends a little is not.
 func TestChattySubscriber(t *testing.T) {
+	t.Parallel()
 	l := loopback(t)
 	r := newRig(t, l)
 	conn := dial(t, l.Addr().String())
@@ -1871,6 +1885,7 @@ func TestShutdown(t *testing.T) {
 // TestDrain checks that a server which is about to end works on, and sends
 // keep-alive senders to another replica.
 func TestDrain(t *testing.T) {
+	t.Parallel()
 	l := loopback(t)
 	r := newRig(t, l)
 	const request = "POST /webhooks/ci HTTP/1.1\r\nHost: relay\r\n\r\n"
@@ -1940,6 +1955,7 @@ func TestDrainIsSpread(t *testing.T) {
 // TestNginx runs streams and webhooks through an nginx that knows nothing of
 // them but where to pass them. It buffers answers by default.
 func TestNginx(t *testing.T) {
+	t.Parallel()
 	path := need(t, "nginx", "nginx-light")
 	server := startServer(t)
 	l := loopback(t)
@@ -2587,7 +2603,7 @@ func TestHeldForClient(t *testing.T) {
 		time.Sleep(3 * time.Second)
 		begin := time.Now()
 		r.client()
-		if a := <-answer; a.status != 200 || a.at.Sub(begin) > 5*time.Millisecond {
+		if a := <-answer; a.status != 200 || a.at.Sub(begin) > 50*time.Millisecond {
 			t.Errorf("got %+v after %s", a, a.at.Sub(begin))
 		}
 	})
@@ -2929,6 +2945,7 @@ func (p *proxy) cut() {
 // TestStreamCutDuringForward cuts the client's connections in the midst of a
 // forward: the target sees the event once and the sender gets its answer.
 func TestStreamCutDuringForward(t *testing.T) {
+	t.Parallel()
 	server := startServer(t, "RESPONSE_MODE=response")
 	between := newProxy(t, server.addr)
 	work := make(chan string)
@@ -3015,9 +3032,10 @@ func TestSeveralSubscribers(t *testing.T) {
 					}
 				}
 				a := <-answer
-				if took := a.at.Sub(begin); a.status != tt.status || took != tt.after {
-					t.Errorf("got %d after %s, want %d after %s", a.status, took, tt.status, tt.after)
+				if a.status != tt.status {
+					t.Errorf("got %d, want %d", a.status, tt.status)
 				}
+				at(t, "answer", a.at.Sub(begin), tt.after)
 				if a.header.Get("X-Of") != "" || a.status < 300 && a.body != "" {
 					t.Errorf("got %+v, want the status alone", a)
 				}
@@ -4793,6 +4811,7 @@ func TestTLS(t *testing.T) {
 // TestSmugglingIn sends what parsers disagree on over a raw connection. Whatever
 // is taken becomes one event with one reading; nothing else becomes any.
 func TestSmugglingIn(t *testing.T) {
+	t.Parallel()
 	const (
 		first   = "POST /webhooks/ci/x HTTP/1.1\r\nHost: relay\r\n"
 		second  = "POST /webhooks/ci/second HTTP/1.1\r\nHost: relay\r\nContent-Length: 0\r\n\r\n"

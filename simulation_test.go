@@ -33,7 +33,7 @@ import (
 
 var (
 	simFirst = flag.Uint64("seed", 1, "first seed of the simulation")
-	simCount = flag.Uint64("seeds", 200, "seeds of the simulation")
+	simCount = flag.Uint64("seeds", 80, "seeds of the simulation")
 )
 
 // TestSimulation: whatever breaks, nothing that was accepted is lost, nothing is
