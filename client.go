@@ -236,7 +236,7 @@ func (c *Client) follow(ctx context.Context) {
 	defer c.current.Store(nil)
 
 	backoff := Backoff{Initial: c.opts.ReconnectInterval, Max: max(reconnectMax, c.opts.ReconnectInterval), Factor: 2, Jitter: true}
-	refused := Backoff{Initial: c.opts.ReconnectInterval, Max: max(refusedMax, c.opts.ReconnectInterval), Factor: 2, Jitter: true}
+	unwelcome := Backoff{Initial: c.opts.ReconnectInterval, Max: max(refusedMax, c.opts.ReconnectInterval), Factor: 2, Jitter: true}
 	retry := time.NewTimer(0)
 	defer retry.Stop()
 	waiting := true // retry is set
@@ -261,7 +261,7 @@ func (c *Client) follow(ctx context.Context) {
 			next = c.subscribe(streaming, &streams, current.done)
 		case <-next.ready:
 			backoff.Reset()
-			refused.Reset()
+			unwelcome.Reset()
 			if current != none {
 				old := current
 				leave := time.AfterFunc(leaveTime, old.cancel)
@@ -277,7 +277,7 @@ func (c *Client) follow(ctx context.Context) {
 		case <-next.done:
 			pause := backoff.Next()
 			if e, ok := errors.AsType[*statusError](next.err); ok && e.status < 500 {
-				pause = refused.Next()
+				pause = unwelcome.Next()
 			}
 			c.denied(next.err, pause)
 			if current == none {
@@ -1086,8 +1086,8 @@ func (r *reporter) flush() {
 	}
 }
 
-// settle returns once all reports have arrived, or when ctx ends.
-func (r *reporter) settle(ctx context.Context) {
+// finish returns once all reports have arrived, or when ctx ends.
+func (r *reporter) finish(ctx context.Context) {
 	r.flush()
 	r.mu.Lock()
 	idle := make(chan struct{})
@@ -1182,7 +1182,7 @@ func (c *Client) part() {
 			c.log.Warn("source does not know what is still being forwarded", "err", err)
 		}
 	}
-	c.reporter.settle(ctx)
+	c.reporter.finish(ctx)
 }
 
 // sendReports sends one request with reports.

@@ -32,7 +32,7 @@ const (
 	silenceTimeout = 2500 * time.Millisecond // on a connection before it counts as broken
 	lookTime       = 100 * time.Millisecond  // for one more look when that is over
 	lasting        = time.Second             // for which a connection must last, or the next one waits
-	settleTimeout  = 1500 * time.Millisecond // for the other replicas to come back after an outage
+	joinTimeout    = 1500 * time.Millisecond // for the other replicas to come back after an outage
 	unreadTimeout  = time.Second             // to read what Redis sent before a session ended
 	largeMessage   = 256 << 10               // bytes beyond which messages are published one by one
 	flightLimit    = 512                     // commands that Redis has not answered
@@ -117,11 +117,11 @@ func parseRedisURL(raw string) (r RedisServer, err error) {
 // is lost. The one that speaks is dialled again by itself. While there is no
 // session nothing is queued.
 type RedisBus struct {
-	opts    RedisOptions
-	replica string
-	hub     *Hub
-	log     *slog.Logger
-	OnAlone func() // set before use: Redis cannot be reached from here; another replica may be well
+	opts     RedisOptions
+	replica  string
+	hub      *Hub
+	log      *slog.Logger
+	OnCutOff func() // set before use: Redis cannot be reached from here; another replica may be well
 
 	Sessions, Received atomic.Int64
 
@@ -154,7 +154,7 @@ var (
 // it watch.
 func NewRedisBus(opts RedisOptions, replica string, hub *Hub, log *slog.Logger) *RedisBus {
 	b := &RedisBus{
-		opts: opts, replica: replica, hub: hub, log: log, OnAlone: func() {},
+		opts: opts, replica: replica, hub: hub, log: log, OnCutOff: func() {},
 		recount: make(chan struct{}, 1), large: make(chan struct{}, 1), poke: make(chan struct{}, 1), speak: make(chan struct{}, 1),
 		ask: make(chan *request), back: make(chan struct{}), dirty: map[string]struct{}{},
 	}
@@ -365,7 +365,7 @@ func (b *RedisBus) Run(ctx context.Context) error {
 			b.late = true
 			b.mu.Unlock()
 			if tries == 1 {
-				b.OnAlone()
+				b.OnCutOff()
 			}
 		}
 		pause := time.Duration(0)
@@ -736,7 +736,7 @@ func (s *session) deliver(name string, data []byte) {
 			if data, err = cutFields(data, &wire); err != nil {
 				return
 			}
-			s.heed([]byte(wire))
+			s.hear([]byte(wire))
 		}
 		return
 	}
@@ -751,8 +751,8 @@ func (s *session) deliver(name string, data []byte) {
 	b.Tell(sig)
 }
 
-// heed takes one signal of another replica.
-func (s *session) heed(wire []byte) {
+// hear takes one signal of another replica.
+func (s *session) hear(wire []byte) {
 	sig, err := openSignal(wire)
 	switch {
 	case err != nil || sig.Kind == signalGone: // that is ours to say
@@ -776,7 +776,7 @@ func appendSignal(b []byte, sig *Signal) []byte {
 // subscribers of a late one.
 func (s *session) join() error {
 	b := s.bus
-	ctx, cancel := context.WithTimeout(s.ctx, settleTimeout)
+	ctx, cancel := context.WithTimeout(s.ctx, joinTimeout)
 	defer cancel()
 	joined := Signal{Kind: signalJoined, From: b.replica}
 	if _, err := s.do("PUBLISH", b.allName(), appendSignal(nil, &joined)); err != nil {

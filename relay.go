@@ -307,11 +307,11 @@ func main() {
 	}
 	stdlog.SetOutput(io.Discard) // net/http would quote what a target sends unasked
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
-	again := make(chan os.Signal, 1)
+	second := make(chan os.Signal, 1)
 	context.AfterFunc(ctx, func() { // the second signal does not wait for anything
-		signal.Notify(again, syscall.SIGTERM, os.Interrupt)
+		signal.Notify(second, syscall.SIGTERM, os.Interrupt)
 		stop()
-		<-again
+		<-second
 		os.Exit(1)
 	})
 	if err := run(ctx, os.Environ(), os.Stderr); err != nil {
@@ -373,7 +373,7 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 	}
 	hub.OnSignal = server.signal
 	if redisBus != nil {
-		hub.Watch, redisBus.OnAlone = redisBus.watch, server.AskToMove
+		hub.Watch, redisBus.OnCutOff = redisBus.watch, server.AskToMove
 	}
 	journal := &Journal{}
 	health := &Health{
@@ -813,7 +813,7 @@ func (d *door) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		addr := netip.Addr{} // of a connection that has none, in tests
+		addr := netip.Addr{} // of a connection that has none
 		if peer, err := netip.ParseAddrPort(conn.RemoteAddr().String()); err == nil {
 			addr = peer.Addr().Unmap()
 		}

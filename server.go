@@ -1548,9 +1548,11 @@ type watched[T any] struct {
 	parse    func(text string) (T, error)
 
 	inForce atomic.Pointer[T]
-	taken   [32]byte // sum of what is in force; like all below of the one goroutine that looks
-	seen    [32]byte // sum at the last look; zero when that failed
-	told    string   // the last error, which is told once
+
+	// Of the one goroutine that looks.
+	taken [32]byte // sum of what is in force
+	seen  [32]byte // sum at the last look; zero when that failed
+	told  string   // the last error, which is told once
 }
 
 // value is what is in force.

@@ -464,10 +464,10 @@ func (rd *simRedis) peers(but string) map[string]bool {
 
 // simBus is the Bus of one replica.
 type simBus struct {
-	redis   *simRedis
-	replica string
-	hub     *Hub
-	onAlone func()
+	redis    *simRedis
+	replica  string
+	hub      *Hub
+	onCutOff func()
 
 	mu    sync.Mutex
 	link  *simSession     // guarded by mu, like all below: the session, begun or not
@@ -584,7 +584,7 @@ const simUnseen = 1500 * time.Millisecond
 func (b *simBus) away(d time.Duration) {
 	b.drop(simUnseen)
 	if d > time.Second {
-		time.AfterFunc(time.Second, b.onAlone)
+		time.AfterFunc(time.Second, b.onCutOff)
 	}
 	time.AfterFunc(d, b.connect)
 }
@@ -816,7 +816,7 @@ func (w *simWorld) startReplica() *simReplica {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	r.hub.OnSignal, r.bus.onAlone = r.server.signal, r.server.AskToMove
+	r.hub.OnSignal, r.bus.onCutOff = r.server.signal, r.server.AskToMove
 	r.web = webServer(r.server, log)
 	ctx, cancel := context.WithCancel(context.Background())
 	var parts sync.WaitGroup
