@@ -956,7 +956,7 @@ func (c *certificate) get() (*tls.Certificate, error) {
 	if c.pair != nil && changed == c.changed {
 		return c.pair, nil
 	}
-	pair, err := tls.LoadX509KeyPair(c.certFile, c.keyFile)
+	pair, err := loadPair(c.certFile, c.keyFile)
 	switch {
 	case err == nil:
 		c.pair = &pair
@@ -967,6 +967,16 @@ func (c *certificate) get() (*tls.Certificate, error) {
 	}
 	c.changed = changed
 	return c.pair, nil
+}
+
+// loadPair reads a certificate and its key.
+func loadPair(certFile, keyFile string) (tls.Certificate, error) {
+	for _, name := range []string{certFile, keyFile} {
+		if err := regular(name); err != nil {
+			return tls.Certificate{}, err
+		}
+	}
+	return tls.LoadX509KeyPair(certFile, keyFile)
 }
 
 // Metrics.
@@ -1447,7 +1457,7 @@ func checkPair(certName, cert, keyName, key string) []string {
 		return []string{fmt.Sprintf("%s, %s: set both or neither", certName, keyName)}
 	}
 	if cert != "" {
-		if _, err := tls.LoadX509KeyPair(cert, key); err != nil {
+		if _, err := loadPair(cert, key); err != nil {
 			return []string{fmt.Sprintf("%s, %s: %v", certName, keyName, err)}
 		}
 	}

@@ -1570,6 +1570,9 @@ func (w *watched[T]) value() (v T) {
 func (w *watched[T]) look() (bool, error) {
 	before := w.seen
 	w.seen = [32]byte{}
+	if err := regular(w.name); err != nil {
+		return false, err
+	}
 	f, err := os.Open(w.name)
 	if err != nil {
 		return false, err
@@ -1593,6 +1596,16 @@ func (w *watched[T]) look() (bool, error) {
 	w.taken = w.seen
 	w.inForce.Store(&value)
 	return true, nil
+}
+
+// regular is why name is not read again and again: there is no such file, or it is
+// no file, such as a pipe, whose reader may wait for ever.
+func regular(name string) error {
+	info, err := os.Stat(name)
+	if err == nil && !info.Mode().IsRegular() {
+		err = fmt.Errorf("%q is not a regular file", name)
+	}
+	return err
 }
 
 // open waits until the file is in force for the first time.

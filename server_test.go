@@ -4475,6 +4475,46 @@ func TestFileThatNeverSettles(t *testing.T) {
 	})
 }
 
+// TestFileThatNeverEnds: a pipe in the place of a file keeps nobody waiting, neither
+// at the start nor later, when what is in force stays.
+func TestFileThatNeverEnds(t *testing.T) {
+	dir := t.TempDir()
+	pipe, certFile, keyFile := filepath.Join(dir, "pipe"), filepath.Join(dir, "cert"), filepath.Join(dir, "key")
+	if err := syscall.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	writeCertificate(t, certFile, keyFile, 1)
+	for _, name := range []string{"AUTH_TOKENS_FILE", "WEBHOOK_SECRETS_FILE", "SERVER_TLS_CLIENT_CA_FILE", "SERVER_TLS_CERT_FILE", "SERVER_TLS_KEY_FILE"} {
+		env := []string{"RELAY_MODE=server", "SERVER_TLS_CERT_FILE=" + certFile, "SERVER_TLS_KEY_FILE=" + keyFile, name + "=" + pipe}
+		if _, _, err := loadConfig(env); err == nil || !strings.Contains(err.Error(), name) || !strings.Contains(err.Error(), "not a regular file") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	var said logBuffer
+	log := newLogger(&Config{}, &said)
+	tokens := watched[byChannel[[][32]byte]]{variable: "AUTH_TOKENS_FILE", name: tokensFile(t, "ci x\n"), parse: parseTokens}
+	pair := &certificate{certFile: certFile, keyFile: keyFile, log: log}
+	before, err := pair.get()
+	if err = cmp.Or(err, tokens.open()); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{tokens.name, certFile} {
+		if err := os.Rename(pipe, name); err != nil {
+			t.Fatal(err)
+		}
+		if taken := tokens.reload(log); taken || len(tokens.value().Named["ci"]) != 1 {
+			t.Error("the tokens are not those of before")
+		}
+		if after, err := pair.get(); after != before || err != nil {
+			t.Errorf("another certificate, or %v", err)
+		}
+		syscall.Mkfifo(pipe, 0o600)
+	}
+	if n, m := len(said.lines("file kept as it was")), len(said.lines("TLS certificate kept as it was")); n != 1 || m != 1 {
+		t.Errorf("%d and %d errors are logged, want one each:\n%s", n, m, &said)
+	}
+}
+
 // TLS.
 
 // authority issues certificates, its own first.
