@@ -195,6 +195,7 @@
 //	signals between replicas             16384 wait                         dropped; all is published again
 //	silence of Redis                     2.5 s and a last look of 0.1 s     connected anew
 //	lines of one message in the log      50 a second, above debug           left out; the next tells how many
+//	lines of the log that nobody takes   1024, 1 s for them at the end      the same
 //	line or event at the client          64 MiB                             stream cut; it reconnects
 //	header of a webhook at the client    64 KiB and 508 values              refused, counted
 //	silence on a stream                  two heartbeats and 1 s, 20 s       stream cut; it reconnects
@@ -327,7 +328,9 @@ func main() {
 // been logged; a configError means that it did not start.
 func run(ctx context.Context, environ []string, stderr io.Writer) (err error) {
 	c, warnings, err := loadConfig(environ)
-	log := newLogger(c, stderr)
+	out := newLogQueue(stderr)
+	defer out.close()
+	log := newLogger(c, out)
 	if mistakes, ok := errors.AsType[configError](err); ok {
 		for mistake := range strings.Lines(mistakes.text) {
 			log.Error("mistake in the configuration", "err", strings.TrimSuffix(mistake, "\n"))
@@ -351,7 +354,7 @@ func run(ctx context.Context, environ []string, stderr io.Writer) (err error) {
 		return runServer(ctx, c, log)
 	}
 	if c.Role == "demo" {
-		return runDemo(ctx, environ, c, log, stderr)
+		return runDemo(ctx, environ, c, log, out)
 	}
 	return runClient(ctx, c, log)
 }
@@ -1519,8 +1522,11 @@ func newLogger(c *Config, w io.Writer) *slog.Logger {
 		return a
 	}}
 	var handler slog.Handler = slog.NewJSONHandler(w, options)
-	asText := c.LogFormat == "text"
-	if f, ok := w.(*os.File); ok && c.LogFormat == "" {
+	asText, to := c.LogFormat == "text", w
+	if o, ok := w.(*logQueue); ok {
+		to = o.to
+	}
+	if f, ok := to.(*os.File); ok && c.LogFormat == "" {
 		info, err := f.Stat()
 		asText = err == nil && info.Mode()&os.ModeCharDevice != 0
 	}
@@ -1549,17 +1555,22 @@ type quota struct {
 }
 
 func (h hush) Handle(ctx context.Context, r slog.Record) error {
-	if r.Level > slog.LevelDebug {
-		omitted, over := h.take(r.Message)
-		if over {
-			return nil
-		}
-		if omitted > 0 {
-			r = r.Clone()
-			r.AddAttrs(slog.Int("omitted", omitted))
-		}
+	if r.Level <= slog.LevelDebug {
+		return h.Handler.Handle(ctx, r)
 	}
-	return h.Handler.Handle(ctx, r)
+	omitted, over := h.take(r.Message)
+	if over {
+		return nil
+	}
+	if omitted > 0 {
+		r = r.Clone()
+		r.AddAttrs(slog.Int("omitted", omitted))
+	}
+	err := h.Handler.Handle(ctx, r)
+	if err != nil {
+		h.omit(r.Message, omitted+1)
+	}
+	return err
 }
 
 // take takes one line of message's quota; over says that none is left, and omitted
@@ -1581,6 +1592,15 @@ func (h hush) take(message string) (omitted int, over bool) {
 	return omitted, over
 }
 
+// omit counts lines of message that were not written.
+func (h hush) omit(message string, lines int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	q := h.quotas[message]
+	q.omitted += lines
+	h.quotas[message] = q
+}
+
 func (h hush) WithAttrs(attrs []slog.Attr) slog.Handler {
 	h.Handler = h.Handler.WithAttrs(attrs)
 	return h
@@ -1589,6 +1609,63 @@ func (h hush) WithAttrs(attrs []slog.Attr) slog.Handler {
 func (h hush) WithGroup(name string) slog.Handler {
 	h.Handler = h.Handler.WithGroup(name)
 	return h
+}
+
+const (
+	logQueueLimit = 1024        // that wait to be written
+	logQueueTime  = time.Second // for those that wait at the end
+)
+
+// logQueue writes from a goroutine of its own: a log that nobody takes, such as a
+// pipe that is full, must not stop those who write to it, of whom some hold locks.
+// What finds no place is left out, which is an error.
+type logQueue struct {
+	to    io.Writer
+	lines chan []byte
+	over  chan struct{} // closed when nothing more is to come
+	done  chan struct{} // closed when all of it is written
+}
+
+func newLogQueue(to io.Writer) *logQueue {
+	o := &logQueue{to, make(chan []byte, logQueueLimit), make(chan struct{}), make(chan struct{})}
+	go o.run()
+	return o
+}
+
+// run writes until close, and what waits then.
+func (o *logQueue) run() {
+	defer close(o.done)
+	for {
+		select {
+		case line := <-o.lines:
+			o.to.Write(line)
+		case <-o.over:
+			for len(o.lines) > 0 { // nobody else takes them
+				o.to.Write(<-o.lines)
+			}
+			return
+		}
+	}
+}
+
+func (o *logQueue) Write(p []byte) (int, error) {
+	select {
+	case o.lines <- bytes.Clone(p):
+		return len(p), nil
+	default:
+		return 0, errFull
+	}
+}
+
+var errFull = errors.New("too many lines wait to be written")
+
+// close waits until all is written, if somebody takes it.
+func (o *logQueue) close() {
+	close(o.over)
+	select {
+	case <-o.done:
+	case <-time.After(logQueueTime):
+	}
 }
 
 // What a value may look like in the log.

@@ -3742,6 +3742,58 @@ func TestHush(t *testing.T) {
 	})
 }
 
+// valve is a writer that takes nothing until it is opened.
+type valve struct {
+	logBuffer
+	opened chan struct{} // closed then
+}
+
+func (v *valve) Write(p []byte) (int, error) {
+	<-v.opened
+	return v.logBuffer.Write(p)
+}
+
+// TestLogNobodyTakes: neither those who log nor the end wait for ever. Once the log
+// is taken again, it has what found a place, and the next line tells of the rest.
+func TestLogNobodyTakes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		said := &valve{opened: make(chan struct{})}
+		out := newLogQueue(said)
+		log := newLogger(&Config{}, out)
+		logged, begin := 0, time.Now()
+		for ; logged < logQueueLimit+3*hushLines; logged++ {
+			if log.Info("flood"); logged%hushLines == hushLines-1 {
+				time.Sleep(time.Second)
+			}
+			log.Debug("detail")
+		}
+		if took, want := time.Since(begin), time.Duration(logged/hushLines)*time.Second; took != want {
+			t.Errorf("logging took %v, want %v", took, want)
+		}
+		close(said.opened)
+		synctest.Wait()
+		log.Info("flood")
+		synctest.Wait()
+		lines := said.lines("flood")
+		n := len(lines)
+		if n-1 < logQueueLimit || n-1 > logQueueLimit+1 || lines[n-1]["omitted"] != float64(logged-(n-1)) {
+			t.Errorf("%d of %d lines are there, and the last is %v", n-1, logged, lines[n-1])
+		}
+		log.Info("last")
+		if out.close(); len(said.lines("last")) != 1 {
+			t.Error("the last line is not there")
+		}
+
+		never := &valve{opened: make(chan struct{})}
+		defer close(never.opened)
+		begin = time.Now()
+		err := run(t.Context(), nil, never)
+		if _, ok := errors.AsType[configError](err); !ok || time.Since(begin) != logQueueTime {
+			t.Errorf("run ended after %v: %v", time.Since(begin), err)
+		}
+	})
+}
+
 // doorway is a listener whose connections stand in line; nobody waits.
 type doorway struct{ line []net.Conn }
 
