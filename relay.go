@@ -306,7 +306,8 @@ func main() {
 		}
 		return
 	}
-	stdlog.SetOutput(io.Discard) // net/http would quote what a target sends unasked
+	stdlog.SetOutput(io.Discard)   // net/http would quote what a target sends unasked
+	signal.Ignore(syscall.SIGPIPE) // who reads the log may go
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	second := make(chan os.Signal, 1)
 	context.AfterFunc(ctx, func() { // the second signal does not wait for anything

@@ -3422,6 +3422,43 @@ func (p *process) logged(t testing.TB, msg string) {
 	eventually(t, msg, func() bool { return len(p.stderr.lines(msg)) > 0 })
 }
 
+// TestLogReaderGoes: the program outlives who reads its log, and ends in order.
+func TestLogReaderGoes(t *testing.T) {
+	t.Parallel()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	cmd := exec.CommandContext(t.Context(), os.Args[0])
+	cmd.Env = []string{"RELAY_TEST_MAIN=1", "GORACE=atexit_sleep_ms=0", "RELAY_MODE=server", "SERVER_PORT=0", "LOG_FORMAT=json"}
+	cmd.Stderr = w
+	err = cmd.Start()
+	w.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var record struct{ Msg, Addr string }
+	for lines := json.NewDecoder(r); record.Msg != "listening"; {
+		if err := lines.Decode(&record); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.Close()
+	_, port, _ := net.SplitHostPort(record.Addr)
+	transport := &http.Transport{}
+	defer transport.CloseIdleConnections()
+	for range 3 {
+		if got := post(t.Context(), transport, "POST", "http://127.0.0.1:"+port+"/webhooks/ci", "{}"); got.status != 200 {
+			t.Errorf("a webhook gets %d", got.status)
+		}
+	}
+	cmd.Process.Signal(syscall.SIGTERM)
+	if err := cmd.Wait(); err != nil {
+		t.Error(err)
+	}
+}
+
 // textLine is a record of the log for people.
 var textLine = regexp.MustCompile(`^time=\S+ level=ERROR msg=("(?:[^"\\]|\\.)*"|\S+)(?:.* err=("(?:[^"\\]|\\.)*"|\S+))?`)
 
