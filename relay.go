@@ -563,7 +563,7 @@ func runDemo(ctx context.Context, environ []string, c *Config, log *slog.Logger,
 		fmt.Sprintf("SOURCE_URL=http://127.0.0.1:%d/subscribe/demo/", ports[0]),
 		fmt.Sprintf("TARGET_BASE_URL=http://127.0.0.1:%d", ports[3]),
 		"AUTH_TOKENS_FILE=", "WEBHOOK_SECRETS_FILE=", "REDIS_URL=", "SERVER_TLS_CERT_FILE=", "SERVER_TLS_KEY_FILE=", "SERVER_TLS_CLIENT_CA_FILE=",
-		"SOURCE_TLS_CERT_FILE=", "SOURCE_TLS_KEY_FILE=",
+		"SOURCE_TLS_CERT_FILE=", "SOURCE_TLS_KEY_FILE=", "SUBSCRIBE_ALLOWED_IPS=", "WEBHOOKS_ALLOWED_IPS=", // who may come is on loopback
 	}
 	for _, entry := range fixed {
 		if name, _, _ := strings.Cut(entry, "="); isSet(name) {

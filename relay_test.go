@@ -600,7 +600,8 @@ func TestDemoSettings(t *testing.T) {
 	ports := freePorts(t, 2)
 	env := []string{fmt.Sprintf("SERVER_PORT=%d", ports[0]), fmt.Sprintf("HEALTH_SERVICE_PORT=%d", ports[1])}
 	demo, hook, page := startDemo(t, append(env, "LOG_LEVEL=info", "LOG_FORMAT=json", "RESPONSE_MODE=demo=status", "AUTH_TOKEN=secret",
-		"REDIS_URL=redis://127.0.0.1:1", "TARGET_BASE_URL=http://127.0.0.1:1", "SERVER_STREAM_MAX_AGE= ", "RELAY_TYPO=1")...)
+		"REDIS_URL=redis://127.0.0.1:1", "TARGET_BASE_URL=http://127.0.0.1:1", "SERVER_STREAM_MAX_AGE= ", "RELAY_TYPO=1",
+		"SUBSCRIBE_ALLOWED_IPS=192.0.2.1", "WEBHOOKS_ALLOWED_IPS=192.0.2.1")...)
 	if want := fmt.Sprintf("http://127.0.0.1:%d/webhooks/demo/hello", ports[0]); hook != want {
 		t.Errorf("webhooks go to %s, want %s", hook, want)
 	}
@@ -616,7 +617,7 @@ func TestDemoSettings(t *testing.T) {
 			warned = append(warned, record["variable"])
 		}
 	}
-	if !slices.Equal(warned, []any{"RELAY_TYPO", "TARGET_BASE_URL", "REDIS_URL"}) {
+	if !slices.Equal(warned, []any{"RELAY_TYPO", "TARGET_BASE_URL", "REDIS_URL", "SUBSCRIBE_ALLOWED_IPS", "WEBHOOKS_ALLOWED_IPS"}) {
 		t.Errorf("warned about %q", warned)
 	}
 	if n := len(demo.log.lines("stream ready")); n != 1 {
