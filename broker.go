@@ -1789,15 +1789,18 @@ func (h *Hub) Run(ctx context.Context) error {
 }
 
 // Check implements Bus, and is the proof that nobody sits on mu.
-func (h *Hub) Check(ctx context.Context) error {
-	for !h.mu.TryLock() {
+func (h *Hub) Check(ctx context.Context) error { return comesFree(ctx, "hub", &h.mu) }
+
+// comesFree is nil when mu, which guards what, becomes free before ctx ends.
+func comesFree(ctx context.Context, what string, mu *sync.Mutex) error {
+	for !mu.TryLock() {
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("hub is stuck: %w", ctx.Err())
+			return fmt.Errorf("%s is stuck: %w", what, ctx.Err())
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
-	h.mu.Unlock()
+	mu.Unlock()
 	return nil
 }
 

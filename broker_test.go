@@ -1755,30 +1755,36 @@ func TestHubWrites(t *testing.T) {
 	empty(t, h)
 }
 
-// TestHubCheck: a probe must tell a stuck hub from a busy one, and not hang with it.
-func TestHubCheck(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		h := &Hub{}
-		check := func() error {
-			ctx, cancel := context.WithTimeout(t.Context(), checkTimeout)
-			defer cancel()
-			return h.Check(ctx)
-		}
-		h.mu.Lock()
-		time.AfterFunc(time.Second, h.mu.Unlock)
-		if err := check(); err != nil {
-			t.Errorf("busy hub: %v", err)
-		}
-		h.mu.Lock()
-		began := time.Now()
-		if err := check(); !errors.Is(err, context.DeadlineExceeded) || time.Since(began) > checkTimeout+time.Second {
-			t.Errorf("stuck hub: %v after %v", err, time.Since(began))
-		}
-		h.mu.Unlock()
-		if err := check(); err != nil {
-			t.Errorf("after it: %v", err)
-		}
-	})
+// TestStuck: a probe must tell a stuck hub, or server, from a busy one, and not hang
+// with it.
+func TestStuck(t *testing.T) {
+	h, s := &Hub{}, &Server{}
+	for _, tt := range []struct {
+		mu    *sync.Mutex
+		alive func(context.Context) error
+	}{{&h.mu, h.Check}, {&s.mu, s.Alive}} {
+		synctest.Test(t, func(t *testing.T) {
+			check := func() error {
+				ctx, cancel := context.WithTimeout(t.Context(), checkTimeout)
+				defer cancel()
+				return tt.alive(ctx)
+			}
+			tt.mu.Lock()
+			time.AfterFunc(time.Second, tt.mu.Unlock)
+			if err := check(); err != nil {
+				t.Errorf("busy: %v", err)
+			}
+			tt.mu.Lock()
+			began := time.Now()
+			if err := check(); !errors.Is(err, context.DeadlineExceeded) || time.Since(began) > checkTimeout+time.Second {
+				t.Errorf("stuck: %v after %v", err, time.Since(began))
+			}
+			tt.mu.Unlock()
+			if err := check(); err != nil {
+				t.Errorf("after it: %v", err)
+			}
+		})
+	}
 }
 
 // TestEventsKeepWhatTheyCount makes large events give their memory back and

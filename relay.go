@@ -382,7 +382,7 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 	journal := &Journal{}
 	health := &Health{
 		Info:    map[string]string{"role": c.Role, "version": version},
-		Checks:  []Check{{"hub", false, hub.Check}, {"server", true, server.Check}},
+		Checks:  []Check{{"hub", false, hub.Check}, {"holds", false, server.Alive}, {"server", true, server.Check}},
 		State:   func() any { return server.State() },
 		Journal: journal,
 	}

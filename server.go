@@ -214,6 +214,9 @@ func (s *Server) revoke() {
 	}
 }
 
+// Alive is nil unless somebody sits on mu.
+func (s *Server) Alive(ctx context.Context) error { return comesFree(ctx, "server", &s.mu) }
+
 // Check is nil while the server is not draining.
 func (s *Server) Check(context.Context) error {
 	if s.draining.Load() {
