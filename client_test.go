@@ -1242,8 +1242,9 @@ func TestReconnectForEver(t *testing.T) {
 				if name[0] != '5' && !strings.HasPrefix(name, "200") && name[0] <= '9' {
 					least, most = 15, 60 // up to 30 s
 				}
-				if n := len(records); n < least || n > most {
-					t.Fatalf("%d tries in ten minutes, want %d to %d", n, least, most)
+				n, asked := len(records), len(w.tries())
+				if n < least || n > most || asked > n+1 {
+					t.Fatalf("%d tries with %d requests in ten minutes, want %d to %d, and no redirect followed", n, asked, least, most)
 				}
 				if level := records[0]["level"]; (level == "ERROR") != (name == "401" || name == "403") {
 					t.Errorf("logged as %v", level)

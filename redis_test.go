@@ -4,16 +4,11 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
-	"math/big"
 	mathrand "math/rand/v2"
 	"net"
 	"net/http"
@@ -360,10 +355,7 @@ type tcpLink struct {
 
 func newLink(t testing.TB, to string) *tcpLink {
 	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	listener := loopback(t)
 	l := &tcpLink{listener: listener, to: to, conns: map[net.Conn]bool{}, most: -1}
 	l.changed = sync.NewCond(&l.mu)
 	var wg sync.WaitGroup
@@ -987,7 +979,7 @@ func TestRedisReconnectAttempts(t *testing.T) {
 	case <-time.After(patience):
 		t.Fatal("server did not end")
 	}
-	if server.err == nil || !strings.Contains(server.err.Error(), "connect to redis") {
+	if server.err == nil || !strings.Contains(server.err.Error(), "connect to redis 3 times") {
 		t.Errorf("run returned %v", server.err)
 	}
 }
@@ -1082,43 +1074,13 @@ func TestRedisFrozen(t *testing.T) {
 	}
 }
 
-// certify writes a CA and a certificate for 127.0.0.1 to files.
-func certify(t testing.TB) (caFile, certFile, keyFile string) {
-	t.Helper()
-	dir := t.TempDir()
-	write := func(name, kind string, der []byte) string {
-		file := filepath.Join(dir, name)
-		if err := os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		return file
-	}
-	must := func(der []byte, err error) []byte {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return der
-	}
-	caKey, _ := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	key, _ := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	ca := &x509.Certificate{
-		SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
-	}
-	leaf := &x509.Certificate{
-		SerialNumber: big.NewInt(2), NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-	}
-	caFile = write("ca.pem", "CERTIFICATE", must(x509.CreateCertificate(rand.Reader, ca, ca, &caKey.PublicKey, caKey)))
-	certFile = write("cert.pem", "CERTIFICATE", must(x509.CreateCertificate(rand.Reader, leaf, ca, &key.PublicKey, caKey)))
-	return caFile, certFile, write("key.pem", "PRIVATE KEY", must(x509.MarshalPKCS8PrivateKey(key)))
-}
-
 // TestRedisTLS uses everything that REDIS_URL can hold.
 func TestRedisTLS(t *testing.T) {
 	t.Parallel()
-	caFile, certFile, keyFile := certify(t)
+	dir, ca := t.TempDir(), newAuthority(t, nil)
+	caFile, certFile, keyFile := filepath.Join(dir, "ca"), filepath.Join(dir, "cert"), filepath.Join(dir, "key")
+	replace(t, caFile, ca.pem)
+	writePair(t, certFile, keyFile, ca.pair(t, func(c *x509.Certificate) { c.ExtKeyUsage, c.IPAddresses = nil, []net.IP{net.IPv4(127, 0, 0, 1)} }))
 	const password = "s3cret:/@?#%"
 	r := startRedis(t, "--port", "0", "--tls-port", "%d", "--tls-auth-clients", "no",
 		"--tls-cert-file", certFile, "--tls-key-file", keyFile, "--tls-ca-cert-file", caFile,
@@ -1334,10 +1296,7 @@ type balancer struct {
 // addresses to those of their probes.
 func newBalancer(t testing.TB, replicas map[string]string) *balancer {
 	l := &balancer{ready: map[string]bool{}}
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	listener := loopback(t)
 	l.url = "http://" + listener.Addr().String()
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
@@ -1501,8 +1460,8 @@ func expectAnswer(t testing.TB, told <-chan outcome, status int) outcome {
 			t.Errorf("sender got %d %s %v, want %d", o.status, o.body, o.err, status)
 		}
 		return o
-	case <-time.After(6 * time.Second):
-		t.Fatal("sender was not told in time")
+	case <-time.After(patience):
+		t.Fatal("sender was not told")
 		return outcome{}
 	}
 }
@@ -1686,14 +1645,12 @@ func TestTargetsOverReplicas(t *testing.T) {
 		{"failing", "POST", "", "", "{}", nil, func(recorded) string { return says(500, "broken", "Content-Type: text/html") }, 500, "text/html", "broken"},
 	}, handshakes...)
 	var told []<-chan outcome
-	var began []time.Time
 	for _, tt := range tests {
 		startClient(t, a.addr, tt.name, newTarget(t, tt.target).url)
 		var headers []string
 		if tt.kind != "" {
 			headers = []string{"Content-Type", tt.kind}
 		}
-		began = append(began, time.Now())
 		told = append(told, sendHeld(t.Context(), tt.method, webhookURL(b, tt.name, tt.query), tt.body, headers...))
 	}
 	for i, tt := range tests {
@@ -1701,9 +1658,6 @@ func TestTargetsOverReplicas(t *testing.T) {
 			o := expectAnswer(t, told[i], tt.status)
 			if kind := o.header.Get("Content-Type"); o.body != tt.want || kind != tt.wantKind {
 				t.Errorf("sender got %s %q, want %s %q", kind, o.body, tt.wantKind, tt.want)
-			}
-			if took := o.at.Sub(began[i]); took > 3*time.Second {
-				t.Errorf("took %s", took)
 			}
 		})
 	}
@@ -1729,10 +1683,9 @@ func TestHeldBytesOverReplicas(t *testing.T) {
 		t.Errorf("%d bytes are held", n)
 	}
 	large := strings.Repeat("x", 15000)
-	began := time.Now()
 	o := expectAnswer(t, sendHeld(t.Context(), "POST", webhookURL(b, "many", "more"), large), 503)
-	if o.body != relayError(503, "too many requests wait") || o.header.Get("Retry-After") == "" || o.at.Sub(began) > time.Second {
-		t.Errorf("sender got %+v after %s", o, o.at.Sub(began))
+	if o.body != relayError(503, "too many requests wait") || o.header.Get("Retry-After") == "" {
+		t.Errorf("sender got %+v", o)
 	}
 	there := sendHeld(t.Context(), "POST", webhookURL(a, "many", "there"), large) // the other replica has its own budget
 	awaitHeld(t, a, 1)
@@ -1957,7 +1910,7 @@ func TestHeldWhileReplicaIsCutOff(t *testing.T) {
 	t.Parallel()
 	r := startRedis(t)
 	way := newLink(t, r.addr)
-	env := []string{"HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0", "RESPONSE_MODE=status", "RESPONSE_TIMEOUT=4s"}
+	env := []string{"HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0", "RESPONSE_MODE=status", "RESPONSE_TIMEOUT=1m"}
 	a := startServer(t, append(env, "REDIS_URL=redis://"+way.addr())...)
 	b := startServer(t, append(env, "REDIS_URL="+r.url)...)
 	awaitReady(t, a, b)
@@ -2181,7 +2134,7 @@ func TestReplicasWaitForEachOther(t *testing.T) {
 }
 
 // TestUnreadIsDelivered kills Redis while a replica has not yet read all that
-// Redis sent it: other replicas have accepted those webhooks.
+// Redis sent it: other replicas have accepted those webhooks. All arrive, in their order.
 func TestUnreadIsDelivered(t *testing.T) {
 	r := startRedis(t)
 	way := newLink(t, r.addr)
@@ -2190,13 +2143,11 @@ func TestUnreadIsDelivered(t *testing.T) {
 	s := joinLive(t, hub, "unread")
 	way.silence()
 	const n = 1000
-	e := busEvent("unread", 100)
-	for range n / 100 {
-		var wg sync.WaitGroup
-		for range 100 {
-			wg.Go(func() { mustPublish(t, far, e) })
-		}
-		wg.Wait()
+	var sent []string
+	for range n {
+		e := busEvent("unread", 100)
+		mustPublish(t, far, e)
+		sent = append(sent, e.ID)
 	}
 	eventually(t, "Redis has written what it has accepted", func() bool { // it answers the publisher first
 		list, _ := redis.String(r.cli("CLIENT", "LIST", "TYPE", "PUBSUB"), nil)
@@ -2204,7 +2155,7 @@ func TestUnreadIsDelivered(t *testing.T) {
 	})
 	r.freeze()
 	before := way.sent.Load()
-	go near.Publish(context.Background(), e) // its connection is the first to break
+	go near.Publish(context.Background(), busEvent("unread", 100)) // its connection is the first to break
 	eventually(t, "a request is under way", func() bool { return way.sent.Load() > before })
 	r.stop()
 	way.speak()
@@ -2212,7 +2163,12 @@ func TestUnreadIsDelivered(t *testing.T) {
 		time.Sleep(time.Millisecond)
 	}
 	if got := len(s.got); got != n {
-		t.Errorf("%d of %d accepted events were delivered", got, n)
+		t.Fatalf("%d of %d accepted events were delivered", got, n)
+	}
+	for i, id := range sent {
+		if e := <-s.got; e.ID != id {
+			t.Fatalf("event %d is not the one that was sent then", i)
+		}
 	}
 }
 
