@@ -627,7 +627,7 @@ func TestOneLineEach(t *testing.T) {
 	closed := loopback(t)
 	closed.Close()
 	down := "http://" + closed.Addr().String()
-	server := startServer(t, "AUTH_TOKEN=canary", "RESPONSE_MODE=accept, s=status, r=response, sd=status, rd=response", "RESPONSE_TIMEOUT=9s, sd=600, rd=600")
+	server := startServer(t, "AUTH_TOKEN=canary", "RESPONSE_MODE=accept, s=status, r=response, sd=status, rd=response", "RESPONSE_TIMEOUT=9s, sd=4s, rd=4s")
 	source := "http://canary:canary@" + server.addr + "/subscribe/"
 	withUser := func(base string) string { return strings.Replace(base, "://", "://canary:canary@", 1) }
 	var sources []string
@@ -1929,13 +1929,7 @@ func TestSlowSubscriber(t *testing.T) {
 	io.WriteString(slow, compose("GET /subscribe/m/ HTTP/1.1", ""))
 	eventually(t, "second subscriber", func() bool { return scrape(t, server)["relay_subscribers"] == 2 })
 
-	heap := func() int64 {
-		var stats runtime.MemStats
-		runtime.GC()
-		runtime.ReadMemStats(&stats)
-		return int64(stats.HeapAlloc)
-	}
-	before := heap()
+	before := heapInUse()
 	body := strings.Repeat("x", 64<<10)
 	transport := &http.Transport{}
 	defer transport.CloseIdleConnections()
@@ -1951,7 +1945,7 @@ func TestSlowSubscriber(t *testing.T) {
 			t.Fatalf("healthy subscriber got %q, want webhook %d", got, n)
 		}
 	}
-	if grown := heap() - before; grown > 4<<20 {
+	if grown := heapInUse() - before; grown > 4<<20 {
 		t.Errorf("heap grew by %d bytes", grown)
 	}
 	if m := scrape(t, server); m["relay_subscribers"] != 2 || m["relay_subscribers_evicted_total"] != 0 || m["relay_events_full_total"] == 0 || m["relay_held_webhooks"] != 0 {
@@ -2646,17 +2640,10 @@ func scrape(t testing.TB, p *program) map[string]float64 {
 	return samples
 }
 
-// probe is the status of a page of the health service.
-func probe(t testing.TB, p *program, page string) int {
-	t.Helper()
-	status, _, _ := send(t, "GET", "http://"+p.health+page, "")
-	return status
-}
-
 // checkProbes wants the statuses of /live, /ready and /health.
 func checkProbes(t testing.TB, p *program, when string, live, ready, health int) {
 	t.Helper()
-	if l, r, h := probe(t, p, "/live"), probe(t, p, "/ready"), probe(t, p, "/health"); l != live || r != ready || h != health {
+	if l, r, h := probeStatus(t, p, "/live"), probeStatus(t, p, "/ready"), probeStatus(t, p, "/health"); l != live || r != ready || h != health {
 		t.Errorf("%s: /live %d, /ready %d, /health %d, want %d, %d, %d", when, l, r, h, live, ready, health)
 	}
 }
@@ -2665,9 +2652,9 @@ func checkProbes(t testing.TB, p *program, when string, live, ready, health int)
 // work until load balancers have noticed.
 func TestServerHealth(t *testing.T) {
 	t.Parallel()
-	server := startServer(t, "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=1500")
+	server := startServer(t, "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=4s")
 	checkProbes(t, server, "at work", 200, 200, 200)
-	if status := probe(t, server, "/nothing"); status != 404 {
+	if status := probeStatus(t, server, "/nothing"); status != 404 {
 		t.Errorf("/nothing: status %d, want 404", status)
 	}
 	if status, _, header := send(t, "POST", "http://"+server.health+"/live", ""); status != 405 || header.Get("Allow") != "GET, HEAD" {
@@ -2696,7 +2683,7 @@ func TestServerHealth(t *testing.T) {
 		}
 	}
 	server.cancel()
-	eventually(t, "unready", func() bool { return probe(t, server, "/ready") == 503 })
+	eventually(t, "unready", func() bool { return probeStatus(t, server, "/ready") == 503 })
 	checkProbes(t, server, "draining", 200, 503, 503)
 	if answer := raw(t, server.addr, compose("POST /webhooks/m HTTP/1.1", "late")); !strings.HasPrefix(answer, "HTTP/1.1 200 OK\r\nConnection: close\r\n") {
 		t.Errorf("answer to a webhook while draining: %q, want 200 and the end of the connection", answer)
@@ -2779,7 +2766,7 @@ func TestClientFinishesForwards(t *testing.T) {
 	target.next(t)
 	client.cancel()
 	<-left
-	eventually(t, "unready", func() bool { return probe(t, client, "/ready") == 503 })
+	eventually(t, "unready", func() bool { return probeStatus(t, client, "/ready") == 503 })
 	checkProbes(t, client, "finishing", 200, 503, 503)
 	select {
 	case <-client.done:
@@ -5071,7 +5058,7 @@ func TestSeveralChannels(t *testing.T) {
 		"TARGET_BASE_URL="+fine.url+", down=http://user:hunter2@"+down.Addr().String()+", slow="+slow.url+"/base",
 		"TARGET_STRIP_PREFIX=false, slow=true", "TARGET_CONCURRENCY=1")
 	eventually(t, "all streams", func() bool { return len(client.log.lines("stream ready")) == 3 })
-	eventually(t, "ready", func() bool { return probe(t, client, "/ready") == 200 })
+	eventually(t, "ready", func() bool { return probeStatus(t, client, "/ready") == 200 })
 	for _, channel := range []string{"down", "slow", "slow"} {
 		if status, _, _ := send(t, "POST", "http://"+server.addr+"/webhooks/"+channel+"/x", "{}"); status != 200 {
 			t.Fatalf("%s: %d", channel, status)
@@ -5104,7 +5091,7 @@ func TestSeveralChannels(t *testing.T) {
 		t.Error("the log has a password")
 	}
 	server.stop()
-	eventually(t, "not ready", func() bool { return probe(t, client, "/ready") == 503 })
+	eventually(t, "not ready", func() bool { return probeStatus(t, client, "/ready") == 503 })
 }
 
 // TestForwardedProto: a target that trusts X-Forwarded-Proto and -Host computes the
