@@ -1824,6 +1824,7 @@ func parseSize(v string) (int64, error) {
 // is left out stays as it was.
 func perChannel[T any](dst *byChannel[T], parse func(string) (T, error)) func(string) error {
 	return func(v string) error {
+		seen := map[string]bool{}
 		for i, part := range strings.Split(v, ",") {
 			channel, value, named := strings.Cut(strings.TrimSpace(part), "=")
 			if channel = strings.TrimSpace(channel); !named || strings.Contains(channel, "://") { // a URL may have a query
@@ -1835,7 +1836,10 @@ func perChannel[T any](dst *byChannel[T], parse func(string) (T, error)) func(st
 				return err
 			case named && !validName(channel):
 				return errors.New("a channel is 1 to 128 characters of A-Z a-z 0-9 . _ ~ -")
+			case seen[channel]:
+				return errors.New("a channel comes twice")
 			case named:
+				seen[channel] = true
 				if dst.Named == nil {
 					dst.Named = map[string]T{}
 				}

@@ -2306,6 +2306,7 @@ func TestMistakes(t *testing.T) {
 		{"SERVER_PORT", []string{server, "SERVER_PORT=tcp://10.0.0.1:3000"}}, // a Service named server, by links
 		{"RESPONSE_MODE", []string{server, "RESPONSE_MODE=accept, status"}},
 		{"RESPONSE_MODE", []string{server, "RESPONSE_MODE=slack=response,"}},
+		{"RESPONSE_MODE", []string{server, "RESPONSE_MODE=slack=response, slack=status"}},
 		{"RESPONSE_MODE", []string{server, "RESPONSE_MODE=a/b=status"}},
 		{"RESPONSE_TIMEOUT", []string{server, "RESPONSE_TIMEOUT=0"}},
 		{"RESPONSE_TIMEOUT", []string{server, "RESPONSE_TIMEOUT=1h"}},

@@ -1800,7 +1800,7 @@ func schemeOf(word string) (scheme, error) {
 		switch {
 		case s.name == name && s.header != "" && !named:
 			return s, nil
-		case s.name == name && s.header == "" && isToken(header):
+		case s.name == name && s.header == "" && isToken(header) && !strings.EqualFold(header, "Host"): // which is none to net/http
 			s.header = http.CanonicalHeaderKey(header)
 			return s, nil
 		case s.header == "":

@@ -4187,6 +4187,7 @@ func TestParseSecrets(t *testing.T) {
 		{"ci hmac-sha256 hunter2", "line 1: " + scheme},
 		{"ci hmac-sha256: hunter2", "line 1: " + scheme},
 		{"ci hmac-sha256:X:Y hunter2", "line 1: " + scheme},
+		{"ci hmac-sha256:host hunter2", "line 1: " + scheme},
 		{"ci hmac-sha256:X\u00e9 hunter2", "line 1: " + scheme},
 		{"ci standard-webhooks hunter2!", "line 1: " + coded},
 		{"ci standard-webhooks whsec_", "line 1: " + coded},
