@@ -441,14 +441,7 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 			}
 		}
 	}
-	end := time.Now().Add(c.HandlerTimeout)
-	server.Shutdown()
-	finish, cancel := context.WithDeadline(context.Background(), end)
-	defer cancel()
-	if web.Shutdown(finish) != nil {
-		web.Close()
-	}
-	bus.Flush(finish)
+	drain(c, server, web, bus)
 	stopProbes()
 	fail(nil)
 	parts.Wait()
@@ -457,6 +450,19 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 		return err
 	}
 	return nil
+}
+
+// drain ends what is under way within the handler timeout: streams and holds, then
+// answers that are being written, then what the bus has yet to send.
+func drain(c *Config, server *Server, web *http.Server, bus Bus) {
+	end := time.Now().Add(c.HandlerTimeout)
+	server.Shutdown()
+	finish, cancel := context.WithDeadline(context.Background(), end)
+	defer cancel()
+	if web.Shutdown(finish) != nil {
+		web.Close()
+	}
+	bus.Flush(finish)
 }
 
 // runClient forwards until ctx ends: one Client for each channel, so that a dead
