@@ -3580,64 +3580,9 @@ func TestTokensReload(t *testing.T) {
 
 // TestTokensHalfWritten: a tokens file whose last line is not complete may be
 // cut within a token, which would open the channel to a part of it. It takes no
-// force before two looks have found it the same, at the start and later.
+// force before two looks have found it the same; TestSecretsReload has that later.
 func TestTokensHalfWritten(t *testing.T) {
-	write := func(t *testing.T, file, text string) {
-		t.Helper()
-		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
 	allows := func(r *rig, token string) bool { return r.opens("ci", sha256.Sum256([]byte(token))) }
-	t.Run("reload", func(t *testing.T) {
-		file := tokensFile(t, "ci secret\n")
-		inBubble(t, func(t *testing.T) {
-			r := newRig(t, newPipes(), "AUTH_TOKENS_FILE="+file)
-			time.Sleep(reloadInterval / 2)
-			look := func() {
-				time.Sleep(reloadInterval)
-				synctest.Wait()
-			}
-			check := func(what string, tokens map[string]bool) {
-				t.Helper()
-				for token, want := range tokens {
-					if allows(r, token) != want {
-						t.Errorf("%s: token %q opens the channel: %t", what, token, !want)
-					}
-				}
-			}
-			for _, cut := range []string{"ci n", "ci ne", "ci new-secr", "ci new-secret"} { // as a writer goes on
-				write(t, file, cut)
-				look()
-				check(cut, map[string]bool{"secret": true, "n": false, "ne": false, "new-secr": false, "new-secret": false})
-			}
-			write(t, file, "ci new-secret\n")
-			look()
-			check("complete", map[string]bool{"secret": false, "new-secret": true, "new-secr": false})
-
-			write(t, file, "ci without-end") // and nothing follows
-			look()
-			check("first look", map[string]bool{"new-secret": true, "without-end": false})
-			look()
-			check("second look", map[string]bool{"new-secret": false, "without-end": true})
-
-			// Two looks have to follow each other.
-			write(t, file, "ci on")
-			look()
-			write(t, file, "ci one\nci tw")
-			look()
-			write(t, file, "ci on")
-			look()
-			write(t, file, "c/i on")
-			look()
-			write(t, file, "ci on")
-			look()
-			check("back and forth", map[string]bool{"without-end": true, "on": false, "one": false, "tw": false})
-			if n := len(r.log.lines("file read again")); n != 2 {
-				t.Errorf("the file took force %d times, want 2", n)
-			}
-		})
-	})
 	t.Run("start", func(t *testing.T) {
 		file := tokensFile(t, "ci se")
 		inBubble(t, func(t *testing.T) {
@@ -4327,6 +4272,11 @@ func TestSecretsReload(t *testing.T) {
 			{"ci gitea newest-of", "new", 0, 0},
 			{"ci gitea newest-of-all", "new", 0, 0},
 			{"ci gitea newest-of-all", "newest-of-all", 0, 1}, // two looks
+			{"ci gitea ol", "newest-of-all", 0, 0},            // which have to follow each other
+			{"ci gitea old\nci gitea x", "newest-of-all", 0, 0},
+			{"ci gitea ol", "newest-of-all", 0, 0},
+			{"c/i gitea ol", "newest-of-all", 1, 0},
+			{"ci gitea ol", "newest-of-all", 0, 0},
 			{"other gitea new\n", "old new newest-of-all x", 0, 1},
 		} {
 			os.Remove(file)
