@@ -1759,7 +1759,7 @@ func TestHeldOverRedisRestart(t *testing.T) {
 // TestHeldOverShutdown ends the replica that holds requests.
 func TestHeldOverShutdown(t *testing.T) {
 	t.Parallel()
-	a, b := startReplicas(t, startRedis(t), "RESPONSE_MODE=response")
+	a, b := startReplicas(t, startRedis(t), "RESPONSE_MODE=response", "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=5s")
 	g := newGate(t, createdAnswer)
 	startClient(t, b.addr, "busy", g.url)
 	finished, never := postHeld(t, a, "busy", "x"), postHeld(t, a, "nobody", "x")
