@@ -794,8 +794,8 @@ func (c *Client) try(ctx context.Context, w *Webhook, received time.Time, slot *
 		if err == nil && a.Err == "" && !c.passing(a.Status) || errors.Is(err, errHeard) {
 			return a, attempt, err
 		}
-		if last.Status == 0 || a.Status != 0 { // what the target said beats its silence
-			last = a
+		if a.Status != 0 || last.Status == 0 && (last.Err == "" || a.Err == answerUnreachable) {
+			last = a // what the target said beats its silence, and that it cannot be reached a time that ran out
 		}
 		wait := max(backoff.Next(), pause)
 		if time.Until(end) <= wait || ctx.Err() != nil {

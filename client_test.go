@@ -1572,6 +1572,12 @@ func TestRetries(t *testing.T) {
 			rw.WriteHeader(502)
 		}, nil, 0, 502, "", window - retryHeld, window},
 		{"connections that break", func(http.ResponseWriter, *http.Request, int) { panic(http.ErrAbortHandler) }, nil, 0, 0, answerUnreachable, window - retryHeld, window},
+		{"silence after a connection that broke", func(rw http.ResponseWriter, r *http.Request, n int) {
+			if n == 1 {
+				panic(http.ErrAbortHandler)
+			}
+			hang(rw, r, n)
+		}, nil, 5, 0, answerUnreachable, window - retryHeld, window},
 		{"nobody listens", nil, func(w *world) { w.target.refuse(true) }, -1, 0, answerUnreachable, window - retryHeld, window},
 		{"comes up late", nil, func(w *world) {
 			w.target.refuse(true)
