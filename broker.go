@@ -1843,6 +1843,9 @@ func (p Passage) became(outcome, reason string) Passage {
 
 // tell logs p, but for what is not known, behind what else there is to say.
 func (p *Passage) tell(log *slog.Logger, level slog.Level, message string, more ...slog.Attr) {
+	if h, ok := log.Handler().(interface{ Silent(message string) bool }); ok && h.Silent(message) {
+		return // under load most are
+	}
 	attrs := append(make([]slog.Attr, 0, 16), more...) // on the stack
 	if p.Event != "" {
 		attrs = append(attrs, slog.String("event", p.Event))

@@ -65,7 +65,10 @@ type Health struct {
 	Checks  []Check
 	Metrics []Metric
 	State   func() any // what the page shows of the role
-	Journal *Journal
+	Journal interface {
+		latest() any
+		series(now time.Time) series
+	}
 
 	viewers  atomic.Int32
 	mu       sync.Mutex
@@ -327,12 +330,12 @@ func goMetric(name, kind, help string, of ...string) Metric {
 // Journal keeps the latest entries, whatever they are, and how many ended in the
 // last ten minutes, and how soon. The zero value is ready; it is safe for
 // concurrent use.
-type Journal struct {
+type Journal[E any] struct {
 	mu sync.Mutex
 
 	// Guarded by mu.
 	last    uint64                 // number of the newest entry
-	entries [journalSize]any       // by number; immutable
+	entries [journalSize]E         // by number
 	points  [seriesSize + 1]points // by time; one is under way
 }
 
@@ -345,7 +348,7 @@ type points struct {
 
 // Put keeps entry in place of number n, unless that is gone already, or as a new
 // one when n is 0; it returns its number.
-func (j *Journal) Put(n uint64, entry any) uint64 {
+func (j *Journal[E]) Put(n uint64, entry E) uint64 {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	if n == 0 {
@@ -359,7 +362,7 @@ func (j *Journal) Put(n uint64, entry any) uint64 {
 }
 
 // Count counts one that has ended now.
-func (j *Journal) Count(took time.Duration, failed bool) {
+func (j *Journal[E]) Count(took time.Duration, failed bool) {
 	step := time.Now().Unix() / seriesStep
 	of := max(0, min(int(4*math.Log2(float64(max(took.Microseconds(), 1)))), 4*32-1))
 	j.mu.Lock()
@@ -376,10 +379,10 @@ func (j *Journal) Count(took time.Duration, failed bool) {
 }
 
 // latest is what is kept, the newest first.
-func (j *Journal) latest() []any {
+func (j *Journal[E]) latest() any {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	list := []any{}
+	list := []E{}
 	for n := j.last; n > 0 && j.last-n < journalSize; n-- {
 		list = append(list, j.entries[n%journalSize])
 	}
@@ -396,7 +399,7 @@ type series struct {
 	P99      []*float64 `json:"p99"`
 }
 
-func (j *Journal) series(now time.Time) series {
+func (j *Journal[E]) series(now time.Time) series {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	last := now.Unix()/seriesStep - 1

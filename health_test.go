@@ -36,7 +36,7 @@ func reportOn(live, ready func(context.Context) error) *Health {
 	return &Health{
 		Info:   map[string]string{"role": "server"},
 		Checks: []Check{{"hub", false, live}, {"redis", true, ready}},
-		State:  func() any { return map[string]int{"streams": 0} }, Journal: &Journal{},
+		State:  func() any { return map[string]int{"streams": 0} }, Journal: &Journal[Passage]{},
 	}
 }
 
@@ -150,11 +150,11 @@ func TestSinceWhen(t *testing.T) {
 // TestJournal: the latest entries are kept, the newest first, each as it was put
 // last; what is older is gone and does not come back.
 func TestJournal(t *testing.T) {
-	var j Journal
+	var j Journal[int]
 	numbers := []uint64{}
 	for i := range 3 * journalSize {
-		if list := j.latest(); len(list) != min(i, journalSize) || i > 0 && list[0] != any(i-1) {
-			t.Fatalf("%d entries, the first is %v, after %d", len(list), list[0], i)
+		if list := j.latest().([]int); len(list) != min(i, journalSize) || i > 0 && list[0] != i-1 {
+			t.Fatalf("entries after %d: %v", i, list)
 		}
 		numbers = append(numbers, j.Put(0, i))
 	}
@@ -164,9 +164,9 @@ func TestJournal(t *testing.T) {
 			t.Errorf("entry %d has another number now", n)
 		}
 	}
-	list := j.latest()
+	list := j.latest().([]int)
 	for i := range list {
-		if want := -(first + journalSize - 1 - i); list[i] != any(want) {
+		if want := -(first + journalSize - 1 - i); list[i] != want {
 			t.Fatalf("entry %d is %v, want %d", i, list[i], want)
 		}
 	}
@@ -176,7 +176,7 @@ func TestJournal(t *testing.T) {
 // quantiles are near.
 func TestSeries(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var j Journal
+		var j Journal[int]
 		time.Sleep(seriesStep*time.Second - time.Duration(time.Now().UnixNano()%int64(seriesStep*time.Second)))
 		for point := range 2*seriesSize + 7 {
 			for i := range point {
@@ -245,7 +245,7 @@ func TestEventsOfPage(t *testing.T) {
 		if doc := next(); len(doc.Webhooks) != 0 || !doc.Now.Equal(time.Now()) {
 			t.Errorf("first: %+v", doc)
 		}
-		h.Journal.Put(0, Passage{Event: "one", Path: "/webhooks/ci/<b>"})
+		h.Journal.(*Journal[Passage]).Put(0, Passage{Event: "one", Path: "/webhooks/ci/<b>"})
 		put := time.Now()
 		if doc := next(); len(doc.Webhooks) != 1 || doc.Webhooks[0].Path != "/webhooks/ci/<b>" || time.Since(put) > viewInterval {
 			t.Errorf("after %s: %+v", time.Since(put), doc)

@@ -379,7 +379,7 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 	if redisBus != nil {
 		hub.Watch, redisBus.OnCutOff = redisBus.watch, server.AskToMove
 	}
-	journal := &Journal{}
+	journal := &Journal[Passage]{}
 	health := &Health{
 		Info:    map[string]string{"role": c.Role, "version": version},
 		Checks:  []Check{{"hub", false, hub.Check}, {"holds", false, server.Alive}, {"server", true, server.Check}},
@@ -482,6 +482,7 @@ func runClient(ctx context.Context, c *Config, log *slog.Logger) error {
 		}
 		clients = append(clients, NewClient(opts, log))
 	}
+	journal := &Journal[Passage]{}
 	health := &Health{
 		Info:    map[string]string{"role": c.Role, "version": version},
 		Metrics: clientMetrics(clients),
@@ -494,7 +495,7 @@ func runClient(ctx context.Context, c *Config, log *slog.Logger) error {
 			}
 			return state
 		},
-		Journal: &Journal{},
+		Journal: journal,
 	}
 	for _, client := range clients {
 		alive := func(probe context.Context) error {
@@ -505,7 +506,7 @@ func runClient(ctx context.Context, c *Config, log *slog.Logger) error {
 		}
 		health.Checks = append(health.Checks, Check{"client " + client.channel, false, alive}, Check{"stream " + client.channel, true, client.Check})
 		if c.Health {
-			client.Note = noteIn(health.Journal)
+			client.Note = noteIn(journal)
 		}
 	}
 	stopProbes, err := serveHealth(c, health, log)
@@ -524,7 +525,7 @@ func runClient(ctx context.Context, c *Config, log *slog.Logger) error {
 }
 
 // noteIn keeps what servers and clients tell of webhooks in j.
-func noteIn(j *Journal) func(entry uint64, p Passage) uint64 {
+func noteIn(j *Journal[Passage]) func(entry uint64, p Passage) uint64 {
 	return func(entry uint64, p Passage) uint64 {
 		if p.Outcome != outcomeHeld && p.Outcome != outcomeForwarding {
 			failed := p.Outcome != outcomeAccepted && p.Outcome != outcomeAnswered && p.Outcome != outcomeForwarded
@@ -1578,6 +1579,20 @@ func (h hush) Handle(ctx context.Context, r slog.Record) error {
 		h.omit(r.Message, omitted+1)
 	}
 	return err
+}
+
+// Silent reports whether a line with message would be left out, and counts it then:
+// who asks first need not make it.
+func (h hush) Silent(message string) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	q := h.quotas[message]
+	if q.lines < hushLines || q.second != time.Now().Unix() {
+		return false
+	}
+	q.omitted++
+	h.quotas[message] = q
+	return true
 }
 
 // take takes one line of message's quota; over says that none is left, and omitted

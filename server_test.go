@@ -5112,7 +5112,7 @@ func BenchmarkTold(b *testing.B) {
 		return r, func() { loaded.run(2000, frame) }
 	}
 	r, told := load()
-	r.Note = noteIn(&Journal{})
+	r.Note = noteIn(&Journal[Passage]{})
 	_, silent := load("LOG_LEVEL=error")
 	duel(b, "request", 2000, told, silent)
 }
