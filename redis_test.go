@@ -2392,8 +2392,8 @@ func TestSignalsAtTheEnd(t *testing.T) {
 }
 
 // BenchmarkRedisPublish publishes from 1, 8 and 64 concurrent requests, beside
-// the same bytes on a bare connection with as many commands in a batch: 15,700 and
-// 23,700 a second from 1, 215,000 and 509,000 from 64.
+// the same bytes on a bare connection with as many commands in a batch: 16,000 and
+// 18,500 a second from 1, 218,000 and 553,000 from 64.
 func BenchmarkRedisPublish(b *testing.B) {
 	r := startRedis(b)
 	bus, _ := startBus(b, r.addr, "BENCH")
