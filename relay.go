@@ -355,7 +355,7 @@ func run(ctx context.Context, environ []string, stderr io.Writer) (err error) {
 		return runServer(ctx, c, log)
 	}
 	if c.Role == "demo" {
-		return runDemo(ctx, environ, c, log, out)
+		return runDemo(ctx, environ, c, log, stderr)
 	}
 	return runClient(ctx, c, log)
 }
