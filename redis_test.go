@@ -227,116 +227,20 @@ func accepted(p *program, channel, tail string) error {
 	return nil
 }
 
-// feed is a bare event stream.
-type feed struct {
-	cancel     context.CancelFunc
-	status     int
-	webhooks   chan *Webhook
-	ready      chan struct{} // closed at the first ready
-	done       chan struct{} // closed at the end of the stream
-	readies    atomic.Int64
-	heartbeats atomic.Int64
-}
-
-// subscribeAt subscribes and returns once the status is known; without a stream
-// status is something else than 200.
-func subscribeAt(ctx context.Context, p *program, channel string, headers ...string) *feed {
-	ctx, cancel := context.WithCancel(ctx)
-	f := &feed{cancel: cancel, webhooks: make(chan *Webhook, 10000), ready: make(chan struct{}), done: make(chan struct{})}
-	req, _ := http.NewRequestWithContext(ctx, "GET", "http://"+p.addr+"/subscribe/"+channel+"/", nil)
-	for i := 0; i+1 < len(headers); i += 2 {
-		req.Header.Set(headers[i], headers[i+1])
-	}
-	resp, err := (&http.Transport{DisableKeepAlives: true}).RoundTrip(req)
-	if err != nil {
-		cancel()
-		close(f.done)
-		return f
-	}
-	if f.status = resp.StatusCode; f.status != 200 {
-		resp.Body.Close()
-		cancel()
-		close(f.done)
-		return f
-	}
-	go func() { // ends with the stream
-		defer close(f.done)
-		defer resp.Body.Close()
-		parser := newParser(resp.Body)
-		for {
-			m, err := parser.next()
-			if err != nil {
-				return
-			}
-			switch m.name {
-			case "ready":
-				if f.readies.Add(1) == 1 {
-					close(f.ready)
-				}
-			case "heartbeat":
-				f.heartbeats.Add(1)
-			case "message", "webhook":
-				if w, err := decodeOwn(m.name, m.id, m.data); err == nil {
-					f.webhooks <- w
-				}
-			}
-		}
-	}()
-	return f
+// subscribeAt opens a stream at p, as subscribe does, on a connection of its own.
+func subscribeAt(ctx context.Context, p *program, channel string, headers ...string) *listener {
+	return subscribe(ctx, &http.Transport{DisableKeepAlives: true}, "http://"+p.addr+"/subscribe/"+channel+"/", headers...)
 }
 
 // openFeed subscribes and waits for ready; the stream ends with the test.
-func openFeed(t testing.TB, p *program, channel string, headers ...string) *feed {
+func openFeed(t testing.TB, p *program, channel string, headers ...string) *listener {
 	t.Helper()
-	f := subscribeAt(context.Background(), p, channel, headers...)
-	t.Cleanup(f.leave)
-	select {
-	case <-f.ready:
-	case <-f.done:
-		t.Fatalf("no stream: status %d", f.status)
-	case <-time.After(patience):
-		t.Fatal("stream is not ready")
-	}
-	return f
-}
-
-// leave ends the stream.
-func (f *feed) leave() {
-	f.cancel()
-	<-f.done
-}
-
-// next is the next webhook on the stream.
-func (f *feed) next(t testing.TB) *Webhook {
-	t.Helper()
-	w, err := f.await()
-	if err != nil {
+	l := subscribeAt(context.Background(), p, channel, headers...)
+	t.Cleanup(l.leave)
+	if err := l.becomesReady(); err != nil {
 		t.Fatal(err)
 	}
-	return w
-}
-
-// await is next for any goroutine.
-func (f *feed) await() (*Webhook, error) {
-	select {
-	case w := <-f.webhooks:
-		return w, nil
-	case <-f.done:
-		return nil, errors.New("stream ended")
-	case <-time.After(patience):
-		return nil, errors.New("no webhook on the stream")
-	}
-}
-
-// only checks that the stream brings the webhook with this tail, and once.
-func (f *feed) only(t testing.TB, tail string) {
-	t.Helper()
-	if w := f.next(t); !strings.HasSuffix(w.Path, "/"+tail) {
-		t.Fatalf("stream brought %s, want %s", w.Path, tail)
-	}
-	if n := len(f.webhooks); n > 0 {
-		t.Fatalf("stream brought %d more than it should", n)
-	}
+	return l
 }
 
 // tcpLink is a TCP proxy in front of a server: a network that a test can break.
@@ -640,7 +544,7 @@ func TestReplicasShareEvents(t *testing.T) {
 	t.Parallel()
 	a, b := startReplicas(t, startRedis(t))
 	replicas := []*program{a, b}
-	var feeds [100]*feed
+	var feeds [100]*listener
 	channel := func(i int) string { return fmt.Sprintf("fresh-%d", i) }
 	for i := range feeds {
 		feeds[i] = openFeed(t, replicas[i%2], channel(i))
@@ -772,21 +676,17 @@ func TestSubscriptionEdges(t *testing.T) {
 		near, far := replicas[worker%2], replicas[1-worker%2]
 		channel := fmt.Sprintf("edge-%d", (worker/2+round)%3)
 		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
 		if round%3 == 0 { // leave at any moment, also before ready
 			time.AfterFunc(time.Duration(mathrand.IntN(3000))*time.Microsecond, cancel)
 		}
 		f := subscribeAt(ctx, near, channel)
-		defer func() {
-			cancel()
-			<-f.done
-		}()
+		defer f.leave()
 		if round%3 == 0 {
 			return nil
 		}
-		select {
-		case <-f.ready:
-		case <-time.After(patience):
-			return fmt.Errorf("%s: no ready, status %d", channel, f.status)
+		if err := f.becomesReady(); err != nil {
+			return fmt.Errorf("%s: %v", channel, err)
 		}
 		mark := fmt.Sprintf("%d.%d", worker, round)
 		if err := accepted(far, channel, mark); err != nil {
@@ -811,7 +711,7 @@ func TestSubscriptionEdges(t *testing.T) {
 	}
 	wg.Wait()
 	// Who stays: both replicas, one of them, nobody.
-	feeds := map[string][]*feed{
+	feeds := map[string][]*listener{
 		"edge-0": {openFeed(t, a, "edge-0"), openFeed(t, b, "edge-0")},
 		"edge-1": {openFeed(t, b, "edge-1"), openFeed(t, b, "edge-1")},
 	}
@@ -912,24 +812,22 @@ func TestRedisDown(t *testing.T) {
 			t.Errorf("logged while down: %s", line)
 		}
 	}
-	beats := f.heartbeats.Load()
-	eventually(t, "heartbeats go on", func() bool { return f.heartbeats.Load() > beats+2 })
-	late := make(chan *feed, 1)
+	beats := len(f.got("heartbeat"))
+	eventually(t, "heartbeats go on", func() bool { return len(f.got("heartbeat")) > beats+2 })
+	late := make(chan *listener, 1)
 	go func() { late <- subscribeAt(t.Context(), server, "down") }() // waits for the bus
 
 	r.restart()
 	awaitReady(t, server)
 	newcomer := <-late
 	defer newcomer.leave()
-	select {
-	case <-newcomer.ready:
-	case <-time.After(patience):
-		t.Errorf("stream opened while down is not ready: status %d", newcomer.status)
+	if err := newcomer.becomesReady(); err != nil {
+		t.Errorf("stream opened while down: %v", err)
 	}
 	postAccepted(t, server, "down", "after")
 	f.only(t, "after")
 	newcomer.only(t, "after")
-	if n := f.readies.Load(); n != 1 {
+	if n := len(f.got("ready")); n != 1 {
 		t.Errorf("%d ready events on one stream", n)
 	}
 	if down, up := len(server.log.lines("redis is down")), len(server.log.lines("redis is connected")); down != 1 || up != 2 {
@@ -1040,7 +938,7 @@ func TestRedisFrozen(t *testing.T) {
 		// What was sent to the frozen Redis may come first: it was refused, but
 		// nobody can take it back.
 		postAccepted(t, server, "frozen", tail)
-		for !strings.HasSuffix(f.next(t).Path, "/"+tail) {
+		for !strings.HasSuffix(f.webhook(t).Path, "/"+tail) {
 		}
 	}
 	working("1")
@@ -1066,7 +964,7 @@ func TestRedisFrozen(t *testing.T) {
 	eventually(t, "the connections count as broken", func() bool { return len(server.log.lines("redis is down")) == 2 })
 	r.thaw()
 	working("3")
-	if n := f.readies.Load(); n != 1 {
+	if n := len(f.got("ready")); n != 1 {
 		t.Errorf("%d ready events on one stream", n)
 	}
 	if down, up := len(server.log.lines("redis is down")), len(server.log.lines("redis is connected")); down != 2 || up != 3 {
@@ -1146,8 +1044,11 @@ func TestRedisRestartUnderLoad(t *testing.T) {
 			posts := newSender(t, webhookURL(a, "load", ""), webhookURL(b, "load", ""))
 			stop := posts.run(2 * time.Millisecond)
 			arrived := func(n int) bool {
-				for len(f.webhooks) > 0 {
-					atFeed.note((<-f.webhooks).Path)
+				for w, err := f.take(); w != nil || err != nil; w, err = f.take() {
+					if err != nil {
+						t.Fatal(err)
+					}
+					atFeed.note(w.Path)
 				}
 				return min(atFeed.count(), atTarget.count()) >= n
 			}
@@ -1638,8 +1539,7 @@ func TestClientKilledOverReplicas(t *testing.T) {
 func TestShareFullOfHeld(t *testing.T) {
 	t.Parallel()
 	a, b := startReplicas(t, startRedis(t), "SERVER_HELD_BUFFER=2mb")
-	stream := openStream(t, a.addr, "big", "X-Relay-Features: http, respond", "X-Relay-Client: first") // so that the channel is known
-	stream.conn.Close()
+	openFeed(t, a, "big", "X-Relay-Features", "http, respond").leave() // so that the channel is known
 	eventually(t, "nobody is there", func() bool { return metricOf(t, a, "relay_subscribers") == 0 })
 	body := strings.Repeat("x", 200<<10)
 	sent := 0
@@ -1669,7 +1569,7 @@ func TestShareFullOfHeld(t *testing.T) {
 func TestFormsOverReplicas(t *testing.T) {
 	t.Parallel()
 	a, b := startReplicas(t, startRedis(t), "SERVER_MAX_PAYLOAD_SIZE_LIMIT=3mb")
-	var feeds []*feed
+	var feeds []*listener
 	for _, p := range []*program{a, b} {
 		feeds = append(feeds, openFeed(t, p, "ci", "X-Relay-Features", "http"), openFeed(t, p, "ci"))
 	}
@@ -1685,7 +1585,7 @@ func TestFormsOverReplicas(t *testing.T) {
 		}
 		want := &Webhook{Method: "PUT", Path: "/webhooks/ci/a%2Fb//c;d", Query: "?x=1;y=2&sig=%zz", Body: body, Mode: modeAccept}
 		for n, f := range feeds {
-			got := f.next(t)
+			got := f.webhook(t)
 			if n == 0 {
 				want.ID, want.Time = got.ID, got.Time
 			}

@@ -283,13 +283,21 @@ func (p *program) stop() error {
 // eventually waits until ok, at most patience.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
+	if !inTime(ok) {
+		t.Fatalf("%s: not within %s", what, patience)
+	}
+}
+
+// inTime is eventually for any goroutine.
+func inTime(ok func() bool) bool {
 	pause := time.Millisecond
 	for deadline := time.Now().Add(patience); !ok(); time.Sleep(pause) {
 		if time.Now().After(deadline) {
-			t.Fatalf("%s: not within %s", what, patience)
+			return false
 		}
 		pause = min(pause*5/4, 20*time.Millisecond)
 	}
+	return true
 }
 
 // recorded is one request as it reached a target, byte for byte.

@@ -342,25 +342,27 @@ type seen struct {
 	at             time.Time
 }
 
-// listener is one open stream whose events are collected.
+// listener is one stream whose events are collected.
 type listener struct {
 	client string // of no other one, unless its headers say so
 	resp   *http.Response
+	err    error // instead of resp
 	close  context.CancelFunc
 	done   chan struct{} // closed at the end of the stream
 
 	mu     sync.Mutex
 	events []seen // guarded by mu
+	taken  int    // guarded by mu: of events
 	ended  time.Time
 }
 
 // features is what our own client announces.
 var features = []string{"X-Relay-Features", "http, respond, drain"}
 
-// listen opens the stream at url, which ends with the test.
-func listen(t testing.TB, rt http.RoundTripper, url string, headers ...string) *listener {
-	t.Helper()
-	ctx, cancel := context.WithCancel(context.Background())
+// subscribe opens the stream at url, until ctx ends, and returns once its status
+// is known.
+func subscribe(ctx context.Context, rt http.RoundTripper, url string, headers ...string) *listener {
+	ctx, cancel := context.WithCancel(ctx)
 	req, _ := http.NewRequestWithContext(ctx, "GET", url, nil)
 	for i := 0; i+1 < len(headers); i += 2 {
 		req.Header.Add(headers[i], headers[i+1])
@@ -368,23 +370,16 @@ func listen(t testing.TB, rt http.RoundTripper, url string, headers ...string) *
 	if strings.Contains(req.Header.Get("X-Relay-Features"), "respond") && req.Header["X-Relay-Client"] == nil {
 		req.Header.Set("X-Relay-Client", rand.Text())
 	}
-	resp, err := rt.RoundTrip(req)
-	if err != nil {
+	l := &listener{client: req.Header.Get("X-Relay-Client"), close: cancel, done: make(chan struct{})}
+	if l.resp, l.err = rt.RoundTrip(req); l.err != nil {
 		cancel()
-		t.Fatal(err)
-	}
-	l := &listener{client: req.Header.Get("X-Relay-Client"), resp: resp, close: cancel, done: make(chan struct{})}
-	t.Cleanup(func() {
-		cancel()
-		<-l.done
-	})
-	if resp.StatusCode != 200 {
-		t.Errorf("stream: status %d", resp.StatusCode)
+		close(l.done)
+		return l
 	}
 	go func() {
 		defer close(l.done)
-		defer resp.Body.Close()
-		p := newParser(resp.Body)
+		defer l.resp.Body.Close()
+		p := newParser(l.resp.Body)
 		for {
 			m, err := p.next()
 			l.mu.Lock()
@@ -398,6 +393,26 @@ func listen(t testing.TB, rt http.RoundTripper, url string, headers ...string) *
 		}
 	}()
 	return l
+}
+
+// listen opens the stream at url, which ends with the test.
+func listen(t testing.TB, rt http.RoundTripper, url string, headers ...string) *listener {
+	t.Helper()
+	l := subscribe(context.Background(), rt, url, headers...)
+	if l.err != nil {
+		t.Fatal(l.err)
+	}
+	t.Cleanup(l.leave)
+	if l.resp.StatusCode != 200 {
+		t.Errorf("stream: status %d", l.resp.StatusCode)
+	}
+	return l
+}
+
+// leave ends the stream.
+func (l *listener) leave() {
+	l.close()
+	<-l.done
 }
 
 // report says a of the event id, as the client of this stream, and returns the
@@ -424,6 +439,65 @@ func (l *listener) next(t testing.TB, n int) seen {
 	t.Helper()
 	eventually(t, "event", func() bool { return len(l.got("message")) >= n })
 	return l.got("message")[n-1]
+}
+
+// becomesReady waits for the first ready, in any goroutine.
+func (l *listener) becomesReady() error {
+	if inTime(func() bool { return isClosed(l.done) || len(l.got("ready")) > 0 }); len(l.got("ready")) > 0 {
+		return nil
+	}
+	if l.err != nil {
+		return l.err
+	}
+	return fmt.Errorf("no ready: %s", l.resp.Status)
+}
+
+// take is the next webhook that was not taken yet, nil when there is none.
+func (l *listener) take() (*Webhook, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for l.taken < len(l.events) {
+		e := l.events[l.taken]
+		l.taken++
+		if e.name == "message" || e.name == "webhook" {
+			return decodeOwn(e.name, e.id, []byte(e.data))
+		}
+	}
+	return nil, nil
+}
+
+// await waits for what take takes, in any goroutine.
+func (l *listener) await() (w *Webhook, err error) {
+	inTime(func() bool {
+		over := isClosed(l.done) // before it is asked for the last time
+		w, err = l.take()
+		return w != nil || err != nil || over
+	})
+	if w == nil && err == nil {
+		err = errors.New("no webhook on the stream")
+	}
+	return w, err
+}
+
+// webhook is await for the test's goroutine.
+func (l *listener) webhook(t testing.TB) *Webhook {
+	t.Helper()
+	w, err := l.await()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return w
+}
+
+// only checks that the stream brings the webhook with this tail, and once.
+func (l *listener) only(t testing.TB, tail string) {
+	t.Helper()
+	if w := l.webhook(t); !strings.HasSuffix(w.Path, "/"+tail) {
+		t.Fatalf("stream brought %s, want %s", w.Path, tail)
+	}
+	if w, err := l.take(); w != nil || err != nil {
+		t.Fatalf("stream brought more than it should: %v %v", w, err)
+	}
 }
 
 // endedAt waits for the end of the stream.
