@@ -220,7 +220,7 @@ func postAccepted(t testing.TB, p *program, channel, tail string) {
 
 // accepted is postAccepted for any goroutine.
 func accepted(p *program, channel, tail string) error {
-	o := post(context.Background(), &http.Transport{DisableKeepAlives: true}, "POST", webhookURL(p, channel, tail), "{}")
+	o := post(context.Background(), afresh, "POST", webhookURL(p, channel, tail), "{}")
 	if o.err != nil || o.status != 200 {
 		return fmt.Errorf("webhook %s: status %d %s %v, want 200", tail, o.status, o.body, o.err)
 	}
@@ -377,46 +377,40 @@ func (l *tcpLink) addr() string { return l.listener.Addr().String() }
 // retrySender posts numbered webhooks as providers do: over connections that stay
 // open, and again only after 503 or a connection that was refused.
 type retrySender struct {
-	t       testing.TB
-	urls    []string // in turn
-	body    string
-	client  *http.Client
-	turn    atomic.Int64
-	retried atomic.Int64
-	failed  atomic.Int64 // answered neither 200 nor 503
-	slowest atomic.Int64 // nanoseconds of one request
-	mu      sync.Mutex
-	taken   map[string]bool // guarded by mu: by number
+	t         testing.TB
+	urls      []string // in turn
+	body      string
+	transport *http.Transport
+	turn      atomic.Int64
+	retried   atomic.Int64
+	failed    atomic.Int64 // answered neither 200 nor 503
+	slowest   atomic.Int64 // nanoseconds of one request
+	mu        sync.Mutex
+	taken     map[string]bool // guarded by mu: by number
 }
 
 func newSender(t testing.TB, urls ...string) *retrySender {
 	transport := &http.Transport{MaxIdleConnsPerHost: 64}
 	t.Cleanup(transport.CloseIdleConnections)
-	return &retrySender{t: t, urls: urls, body: "{}", client: &http.Client{Transport: transport}, taken: map[string]bool{}}
+	return &retrySender{t: t, urls: urls, body: "{}", transport: transport, taken: map[string]bool{}}
 }
 
 // once is one try: ok when the webhook was accepted, again when it may be repeated.
 func (s *retrySender) once(number string) (ok, again bool) {
 	began := time.Now()
-	resp, err := s.client.Post(s.urls[int(s.turn.Add(1))%len(s.urls)]+number, "application/json", strings.NewReader(s.body))
+	o := post(context.Background(), s.transport, "POST", s.urls[int(s.turn.Add(1))%len(s.urls)]+number, s.body, "Content-Type", "application/json")
 	for took := int64(time.Since(began)); ; {
 		if old := s.slowest.Load(); took <= old || s.slowest.CompareAndSwap(old, took) {
 			break
 		}
 	}
-	if err != nil {
-		if errors.Is(err, syscall.ECONNREFUSED) {
-			return false, true
-		}
-		s.t.Logf("webhook %s: %v", number, err)
-		return false, false
+	if errors.Is(o.err, syscall.ECONNREFUSED) {
+		return false, true
 	}
-	io.Copy(io.Discard, resp.Body)
-	resp.Body.Close()
-	if resp.StatusCode != 200 && resp.StatusCode != 503 {
-		s.t.Logf("webhook %s: status %d", number, resp.StatusCode)
+	if o.status != 200 && o.status != 503 {
+		s.t.Logf("webhook %s: status %d %v", number, o.status, o.err)
 	}
-	return resp.StatusCode == 200, resp.StatusCode == 503
+	return o.status == 200, o.status == 503
 }
 
 // post repeats one webhook until it is accepted or ctx ends.
@@ -1345,8 +1339,7 @@ func postHeld(t testing.TB, p *program, channel, tail string) <-chan outcome {
 func sendHeld(ctx context.Context, method, url, body string, headers ...string) <-chan outcome {
 	told := make(chan outcome, 1)
 	go func() { // ends with the server's answer, or with ctx
-		transport := &http.Transport{DisableKeepAlives: true, DisableCompression: true}
-		told <- post(ctx, transport, method, url, body, headers...)
+		told <- post(ctx, afresh, method, url, body, headers...)
 	}()
 	return told
 }

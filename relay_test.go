@@ -428,10 +428,13 @@ func (tg *target) next(t testing.TB) recorded {
 	}
 }
 
+// afresh has a connection for each request.
+var afresh = &http.Transport{DisableKeepAlives: true, DisableCompression: true}
+
 // send is one webhook with a fresh connection; it returns status and body.
 func send(t testing.TB, method, url, body string, headers ...string) (status int, answer string, header http.Header) {
 	t.Helper()
-	o := post(context.Background(), &http.Transport{DisableKeepAlives: true, DisableCompression: true}, method, url, body, headers...)
+	o := post(context.Background(), afresh, method, url, body, headers...)
 	if o.err != nil {
 		t.Fatal(o.err)
 	}
@@ -441,13 +444,7 @@ func send(t testing.TB, method, url, body string, headers ...string) (status int
 // connect dials addr for as long as patience lasts, at most until the test ends.
 func connect(t testing.TB, addr string) net.Conn {
 	t.Helper()
-	conn, err := net.Dial("tcp", addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	conn.SetDeadline(time.Now().Add(patience))
-	return conn
+	return dialFrom(t, "", addr)
 }
 
 // raw writes request bytes to addr and reads the answer to the end of the
@@ -1948,12 +1945,9 @@ func TestSlowSubscriber(t *testing.T) {
 	defer transport.CloseIdleConnections()
 	const webhooks = 320 // 20 MiB
 	for n := range webhooks {
-		req, _ := http.NewRequest("POST", fmt.Sprintf("http://%s/webhooks/m/%d", server.addr, n), strings.NewReader(body))
-		resp, err := transport.RoundTrip(req)
-		if err != nil {
-			t.Fatal(err)
+		if o := post(t.Context(), transport, "POST", webhookURL(server, "m", strconv.Itoa(n)), body); o.err != nil {
+			t.Fatal(o.err)
 		}
-		resp.Body.Close()
 		if got := healthy.message(t)["path"]; got != fmt.Sprintf("/webhooks/m/%d", n) {
 			t.Fatalf("healthy subscriber got %q, want webhook %d", got, n)
 		}
@@ -2115,13 +2109,10 @@ func TestStreamForLegacyClient(t *testing.T) {
 				return
 			default:
 			}
-			req, _ := http.NewRequest("POST", "http://"+server.addr+"/webhooks/m", strings.NewReader("{}"))
-			resp, err := transport.RoundTrip(req)
-			if err != nil {
-				t.Error(err)
+			if o := post(t.Context(), transport, "POST", "http://"+server.addr+"/webhooks/m", "{}"); o.err != nil {
+				t.Error(o.err)
 				return
 			}
-			resp.Body.Close()
 		}
 	})
 	beats, between := 0, 0

@@ -188,7 +188,6 @@ func loopback(t testing.TB) net.Listener {
 func exchange(t testing.TB, addr, request string) string {
 	t.Helper()
 	conn := connect(t, addr).(*net.TCPConn)
-	conn.SetDeadline(time.Now().Add(patience))
 	io.WriteString(conn, request) // the other side may close before it has read all
 	conn.CloseWrite()
 	b, _ := io.ReadAll(conn)
@@ -303,16 +302,22 @@ type outcome struct {
 	at     time.Time
 }
 
+// requestOf is a request with headers, which are names and values by turns.
+func requestOf(ctx context.Context, method, url string, body io.Reader, headers ...string) (*http.Request, error) {
+	req, err := http.NewRequestWithContext(ctx, method, url, body)
+	for i := 0; err == nil && i+1 < len(headers); i += 2 {
+		req.Header.Add(headers[i], headers[i+1])
+	}
+	return req, err
+}
+
 // post sends one webhook, or whatever method says, and waits for the answer.
 func post(ctx context.Context, rt http.RoundTripper, method, url, body string, headers ...string) (r outcome) {
 	ctx, cancel := context.WithTimeout(ctx, time.Hour) // of a bubble, where that is no time
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, method, url, strings.NewReader(body))
+	req, err := requestOf(ctx, method, url, strings.NewReader(body), headers...)
 	if err != nil {
 		return outcome{err: err}
-	}
-	for i := 0; i+1 < len(headers); i += 2 {
-		req.Header.Add(headers[i], headers[i+1])
 	}
 	resp, err := rt.RoundTrip(req)
 	if err != nil {
@@ -363,10 +368,7 @@ var features = []string{"X-Relay-Features", "http, respond, drain"}
 // is known.
 func subscribe(ctx context.Context, rt http.RoundTripper, url string, headers ...string) *listener {
 	ctx, cancel := context.WithCancel(ctx)
-	req, _ := http.NewRequestWithContext(ctx, "GET", url, nil)
-	for i := 0; i+1 < len(headers); i += 2 {
-		req.Header.Add(headers[i], headers[i+1])
-	}
+	req, _ := requestOf(ctx, "GET", url, nil, headers...)
 	if strings.Contains(req.Header.Get("X-Relay-Features"), "respond") && req.Header["X-Relay-Client"] == nil {
 		req.Header.Set("X-Relay-Client", rand.Text())
 	}
@@ -407,6 +409,19 @@ func listen(t testing.TB, rt http.RoundTripper, url string, headers ...string) *
 		t.Errorf("stream: status %d", l.resp.StatusCode)
 	}
 	return l
+}
+
+// unread opens the stream at streamURL until the test ends, and leaves what comes
+// to the test.
+func unread(t testing.TB, rt http.RoundTripper, headers ...string) *http.Response {
+	t.Helper()
+	req, _ := requestOf(t.Context(), "GET", streamURL, nil, headers...)
+	resp, err := rt.RoundTrip(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { resp.Body.Close() })
+	return resp
 }
 
 // leave ends the stream.
@@ -980,12 +995,7 @@ func TestLastChunk(t *testing.T) {
 		inBubble(t, func(t *testing.T) {
 			p := newPipes()
 			r := newRig(t, p)
-			req, _ := http.NewRequestWithContext(t.Context(), "GET", streamURL, nil)
-			resp, err := p.transport(t, false).RoundTrip(req)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer resp.Body.Close()
+			resp := unread(t, p.transport(t, false))
 			ended := make(chan error)
 			go func() {
 				_, err := io.Copy(io.Discard, resp.Body)
@@ -1361,12 +1371,7 @@ func TestEventMemoryIsNotShared(t *testing.T) {
 		for range 2 {
 			streams = append(streams, listen(t, rt, streamURL), listen(t, rt, streamURL, features...))
 		}
-		stalled, _ := http.NewRequestWithContext(t.Context(), "GET", streamURL, nil)
-		resp, err := rt.RoundTrip(stalled)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer resp.Body.Close()
+		unread(t, rt) // stalled
 		const senders, webhooks = 8, 25
 		var sent sync.WaitGroup
 		for sender := range senders {
@@ -2490,13 +2495,9 @@ func TestRefusalsAreTold(t *testing.T) {
 				if tt.chunked {
 					body = io.MultiReader(body) // whose length nobody knows
 				}
-				req, err := http.NewRequestWithContext(t.Context(), tt.method, tt.url+"?q=canary", body)
+				req, err := requestOf(t.Context(), tt.method, tt.url+"?q=canary", body, append(tt.headers, "User-Agent", "canary")...)
 				if err != nil {
 					t.Fatal(err)
-				}
-				req.Header.Set("User-Agent", "canary")
-				for i := 0; i < len(tt.headers); i += 2 {
-					req.Header.Add(tt.headers[i], tt.headers[i+1])
 				}
 				resp, err := rt.RoundTrip(req)
 				if err != nil {
@@ -2778,17 +2779,11 @@ func testHeldAreMoreThanTheQueue(t *testing.T, feature string, status int) {
 			}()
 		}
 		synctest.Wait()
-		req, _ := http.NewRequestWithContext(t.Context(), "GET", streamURL, nil)
+		var headers []string
 		if feature != "" {
-			req.Header.Set("X-Relay-Features", feature)
-			req.Header.Set("X-Relay-Client", "ours")
+			headers = []string{"X-Relay-Features", feature, "X-Relay-Client", "ours"}
 		}
-		resp, err := rt.RoundTrip(req)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer resp.Body.Close()
-		events := newParser(slowly{resp.Body})
+		events := newParser(slowly{unread(t, rt, headers...).Body})
 		arrived := map[string]int{}
 		for begin := time.Now(); len(arrived) < n; {
 			m, err := events.next()
