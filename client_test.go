@@ -1613,19 +1613,13 @@ func TestRetries(t *testing.T) {
 
 // heartbeats keeps f alive until the test ends.
 func (w *world) heartbeats(f *outlet) {
-	ctx, cancel := context.WithCancel(context.Background())
-	var done sync.WaitGroup
-	done.Go(func() {
+	running(w.t, func(ctx context.Context) {
 		for ctx.Err() == nil && f.send(frameOf(heartbeatEvent)) == nil {
 			select {
 			case <-time.After(5 * time.Second):
 			case <-ctx.Done():
 			}
 		}
-	})
-	w.t.Cleanup(func() {
-		cancel()
-		done.Wait()
 	})
 }
 

@@ -1781,13 +1781,7 @@ func runBus(t testing.TB, addr, replica string, onSignal ...func(Signal)) (*Redi
 	}
 	bus := NewRedisBus(busOptions(addr), replica, hub, slog.New(slog.DiscardHandler))
 	hub.Watch = bus.watch
-	ctx, cancel := context.WithCancel(context.Background())
-	var wg sync.WaitGroup
-	wg.Go(func() { bus.Run(ctx) })
-	t.Cleanup(func() {
-		cancel()
-		wg.Wait()
-	})
+	running(t, func(ctx context.Context) { bus.Run(ctx) })
 	return bus, hub
 }
 

@@ -1437,14 +1437,8 @@ func newReading(t testing.TB) *reading {
 		return r.published
 	})
 	c := newClientOf(t, "http://"+r.addr+"/subscribe/demo/", r.target.url+"/base", "TARGET_CONCURRENCY=1")
-	ctx, cancel := context.WithCancel(context.Background())
-	var running sync.WaitGroup
-	running.Go(func() { c.Run(ctx) })
-	t.Cleanup(func() {
-		cancel()
-		running.Wait()
-	})
-	eventually(t, "the client is ready", func() bool { return c.Check(ctx) == nil })
+	running(t, c.Run)
+	eventually(t, "the client is ready", func() bool { return c.Check(t.Context()) == nil })
 	return r
 }
 

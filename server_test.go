@@ -112,13 +112,7 @@ func newRigOn(t testing.TB, l net.Listener, around func(*Hub) Bus, env ...string
 		t.Fatal(err)
 	}
 	r.hub.OnSignal = r.signal
-	ctx, stop := context.WithCancel(context.Background())
-	var running sync.WaitGroup
-	running.Go(func() { r.Run(ctx) })
-	t.Cleanup(func() {
-		stop()
-		running.Wait()
-	})
+	running(t, func(ctx context.Context) { r.Run(ctx) })
 	web := webServer(r.Server, log)
 	web.ConnState = stateOf(l)
 	serveOn(t, web, l)
@@ -158,6 +152,23 @@ func leaveAll(h *Hub, reason error) {
 	for _, sub := range h.Subscribers() {
 		h.Leave(sub, reason)
 	}
+}
+
+// running runs what ends with its context until stop is called, at the latest at
+// the end of the test.
+func running(t testing.TB, run func(context.Context)) (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		run(ctx)
+	}()
+	stop = func() {
+		cancel()
+		<-done
+	}
+	t.Cleanup(stop)
+	return stop
 }
 
 // serveOn runs web on l until the test ends.
@@ -2158,15 +2169,9 @@ func (r *relay) client(env ...string) *end {
 		defer conn.Close()
 		r.target.serve(conn)
 	})
-	ctx, cancel := context.WithCancel(context.Background())
-	running := make(chan struct{})
-	go func() {
-		defer close(running)
-		e.Run(ctx)
-	}()
+	stop := running(r.t, e.Run)
 	e.stop = sync.OnceFunc(func() {
-		cancel()
-		<-running
+		stop()
 		e.source.Close()
 		e.target.Close()
 		e.source.cut(true)
@@ -5383,16 +5388,7 @@ func benchmarkRoundTrip(b *testing.B, mode string) {
 			serveOn(b, &http.Server{Handler: proxy}, bl)
 			newRig(b, l, quiet, "RESPONSE_MODE="+mode)
 			client := newClientOf(b, "http://"+l.Addr().String()+"/subscribe/bench/", target.String())
-			ctx, cancel := context.WithCancel(context.Background())
-			done := make(chan struct{})
-			go func() {
-				defer close(done)
-				client.Run(ctx)
-			}()
-			b.Cleanup(func() {
-				cancel()
-				<-done
-			})
+			running(b, client.Run)
 			eventually(b, "ready", func() bool { return client.Check(b.Context()) == nil })
 			ours := newLoad(b, l.Addr().String(), request, senders, 0)
 			bare := newLoad(b, bl.Addr().String(), request, senders, 0)
