@@ -557,6 +557,15 @@ func inBubble(t *testing.T, f func(t *testing.T)) {
 	})
 }
 
+// rigTest runs f in a bubble with a server behind p.
+func rigTest(t *testing.T, env []string, f func(t *testing.T, p *pipes, r *rig)) {
+	t.Helper()
+	inBubble(t, func(t *testing.T) {
+		p := newPipes()
+		f(t, p, newRig(t, p, env...))
+	})
+}
+
 // bubbles runs f in one bubble for HTTP/1.1 and in one for HTTP/2.
 func bubbles(t *testing.T, f func(t *testing.T, p *pipes, rt *http.Transport)) {
 	for name, h2 := range map[string]bool{"HTTP1": false, "HTTP2": true} {
@@ -582,9 +591,7 @@ const (
 func TestFloodOfWebhooks(t *testing.T) {
 	for mode, message := range map[string]string{"accept": "webhook lost", "status": "webhook refused"} {
 		t.Run(mode, func(t *testing.T) {
-			inBubble(t, func(t *testing.T) {
-				p := newPipes()
-				r := newRig(t, p, "RESPONSE_MODE="+mode, "RESPONSE_TIMEOUT=1s")
+			rigTest(t, []string{"RESPONSE_MODE=" + mode, "RESPONSE_TIMEOUT=1s"}, func(t *testing.T, p *pipes, r *rig) {
 				time.Sleep(2 * time.Minute) // a fresh server waits for subscribers
 				rt := p.transport(t, false) // HTTP/2 would refuse some, which are sent again later
 				var senders sync.WaitGroup
@@ -752,9 +759,7 @@ func TestPayloadLimit(t *testing.T) {
 // clients take, is refused before any stream gets it. Base64 has four bytes for
 // three.
 func TestFrameLimit(t *testing.T) {
-	inBubble(t, func(t *testing.T) {
-		p := newPipes()
-		r := newRig(t, p, "SERVER_MAX_PAYLOAD_SIZE_LIMIT=64mb")
+	rigTest(t, []string{"SERVER_MAX_PAYLOAD_SIZE_LIMIT=64mb"}, func(t *testing.T, p *pipes, r *rig) {
 		rt := p.transport(t, false)
 		l := listen(t, rt, streamURL, features...)
 		for _, tt := range []struct{ size, status int }{{lineLimit * 3 / 4, 413}, {lineLimit / 20, 200}} {
@@ -777,9 +782,7 @@ func TestFrameLimit(t *testing.T) {
 func TestBodyOfSlowSender(t *testing.T) {
 	for path, patience := range map[string]time.Duration{"/webhooks/ci": bodyTimeout, "/subscribe/ci/responses": reportTime} {
 		t.Run(path, func(t *testing.T) {
-			inBubble(t, func(t *testing.T) {
-				p := newPipes()
-				newRig(t, p)
+			rigTest(t, nil, func(t *testing.T, p *pipes, _ *rig) {
 				conn := p.connect(t)
 				begin := time.Now()
 				io.WriteString(conn, "POST "+path+" HTTP/1.1\r\nHost: relay\r\nContent-Length: 10\r\n\r\nx")
@@ -798,9 +801,7 @@ func TestBodyOfSlowSender(t *testing.T) {
 // TestBodyBudget: what senders that stall have sent counts as held, over all of
 // them, in every mode.
 func TestBodyBudget(t *testing.T) {
-	inBubble(t, func(t *testing.T) {
-		p := newPipes()
-		r := newRig(t, p, "SERVER_HELD_BUFFER=72kb")
+	rigTest(t, []string{"SERVER_HELD_BUFFER=72kb"}, func(t *testing.T, p *pipes, r *rig) {
 		rt := p.transport(t, false)
 		conn := p.connect(t)
 		io.WriteString(conn, "POST /webhooks/ci HTTP/1.1\r\nHost: relay\r\nContent-Length: 4000\r\n\r\n"+strings.Repeat("x", 3000))
@@ -825,9 +826,7 @@ func TestBodyBudget(t *testing.T) {
 func TestEncodedBudget(t *testing.T) {
 	for _, mode := range []string{"accept", "status"} {
 		t.Run(mode, func(t *testing.T) {
-			inBubble(t, func(t *testing.T) {
-				p := newPipes()
-				r := newRig(t, p, "SERVER_HELD_BUFFER=2mb", "RESPONSE_MODE="+mode, "RESPONSE_TIMEOUT=1s")
+			rigTest(t, []string{"SERVER_HELD_BUFFER=2mb", "RESPONSE_MODE=" + mode, "RESPONSE_TIMEOUT=1s"}, func(t *testing.T, p *pipes, r *rig) {
 				rt := p.transport(t, false)
 				wantUnavailable(t, post(t.Context(), rt, "POST", hooksURL, strings.Repeat("\xff", 850<<10)), "too many requests wait")
 				if got := post(t.Context(), rt, "POST", hooksURL, strings.Repeat("x", 850<<10)); got.body == relayError(503, "too many requests wait") {
@@ -955,9 +954,7 @@ func TestStreamBytes(t *testing.T) {
 		"HTTP over HTTP/1.0":   {"1.0", "X-Relay-Features: http\r\n", message},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inBubble(t, func(t *testing.T) {
-				p := newPipes()
-				r := newRig(t, p)
+			rigTest(t, nil, func(t *testing.T, p *pipes, r *rig) {
 				conn := p.connect(t)
 				got := make(chan string)
 				go func() {
@@ -1003,9 +1000,7 @@ func TestLastChunk(t *testing.T) {
 		reason   error
 		complete bool
 	}{{errShutdown, true}, {errStreamAge, true}, {errRevoked, false}, {errStuck, false}, {errReplaced, false}, {errOverdue, false}} {
-		inBubble(t, func(t *testing.T) {
-			p := newPipes()
-			r := newRig(t, p)
+		rigTest(t, nil, func(t *testing.T, p *pipes, r *rig) {
 			resp := unread(t, p.transport(t, false))
 			ended := make(chan error)
 			go func() {
@@ -1032,9 +1027,7 @@ func TestLastChunk(t *testing.T) {
 // the next.
 func TestWholeChunks(t *testing.T) {
 	for features, name := range map[string]string{"": "message", "X-Relay-Features: http\r\n": "webhook"} {
-		inBubble(t, func(t *testing.T) {
-			p := newPipes()
-			r := newRig(t, p)
+		rigTest(t, nil, func(t *testing.T, p *pipes, r *rig) {
 			rt := p.transport(t, false)
 			conn := p.connect(t)
 			chunks := make(chan string)
@@ -1241,9 +1234,7 @@ func TestStreamMaxAge(t *testing.T) {
 
 // TestBusyStreamOfAge: a stream whose queue is never empty ends at its age, too.
 func TestBusyStreamOfAge(t *testing.T) {
-	inBubble(t, func(t *testing.T) {
-		p := newPipes()
-		r := newRig(t, p, "SERVER_STREAM_MAX_AGE=60s", "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=10s")
+	rigTest(t, []string{"SERVER_STREAM_MAX_AGE=60s", "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=10s"}, func(t *testing.T, p *pipes, r *rig) {
 		conn := p.connect(t)
 		begin := time.Now()
 		go io.WriteString(conn, "GET /subscribe/ci HTTP/1.1\r\nHost: relay\r\n\r\n")
@@ -1603,9 +1594,7 @@ func TestUnreadHTTP2(t *testing.T) {
 		"shutdown": {func(r *rig) { r.Shutdown() }, 10 * time.Second},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inBubble(t, func(t *testing.T) {
-				p := newPipes()
-				r := newRig(t, p)
+			rigTest(t, nil, func(t *testing.T, p *pipes, r *rig) {
 				conn := openHTTP2(t, p, "GET", "/subscribe/ci", "event: ready\n")
 				defer conn.Close()
 				synctest.Wait()
@@ -1632,9 +1621,7 @@ func TestUnreadHTTP2(t *testing.T) {
 // no more, each of them counts before its body has come, and all of it is given
 // back with the connection.
 func TestStreamsAtOnce(t *testing.T) {
-	inBubble(t, func(t *testing.T) {
-		p := newPipes()
-		r := newRig(t, p)
+	rigTest(t, nil, func(t *testing.T, p *pipes, r *rig) {
 		h := newHTTP2(p.connect(t))
 		synctest.Wait()
 		const more = 10
@@ -1694,9 +1681,7 @@ func TestRequestsCost(t *testing.T) {
 		}
 	}
 	t.Run("unfinished HTTP1", func(t *testing.T) {
-		inBubble(t, func(t *testing.T) {
-			p := newPipes()
-			r := newRig(t, p, budget(requestCost))
+		rigTest(t, []string{budget(requestCost)}, func(t *testing.T, p *pipes, r *rig) {
 			var conns []net.Conn
 			for range fit {
 				conn := p.connect(t)
@@ -1716,9 +1701,7 @@ func TestRequestsCost(t *testing.T) {
 		})
 	})
 	t.Run("unfinished HTTP2", func(t *testing.T) {
-		inBubble(t, func(t *testing.T) {
-			p := newPipes()
-			r := newRig(t, p, budget(requestCost))
+		rigTest(t, []string{budget(requestCost)}, func(t *testing.T, p *pipes, r *rig) {
 			h := newHTTP2(p.connect(t))
 			var streams []*http2Stream
 			for i := range 2 * fit {
@@ -1787,9 +1770,7 @@ func TestHeaderBounds(t *testing.T) {
 		{"a name too long", []string{strings.Repeat("x", headerLimit+8<<10), "1"}, 431, 0, ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			inBubble(t, func(t *testing.T) {
-				p := newPipes()
-				r := newRig(t, p)
+			rigTest(t, nil, func(t *testing.T, p *pipes, r *rig) {
 				h := newHTTP2(p.connect(t))
 				s := h.open(1, true, asked("POST", "/webhooks/ci", tt.pairs...)...)
 				<-s.done
@@ -1820,9 +1801,7 @@ func TestHeaderBounds(t *testing.T) {
 // TestSubscriberWithBody: what a subscriber sends after its header would lie in
 // buffers as long as its stream lasts, so that none with a body gets one.
 func TestSubscriberWithBody(t *testing.T) {
-	inBubble(t, func(t *testing.T) {
-		p := newPipes()
-		r := newRig(t, p)
+	rigTest(t, nil, func(t *testing.T, p *pipes, r *rig) {
 		want := relayError(400, "no body expected")
 		h := newHTTP2(p.connect(t))
 		announced := h.open(1, false, asked("GET", "/subscribe/ci", "content-length", "5")...)
@@ -1859,9 +1838,7 @@ func TestSubscriberWithBody(t *testing.T) {
 // TestMethodsOverHTTP2: net/http takes anything for a method there; what is no
 // token would be refused by every client.
 func TestMethodsOverHTTP2(t *testing.T) {
-	inBubble(t, func(t *testing.T) {
-		p := newPipes()
-		r := newRig(t, p)
+	rigTest(t, nil, func(t *testing.T, p *pipes, r *rig) {
 		for _, method := range []string{"GE T", "PO\xffST", `P"OST`} {
 			openHTTP2(t, p, method, "/webhooks/ci", relayError(400, "invalid method")).Close()
 		}
@@ -3589,10 +3566,8 @@ func TestTokensReload(t *testing.T) {
 	if err := os.Symlink(filepath.Join("..data", "tokens"), file); err != nil {
 		t.Fatal(err)
 	}
-	inBubble(t, func(t *testing.T) {
-		p := newPipes()
+	rigTest(t, []string{"AUTH_TOKENS_FILE=" + file, "AUTH_TOKEN=master"}, func(t *testing.T, p *pipes, r *rig) {
 		rt := p.transport(t, false)
-		r := newRig(t, p, "AUTH_TOKENS_FILE="+file, "AUTH_TOKEN=master")
 		// A report that nobody waits for tells whether a token opens the channel.
 		opens := func(token string, want bool) {
 			t.Helper()
@@ -4272,9 +4247,7 @@ func TestOnlyTheProviderGetsIn(t *testing.T) {
 		}
 	})
 	t.Run("encoded", func(t *testing.T) { // the bytes that came are what is signed
-		inBubble(t, func(t *testing.T) {
-			p := newPipes()
-			newRig(t, p, "WEBHOOK_SECRETS_FILE="+tokensFile(t, "ci gitea hunter2\n"))
+		rigTest(t, []string{"WEBHOOK_SECRETS_FILE=" + tokensFile(t, "ci gitea hunter2\n")}, func(t *testing.T, p *pipes, _ *rig) {
 			body := gzipped(t, "{}")
 			for signed, status := range map[string]int{body: 200, "{}": 401} {
 				if got := post(t.Context(), p.transport(t, false), "POST", hooksURL, body, "Content-Encoding", "gzip", "X-Gitea-Signature", hexMAC("hunter2", signed)); got.status != status {
@@ -4323,9 +4296,7 @@ func TestUnsignedGet(t *testing.T) {
 // the last good file stays in force.
 func TestSecretsReload(t *testing.T) {
 	file := tokensFile(t, "ci gitea old\n")
-	inBubble(t, func(t *testing.T) {
-		p := newPipes()
-		r := newRig(t, p, "WEBHOOK_SECRETS_FILE="+file)
+	rigTest(t, []string{"WEBHOOK_SECRETS_FILE=" + file}, func(t *testing.T, p *pipes, r *rig) {
 		rt := p.transport(t, false)
 		time.Sleep(reloadInterval / 2)
 		errors, readings := 0, 0
