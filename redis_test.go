@@ -169,14 +169,17 @@ func (r *redisServer) subscriptions(name string) int {
 	return n
 }
 
+// startOver starts a server whose bus is the Redis at url.
+func startOver(t testing.TB, url string, env ...string) *program {
+	t.Helper()
+	return startServer(t, append(append(probed, "REDIS_URL="+url), env...)...)
+}
+
 // startReplicas starts two servers that are one relay over r.
 func startReplicas(t testing.TB, r *redisServer, env ...string) (a, b *program) {
 	t.Helper()
-	env = append([]string{
-		"REDIS_URL=" + r.url, "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0",
-		"HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=2s",
-	}, env...)
-	a, b = startServer(t, env...), startServer(t, env...)
+	env = append([]string{"HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=2s"}, env...)
+	a, b = startOver(t, r.url, env...), startOver(t, r.url, env...)
 	awaitReady(t, a, b)
 	return a, b
 }
@@ -558,7 +561,7 @@ func TestRedisHoldsOnlySubscriptions(t *testing.T) {
 	r := startRedis(t)
 	a, b := startReplicas(t, r, "RESPONSE_MODE=accept, held=status", "RESPONSE_TIMEOUT=9s, held=50")
 	own := r.channels()
-	if len(own) != 3 || own[0] != "webhook-relay:@"+replicaNameIn(own[0]) || !slices.Contains(own, "webhook-relay:@all") {
+	if len(own) != 3 || !strings.HasPrefix(own[0], "webhook-relay:@") || !slices.Contains(own, "webhook-relay:@all") {
 		t.Fatalf("channels of two idle replicas: %v", own)
 	}
 	live := func(names ...string) []string {
@@ -607,18 +610,12 @@ func TestRedisHoldsOnlySubscriptions(t *testing.T) {
 	}
 }
 
-// replicaNameIn is the part of a Redis channel's name behind the "@".
-func replicaNameIn(name string) string {
-	_, replica, _ := strings.Cut(name, "@")
-	return replica
-}
-
 // TestHalfClosedSender: a sender may close its side after the request; what is
 // published is accepted.
 func TestHalfClosedSender(t *testing.T) {
 	t.Parallel()
 	r := startRedis(t)
-	server := startServer(t, "REDIS_URL="+r.url, "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0")
+	server := startOver(t, r.url)
 	awaitReady(t, server)
 	for range 20 {
 		if answer := exchange(t, server.addr, "POST /webhooks/ci/x HTTP/1.0\r\nContent-Length: 2\r\n\r\n{}"); !strings.HasPrefix(answer, "HTTP/1.0 200") {
@@ -785,8 +782,7 @@ func TestRefusedIsForgotten(t *testing.T) {
 func TestRedisDown(t *testing.T) {
 	t.Parallel()
 	r := startRedis(t)
-	server := startServer(t, "REDIS_URL="+r.url, "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0",
-		"SERVER_HEARTBEAT_INTERVAL=100", "LOG_LEVEL=info")
+	server := startOver(t, r.url, "SERVER_HEARTBEAT_INTERVAL=100", "LOG_LEVEL=info")
 	awaitReady(t, server)
 	f := openFeed(t, server, "down")
 	postAccepted(t, server, "down", "before")
@@ -834,7 +830,7 @@ func TestRedisDownAtStart(t *testing.T) {
 	t.Parallel()
 	r := startRedis(t)
 	r.stop()
-	server := startServer(t, "REDIS_URL="+r.url, "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0", "LOG_LEVEL=info")
+	server := startOver(t, r.url, "LOG_LEVEL=info")
 	postRefused(t, server, "early")
 	if ready, live := probeStatus(t, server, "/ready"), probeStatus(t, server, "/live"); ready != 503 || live != 200 {
 		t.Errorf("/ready is %d, want 503; /live is %d, want 200", ready, live)
@@ -923,7 +919,7 @@ func TestRedisBackoff(t *testing.T) {
 func TestRedisFrozen(t *testing.T) {
 	t.Parallel()
 	r := startRedis(t)
-	server := startServer(t, "REDIS_URL="+r.url, "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0", "LOG_LEVEL=info")
+	server := startOver(t, r.url, "LOG_LEVEL=info")
 	awaitReady(t, server)
 	f := openFeed(t, server, "frozen")
 	working := func(tail string) {
@@ -981,7 +977,7 @@ func TestRedisTLS(t *testing.T) {
 	secret := url.UserPassword("relay", password)
 	start := func(user *url.Userinfo, env ...string) *program {
 		u := url.URL{Scheme: "rediss", User: user, Host: r.addr, Path: "/3"}
-		return startServer(t, append(env, "REDIS_URL="+u.String(), "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0")...)
+		return startOver(t, u.String(), env...)
 	}
 	a, b := start(secret, "CA_FILE="+caFile), start(secret, "CA_FILE="+caFile)
 	awaitReady(t, a, b)
@@ -1676,9 +1672,8 @@ func TestHeldWhileReplicaIsCutOff(t *testing.T) {
 	t.Parallel()
 	r := startRedis(t)
 	way := newLink(t, r.addr)
-	env := []string{"HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0", "RESPONSE_MODE=status", "RESPONSE_TIMEOUT=1m"}
-	a := startServer(t, append(env, "REDIS_URL=redis://"+way.addr())...)
-	b := startServer(t, append(env, "REDIS_URL="+r.url)...)
+	env := []string{"RESPONSE_MODE=status", "RESPONSE_TIMEOUT=1m"}
+	a, b := startOver(t, "redis://"+way.addr(), env...), startOver(t, r.url, env...)
 	awaitReady(t, a, b)
 	startClient(t, a.addr, "far", newTarget(t, nil).url)
 	way.route("")
@@ -2070,11 +2065,7 @@ func TestIdleConnectionsStay(t *testing.T) {
 	r := startRedis(t, "--timeout", "2")
 	bus, hub := startBus(t, r.addr, testReplica)
 	joinLive(t, hub, "idle")
-	idle, err := net.Dial("tcp", r.addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer idle.Close()
+	idle := connect(t, r.addr)
 	if _, err := idle.Read(make([]byte, 1)); err != io.EOF { // as idle as a connection can be
 		t.Fatal(err)
 	}
@@ -2149,7 +2140,7 @@ func TestRedisUser(t *testing.T) {
 				}
 			}
 			r.cli("ACL", rights...)
-			server := startServer(t, "REDIS_URL=redis://relay:pw@"+r.addr, "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0")
+			server := startOver(t, "redis://relay:pw@"+r.addr)
 			switch missing {
 			case "":
 				awaitReady(t, server)
@@ -2260,7 +2251,7 @@ func TestReceiversThatAreNoReplicas(t *testing.T) {
 func TestSignalsAtTheEnd(t *testing.T) {
 	t.Parallel()
 	r := startRedis(t)
-	server := startServer(t, "REDIS_URL="+r.url, "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0", "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=2s", "REDIS_CHANNEL_PREFIX=bus:", "LOG_LEVEL=info")
+	server := startOver(t, r.url, "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=2s", "REDIS_CHANNEL_PREFIX=bus:", "LOG_LEVEL=info")
 	awaitReady(t, server)
 	var left atomic.Int64
 	startBus(t, r.addr, "OTHER", func(sig Signal) {
