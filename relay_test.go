@@ -1445,12 +1445,8 @@ func newReading(t testing.TB) *reading {
 // http1 sends a request line and returns the status; 0 when there is no answer.
 func (r *reading) http1(t testing.TB, method, target string) int {
 	t.Helper()
-	conn, err := net.Dial("tcp", r.addr)
-	if err != nil {
-		t.Fatal(err)
-	}
+	conn := connect(t, r.addr)
 	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(patience))
 	io.WriteString(conn, method+" "+target+" HTTP/1.1\r\nHost: relay\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
 	conn.(*net.TCPConn).CloseWrite()
 	var answer []byte
@@ -1471,11 +1467,7 @@ func (r *reading) http1(t testing.TB, method, target string) int {
 // http2 is http1 over HTTP/2, where target is :path, or, for CONNECT, :authority.
 func (r *reading) http2(t testing.TB, method, target string) int {
 	t.Helper()
-	conn, err := net.Dial("tcp", r.addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	h := newHTTP2(conn)
+	h := newHTTP2(connect(t, r.addr))
 	defer h.close()
 	fields := []string{":method", method, ":scheme", "http", ":path", target, ":authority", "relay"}
 	if method == "CONNECT" {
@@ -2357,10 +2349,7 @@ func TestMistakes(t *testing.T) {
 
 // TestRoleInAnyCase: a role that is accepted works, however it is written.
 func TestRoleInAnyCase(t *testing.T) {
-	c, _, err := loadConfig([]string{"RELAY_MODE=Server"})
-	if err != nil {
-		t.Fatal(err)
-	}
+	c := configOf(t, "RELAY_MODE=Server")
 	if c.Role != "server" || c.Server.MaxPayload != 3<<20 || c.Server.Heartbeat != 5*time.Second || c.Port != 3000 {
 		t.Errorf("role %q, port %d, limit %d, heartbeat %s: the server's settings are not read", c.Role, c.Port, c.Server.MaxPayload, c.Server.Heartbeat)
 	}
@@ -2437,10 +2426,7 @@ func TestEmptyMeansUnset(t *testing.T) {
 				empty = append(empty, s.name+"=", s.name+"= \t")
 			}
 		}
-		want, _, err := loadConfig(env)
-		if err != nil {
-			t.Fatal(err)
-		}
+		want := configOf(t, env...)
 		got, warnings, err := loadConfig(append(append(empty, "RELAY_TYPO="), env...))
 		if err != nil || len(warnings) != 1 {
 			t.Fatalf("%v, %v, want one warning", err, warnings)
@@ -3770,11 +3756,7 @@ func TestOneAddressTakesHalf(t *testing.T) {
 		t.Errorf("%d connections, want the stream and the request", n)
 	}
 	for range most {
-		conn, err := net.Dial("tcp", server.addr)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
+		connect(t, server.addr)
 	}
 	eventually(t, "all are seen", func() bool { return metricOf(t, server, "relay_connections_closed_total") == 2+most-half(most) })
 	if n := metricOf(t, server, "relay_connections"); n != half(most) {
@@ -4421,10 +4403,7 @@ func readRoute(t testing.TB) *node {
 // TestManifests holds the manifests to the program: ports, probes, variables,
 // the time to drain, and what a pod of it may do.
 func TestManifests(t *testing.T) {
-	c, _, err := loadConfig([]string{"RELAY_MODE=server", "KUBERNETES_SERVICE_HOST=10.0.0.1"})
-	if err != nil {
-		t.Fatal(err)
-	}
+	c := configOf(t, "RELAY_MODE=server", "KUBERNETES_SERVICE_HOST=10.0.0.1")
 	health := reportOn(fine, fine)
 	roles := map[string]string{} // of variables
 	for _, s := range settings(&Config{}) {
@@ -4815,10 +4794,7 @@ func checkIngress(t *testing.T, documents []*node, c *Config) {
 func TestDockerfile(t *testing.T) {
 	stages := strings.Split("\n"+readFile(t, "Dockerfile"), "\nFROM ")
 	last := stages[len(stages)-1]
-	c, _, err := loadConfig([]string{"RELAY_MODE=server"})
-	if err != nil {
-		t.Fatal(err)
-	}
+	c := configOf(t, "RELAY_MODE=server")
 	for _, want := range []string{
 		`^scratch\n`, `(?m)^COPY --from=build /image/ /$`,
 		`org\.opencontainers\.image\.version="\$\{VERSION\}"`, `org\.opencontainers\.image\.revision="\$\{REVISION\}"`,

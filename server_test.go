@@ -92,6 +92,16 @@ const testReplica = "REPLICAAAAAAA"
 // testID is the id of an event that a rig might have, but has not.
 const testID = testReplica + "-AAAAAAAAAAAAAAAAAAAAAAAAAA"
 
+// configOf is the configuration that env gives the program.
+func configOf(t testing.TB, env ...string) *Config {
+	t.Helper()
+	c, _, err := loadConfig(env)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
 // newRig serves on l until the test ends.
 func newRig(t testing.TB, l net.Listener, env ...string) *rig {
 	t.Helper()
@@ -101,13 +111,11 @@ func newRig(t testing.TB, l net.Listener, env ...string) *rig {
 // newRigOn is newRig with a bus around its hub.
 func newRigOn(t testing.TB, l net.Listener, around func(*Hub) Bus, env ...string) *rig {
 	t.Helper()
-	c, _, err := loadConfig(append([]string{"RELAY_MODE=server"}, env...))
-	if err != nil {
-		t.Fatal(err)
-	}
+	c := configOf(t, append([]string{"RELAY_MODE=server"}, env...)...)
 	r := &rig{hub: &Hub{Limits: c.Limits, Budget: &Budget{Limit: c.HeldBuffer}}, log: &logBuffer{}}
 	log := newLogger(c, r.log)
 	c.Server.Replica = testReplica
+	var err error
 	if r.Server, err = NewServer(c.Server, r.hub, around(r.hub), log); err != nil {
 		t.Fatal(err)
 	}
@@ -208,10 +216,7 @@ func exchange(t testing.TB, addr, request string) string {
 // newClientOf is a Client of the source for target with the program's defaults.
 func newClientOf(t testing.TB, source, target string, env ...string) *Client {
 	t.Helper()
-	c, _, err := loadConfig(append([]string{"RELAY_MODE=client", "SOURCE_URL=" + source, "TARGET_BASE_URL=" + target}, env...))
-	if err != nil {
-		t.Fatal(err)
-	}
+	c := configOf(t, append([]string{"RELAY_MODE=client", "SOURCE_URL=" + source, "TARGET_BASE_URL=" + target}, env...)...)
 	return NewClient(c.clientOf(c.Sources[0]), slog.New(slog.DiscardHandler))
 }
 
@@ -4519,10 +4524,7 @@ func securely(t *testing.T, env []string, f func(t *testing.T, r *rig, root *aut
 				replace(t, file, root.pem)
 				writeCertificate(t, certFile, keyFile, 1)
 				env := append([]string{"SERVER_TLS_CERT_FILE=" + certFile, "SERVER_TLS_KEY_FILE=" + keyFile, "SERVER_TLS_CLIENT_CA_FILE=" + file}, env...)
-				c, _, err := loadConfig(append([]string{"RELAY_MODE=server"}, env...))
-				if err != nil {
-					t.Fatal(err)
-				}
+				c := configOf(t, append([]string{"RELAY_MODE=server"}, env...)...)
 				config, err := c.serverTLS(slog.New(slog.DiscardHandler))
 				if err != nil {
 					t.Fatal(err)
