@@ -291,22 +291,13 @@ func TestParserLineEnds(t *testing.T) {
 
 // The request to the target.
 
-func parseURL(t testing.TB, s string) *url.URL {
-	t.Helper()
-	u, err := url.Parse(s)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return u
-}
-
 // passing are the statuses that are tried again by default.
 var passing = []int{429, 502, 503, 504}
 
 // clientOf is a client for target that is not run.
 func clientOf(t testing.TB, target string) *Client {
 	c := NewClient(ClientOptions{
-		Source: parseURL(t, "http://source/subscribe/ci/"), Target: parseURL(t, target),
+		Source: must(url.Parse("http://source/subscribe/ci/")), Target: must(url.Parse(target)),
 		Timeout: time.Second, Concurrency: 1, RetryOn: passing,
 	}, slog.New(slog.DiscardHandler))
 	c.target.Proxy = nil
@@ -341,7 +332,7 @@ func FuzzTargetURL(f *testing.F) {
 		stripped = append(stripped, clientOf(f, base))
 		stripped[len(stripped)-1].opts.StripPrefix = true
 		clients, proxied = append(clients, clientOf(f, base)), append(proxied, clientOf(f, base))
-		proxied[len(proxied)-1].target.Proxy = http.ProxyURL(parseURL(f, "http://proxy:3128"))
+		proxied[len(proxied)-1].target.Proxy = http.ProxyURL(must(url.Parse("http://proxy:3128")))
 	}
 	for _, tc := range pathCases {
 		f.Add(tc.path)
@@ -573,8 +564,8 @@ func inWorld(t *testing.T, test func(*testing.T, *world)) {
 		w := &world{
 			t: t, log: &logBuffer{}, source: newPipes(), target: newPipes(), feeds: make(chan *outlet, 1000), finished: make(chan struct{}),
 			options: ClientOptions{
-				Source: parseURL(t, "http://source/subscribe/ci/"), Token: "secret", ReconnectInterval: time.Second, HandlerTimeout: 10 * time.Second,
-				Target: parseURL(t, "http://target/base"), Timeout: 30 * time.Second, RetryWindow: time.Minute, Concurrency: 32, RetryOn: passing,
+				Source: must(url.Parse("http://source/subscribe/ci/")), Token: "secret", ReconnectInterval: time.Second, HandlerTimeout: 10 * time.Second,
+				Target: must(url.Parse("http://target/base")), Timeout: 30 * time.Second, RetryWindow: time.Minute, Concurrency: 32, RetryOn: passing,
 			},
 		}
 		test(t, w)
@@ -2225,7 +2216,7 @@ func TestHTTPProxy(t *testing.T) {
 			io.WriteString(conn, ok200)
 		})
 		w.start()
-		w.Client.target.Proxy = http.ProxyURL(parseURL(t, "http://proxy:3128"))
+		w.Client.target.Proxy = http.ProxyURL(must(url.Parse("http://proxy:3128")))
 		w.ready().send(hook("1"))
 		if got := <-lines; got != "POST http://target/base/webhooks/ci/x?a=1 HTTP/1.1 for target" {
 			t.Errorf("the proxy got %q", got)
@@ -2259,7 +2250,7 @@ func TestSOCKSProxy(t *testing.T) {
 		}
 	}()
 	c := clientOf(t, "http://target.example/base")
-	c.target.Proxy = http.ProxyURL(parseURL(t, "socks5://"+l.Addr().String()))
+	c.target.Proxy = http.ProxyURL(must(url.Parse("socks5://" + l.Addr().String())))
 	defer c.target.CloseIdleConnections()
 	if a, _, err := c.attempt(t.Context(), bodyHook("1", 0)); err != nil || a.Status != 200 {
 		t.Errorf("answer %+v, %v", a, err)
@@ -2310,7 +2301,7 @@ func TestReportURL(t *testing.T) {
 	} {
 		t.Run(source, func(t *testing.T) {
 			inWorld(t, func(t *testing.T, w *world) {
-				w.options.Source = parseURL(t, source)
+				w.options.Source = must(url.Parse(source))
 				w.startAll()
 				w.ready().send(asking("id-1", time.Second))
 				if _, report := w.answer(); report.uri != want {
@@ -2747,10 +2738,7 @@ func TestCertificateIsForTheSource(t *testing.T) {
 	t.Cleanup(server.Close)
 	roots := x509.NewCertPool()
 	roots.AddCert(server.Certificate())
-	base, err := url.Parse(server.URL + "/subscribe/ci")
-	if err != nil {
-		t.Fatal(err)
-	}
+	base := must(url.Parse(server.URL + "/subscribe/ci"))
 	pair := (*authority)(nil).pair(t, nil)
 	c := NewClient(ClientOptions{Source: base, Target: base, Roots: roots, Certificate: func() (*tls.Certificate, error) { return pair, nil }}, slog.New(slog.DiscardHandler))
 	for transport, want := range map[*http.Transport]string{c.source: "1", c.target: "0"} {

@@ -329,10 +329,7 @@ relay_d_seconds_count 5
 // they count; no family takes the name of another one's samples; histograms add up.
 func TestMetrics(t *testing.T) {
 	hub := &Hub{Budget: &Budget{}}
-	server, err := NewServer(ServerOptions{}, hub, hub, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	server := must(NewServer(ServerOptions{}, hub, hub, nil))
 	client := func(channel string) *Client {
 		return NewClient(ClientOptions{
 			Source: must(url.Parse("http://relay.test/subscribe/" + channel)), Target: must(url.Parse("http://target.test")), Concurrency: 1,
@@ -452,10 +449,8 @@ func lint(text string) (mistakes []string) {
 // TestMetricsOfHeld: a held webhook is counted once it has ended, with an answer
 // or without, and every heartbeat of every stream is.
 func TestMetricsOfHeld(t *testing.T) {
-	inBubble(t, func(t *testing.T) {
-		p := newPipes()
+	rigTest(t, []string{"RESPONSE_MODE=status", "SERVER_HEARTBEAT_INTERVAL=2s"}, func(t *testing.T, p *pipes, r *rig) {
 		rt := p.transport(t, false)
-		r := newRig(t, p, "RESPONSE_MODE=status", "SERVER_HEARTBEAT_INTERVAL=2s")
 		check := func(when string, answered, unanswered, heartbeats int) {
 			t.Helper()
 			synctest.Wait()

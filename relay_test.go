@@ -530,7 +530,7 @@ func TestDemo(t *testing.T) {
 		t.Errorf("/ready is %d", status)
 	}
 	for _, address := range []string{hook, page} {
-		_, port, _ := net.SplitHostPort(parseURL(t, address).Host)
+		_, port, _ := net.SplitHostPort(must(url.Parse(address)).Host)
 		if conn, err := net.Dial("tcp", "127.0.0.2:"+port); err == nil { // which takes it to a listener on all addresses
 			conn.Close()
 			t.Errorf("%s is not on 127.0.0.1 alone", address)
@@ -977,7 +977,7 @@ func silenced(t testing.TB, server string) string {
 	t.Cleanup(transport.CloseIdleConnections)
 	proxy := &httputil.ReverseProxy{
 		Rewrite: func(r *httputil.ProxyRequest) {
-			r.SetURL(parseURL(t, "http://"+server))
+			r.SetURL(must(url.Parse("http://" + server)))
 			r.Out.Header.Del("X-Relay-Features")
 		},
 		Transport: transport, FlushInterval: -1, ErrorLog: log.New(io.Discard, "", 0),
@@ -1151,10 +1151,7 @@ func TestFidelityOverHTTP2(t *testing.T) {
 		"unknown length": io.MultiReader(strings.NewReader(everyByte)),
 	} {
 		t.Run(name, func(t *testing.T) {
-			req, err := http.NewRequest("PUT", "http://"+server.addr+requestTarget, body)
-			if err != nil {
-				t.Fatal(err)
-			}
+			req := must(http.NewRequest("PUT", "http://"+server.addr+requestTarget, body))
 			req.Host, req.Header = "relay.example.com", header
 			resp, err := transport.RoundTrip(req)
 			if err != nil {
@@ -3849,9 +3846,7 @@ func TestSlowHeader(t *testing.T) {
 		{"a byte a second", "POST /webhooks/m HTTP/1.1\r\nX: ", strings.Repeat("x", 100)},
 		{"half a second request", first + "POST /webh", ""},
 	} {
-		inBubble(t, func(t *testing.T) {
-			p := newPipes()
-			server := newRig(t, p)
+		rigTest(t, nil, func(t *testing.T, p *pipes, server *rig) {
 			conn := p.connect(t)
 			begin := time.Now()
 			go func() {
@@ -3909,10 +3904,7 @@ func readFile(t testing.TB, name string) string {
 // pages are the documents for people.
 func pages(t testing.TB) []string {
 	t.Helper()
-	list, err := filepath.Glob("docs/*.md")
-	if err != nil {
-		t.Fatal(err)
-	}
+	list := must(filepath.Glob("docs/*.md"))
 	return append(list, "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 }
 
@@ -4086,10 +4078,7 @@ func families(names []string) []string {
 func programMetrics(t testing.TB) map[string][]Metric {
 	t.Helper()
 	hub := &Hub{Budget: &Budget{}}
-	server, err := NewServer(ServerOptions{}, hub, hub, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	server := must(NewServer(ServerOptions{}, hub, hub, nil))
 	return map[string][]Metric{
 		"server": serverMetrics(server, hub, &RedisBus{}, &door{}), "client": clientMetrics(nil),
 	}
@@ -4930,10 +4919,7 @@ func TestArrows(t *testing.T) {
 		"relay.go -> health.go", "relay.go -> redis.go", "relay.go -> server.go", "server.go -> broker.go",
 	}
 	production := []string{"broker.go", "client.go", "health.go", "redis.go", "relay.go", "server.go"}
-	names, err := filepath.Glob("*.go")
-	if err != nil {
-		t.Fatal(err)
-	}
+	names := must(filepath.Glob("*.go"))
 	names = slices.DeleteFunc(names, func(name string) bool { return strings.HasSuffix(name, "_test.go") })
 	if slices.Sort(names); !slices.Equal(names, production) {
 		t.Errorf("production files are %q, want %q", names, production)

@@ -2482,10 +2482,7 @@ func TestRefusalsAreTold(t *testing.T) {
 				if tt.chunked {
 					body = io.MultiReader(body) // whose length nobody knows
 				}
-				req, err := requestOf(t.Context(), tt.method, tt.url+"?q=canary", body, append(tt.headers, "User-Agent", "canary")...)
-				if err != nil {
-					t.Fatal(err)
-				}
+				req := must(requestOf(t.Context(), tt.method, tt.url+"?q=canary", body, append(tt.headers, "User-Agent", "canary")...))
 				resp, err := rt.RoundTrip(req)
 				if err != nil {
 					t.Fatal(err)
@@ -3388,10 +3385,7 @@ func TestHoldVerdict(t *testing.T) {
 		for mode, want := range map[string]string{modeAccept: tt.accept, modeStatus: tt.status} {
 			t.Run(tt.name+", "+mode, func(t *testing.T) {
 				hub := &Hub{Budget: &Budget{Limit: 1 << 20}}
-				s, err := NewServer(ServerOptions{Replica: testReplica, HoldTime: time.Minute}, hub, silentBus{hub}, slog.New(slog.DiscardHandler))
-				if err != nil {
-					t.Fatal(err)
-				}
+				s := must(NewServer(ServerOptions{Replica: testReplica, HoldTime: time.Minute}, hub, silentBus{hub}, slog.New(slog.DiscardHandler)))
 				hub.OnSignal = s.signal
 				s.over = true // nothing is published again
 				w := &Webhook{ID: testID, Method: "POST", Path: "/webhooks/ci", Mode: mode, Timeout: time.Minute}
@@ -4433,22 +4427,13 @@ func newAuthority(t testing.TB, parent *authority) *authority {
 // issue makes a certificate of template, which signs itself when a is nil.
 func (a *authority) issue(t testing.TB, template *x509.Certificate) (*x509.Certificate, *ecdsa.PrivateKey) {
 	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
+	key := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
 	parent, signer := template, key
 	if a != nil {
 		parent, signer = a.cert, a.key
 	}
-	der, err := x509.CreateCertificate(rand.Reader, template, parent, &key.PublicKey, signer)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
+	der := must(x509.CreateCertificate(rand.Reader, template, parent, &key.PublicKey, signer))
+	cert := must(x509.ParseCertificate(der))
 	return cert, key
 }
 
@@ -4484,10 +4469,7 @@ func replace(t testing.TB, file string, text []byte) {
 // writePair puts pair where the program looks for it, one file after the other.
 func writePair(t testing.TB, certFile, keyFile string, pair *tls.Certificate) {
 	t.Helper()
-	keyDER, err := x509.MarshalPKCS8PrivateKey(pair.PrivateKey)
-	if err != nil {
-		t.Fatal(err)
-	}
+	keyDER := must(x509.MarshalPKCS8PrivateKey(pair.PrivateKey))
 	var chain []byte
 	for _, der := range pair.Certificate {
 		chain = append(chain, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})...)
@@ -5226,10 +5208,7 @@ func BenchmarkLegacy(b *testing.B) {
 		}
 		l, bl := loopback(b), loopback(b)
 		newRig(b, l, quiet)
-		r, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(request)))
-		if err != nil {
-			b.Fatal(err)
-		}
+		r := must(http.ReadRequest(bufio.NewReader(bytes.NewReader(request))))
 		bare := &bareHandler{encode: encode}
 		serveOn(b, &http.Server{Handler: bare}, bl)
 		b.Cleanup(func() {
