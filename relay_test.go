@@ -2344,14 +2344,6 @@ func TestMistakes(t *testing.T) {
 	})
 }
 
-// TestRoleInAnyCase: a role that is accepted works, however it is written.
-func TestRoleInAnyCase(t *testing.T) {
-	c := configOf(t, "RELAY_MODE=Server")
-	if c.Role != "server" || c.Server.MaxPayload != 3<<20 || c.Server.Heartbeat != 5*time.Second || c.Port != 3000 {
-		t.Errorf("role %q, port %d, limit %d, heartbeat %s: the server's settings are not read", c.Role, c.Port, c.Server.MaxPayload, c.Server.Heartbeat)
-	}
-}
-
 // TestValues: the forms in which values may be written.
 func TestValues(t *testing.T) {
 	payload := func(c *Config) any { return c.Server.MaxPayload }
@@ -2361,6 +2353,7 @@ func TestValues(t *testing.T) {
 		get   func(*Config) any
 		want  any
 	}{
+		{"SERVER_PORT=", func(c *Config) any { return fmt.Sprint(c.Role, c.Port) }, "server3000"},
 		{"SERVER_MAX_PAYLOAD_SIZE_LIMIT=", payload, int64(3 << 20)},
 		{"SERVER_MAX_PAYLOAD_SIZE_LIMIT=1", payload, int64(1)},
 		{"SERVER_MAX_PAYLOAD_SIZE_LIMIT=512b", payload, int64(512)},
@@ -2387,7 +2380,7 @@ func TestValues(t *testing.T) {
 		{"REDIS_RECONNECT_BACKOFF_RANDOMIZE=false", func(c *Config) any { return c.Redis.Backoff }, Backoff{Initial: 100 * time.Millisecond, Max: time.Second, Factor: 2}},
 	}
 	for _, test := range tests {
-		c, warnings, err := loadConfig([]string{"RELAY_MODE=server", test.entry})
+		c, warnings, err := loadConfig([]string{"RELAY_MODE=Server", test.entry}) // in any case
 		if err != nil || len(warnings) > 0 {
 			t.Errorf("%s: %v %v", test.entry, err, warnings)
 		} else if got := test.get(c); !reflect.DeepEqual(got, test.want) {

@@ -61,7 +61,9 @@ func TestMain(m *testing.M) {
 	default:
 		flag.Parse()
 		// Those that are not measure, or need what little time the program gives.
-		if !isSet("test.parallel") { // most tests that are parallel wait
+		set := false
+		flag.Visit(func(f *flag.Flag) { set = set || f.Name == "test.parallel" })
+		if !set { // most tests that are parallel wait
 			flag.Set("test.parallel", "10")
 		}
 		code := m.Run()
@@ -70,12 +72,6 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(code)
 	}
-}
-
-// isSet tells of a flag that the command line has.
-func isSet(name string) (set bool) {
-	flag.Visit(func(f *flag.Flag) { set = set || f.Name == name })
-	return set
 }
 
 // rig is a server without run around it: on any listener, with the settings
