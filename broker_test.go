@@ -240,7 +240,6 @@ func headersOf(lines string) map[string][]string {
 	return h
 }
 
-// eventOf is the event of w.
 func eventOf(channel string, w *Webhook) *Event {
 	e, _ := newEvent(channel, testReplica, w, nil)
 	return e
@@ -1947,7 +1946,6 @@ type plainHook struct {
 	Timestamp   int64             `json:"timestamp"`
 }
 
-// times is n calls of f.
 func times(n int, f func()) func() {
 	return func() {
 		for range n {

@@ -646,7 +646,6 @@ type chromium struct {
 	tabs  map[string]*tab         // by session
 }
 
-// tab is one page.
 type tab struct {
 	c       *chromium
 	session string

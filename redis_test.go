@@ -135,7 +135,6 @@ func (r *redisServer) end() {
 func (r *redisServer) freeze() { r.cmd.Process.Signal(syscall.SIGSTOP) }
 func (r *redisServer) thaw()   { r.cmd.Process.Signal(syscall.SIGCONT) }
 
-// cli runs one command.
 func (r *redisServer) cli(cmd string, args ...any) any {
 	r.t.Helper()
 	conn, err := redis.DialURL(r.url)
@@ -485,7 +484,6 @@ func (c *arrivals) count() int {
 	return len(c.seen)
 }
 
-// target answers 200 to everything and counts it.
 func (c *arrivals) target(t testing.TB) *target {
 	return newTarget(t, func(r recorded) string {
 		c.note(strings.Fields(r.line)[1])
@@ -1222,7 +1220,6 @@ func newBalancer(t testing.TB, replicas map[string]string) *balancer {
 	return l
 }
 
-// watch follows one replica's /ready.
 func (l *balancer) watch(ctx context.Context, addr, ready string) {
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
@@ -1356,7 +1353,6 @@ func expectAnswer(t testing.TB, told <-chan outcome, status int) outcome {
 	}
 }
 
-// awaitHeld waits until a replica holds n requests.
 func awaitHeld(t testing.TB, p *program, n int) {
 	t.Helper()
 	eventually(t, fmt.Sprintf("%d requests are held", n), func() bool { return metricOf(t, p, "relay_held_webhooks") == n })

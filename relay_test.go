@@ -1295,17 +1295,6 @@ func (s *legacyStream) message(t testing.TB) (data map[string]any) {
 	return data
 }
 
-// ended waits for the end of the stream and returns what comes before it.
-func (s *legacyStream) ended(t testing.TB) string {
-	t.Helper()
-	s.conn.SetDeadline(time.Now().Add(patience))
-	rest, err := io.ReadAll(s.body)
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		t.Fatal("stream did not end")
-	}
-	return string(rest)
-}
-
 // newSource is a source under the test's control. serve answers the n-th
 // subscription, counted from 0; a stream ends when it returns.
 func newSource(t testing.TB, serve func(n int, w http.ResponseWriter, r *http.Request)) *httptest.Server {
@@ -1324,7 +1313,6 @@ var probed = []string{"HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0"
 // readyBlock announces an interval that lets a test wait in peace.
 const readyBlock = "id: 0\nevent: ready\ndata: {\"heartbeatInterval\":60000}\n\n"
 
-// tell writes blocks to a stream and flushes them.
 func tell(w http.ResponseWriter, blocks ...string) {
 	w.Header().Set("Content-Type", "text/event-stream")
 	for _, b := range blocks {
@@ -2666,7 +2654,10 @@ func TestServerHealth(t *testing.T) {
 	if got := stream.message(t)["body"]; got != "late" {
 		t.Errorf("stream has the body %q, want the late webhook", got)
 	}
-	stream.ended(t)
+	stream.conn.SetDeadline(time.Now().Add(patience))
+	if _, err := io.ReadAll(stream.body); errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatal("stream did not end")
+	}
 	if err := server.stop(); err != nil {
 		t.Errorf("run returned %v", err)
 	}
@@ -2955,7 +2946,6 @@ func launch(t testing.TB, env []string, args ...string) *process {
 	return p
 }
 
-// code waits for the end and returns the exit code.
 func (p *process) code(t testing.TB) int {
 	t.Helper()
 	select {
@@ -2966,7 +2956,6 @@ func (p *process) code(t testing.TB) int {
 	return p.cmd.ProcessState.ExitCode()
 }
 
-// logged waits for a record.
 func (p *process) logged(t testing.TB, msg string) {
 	t.Helper()
 	eventually(t, msg, func() bool { return len(p.stderr.lines(msg)) > 0 })
@@ -3884,7 +3873,6 @@ func TestIdleConnection(t *testing.T) {
 
 // The repository.
 
-// readFile is a file of the repository.
 func readFile(t testing.TB, name string) string {
 	t.Helper()
 	b, err := os.ReadFile(name)
@@ -4338,7 +4326,6 @@ func (y *yamlReader) scalar(text string) *node {
 	return &node{text: text}
 }
 
-// readDocument decodes one document.
 func readDocument(t testing.TB, document string) *node {
 	t.Helper()
 	y := &yamlReader{t: t}
@@ -4372,7 +4359,6 @@ func readManifests(t testing.TB) (documents []*node) {
 // comment.
 const commentedRoute = "\n# apiVersion: gateway"
 
-// readRoute decodes it.
 func readRoute(t testing.TB) *node {
 	t.Helper()
 	_, route, ok := strings.Cut(readFile(t, "manifests.yaml"), commentedRoute)

@@ -145,7 +145,6 @@ func total(r tally) (n int64) {
 	return n
 }
 
-// heldBy is how much s holds.
 func heldBy(s *Server) (webhooks int, size int64) {
 	state := s.Held()
 	return state.Webhooks, state.Bytes
@@ -175,7 +174,6 @@ func running(t testing.TB, run func(context.Context)) (stop func()) {
 	return stop
 }
 
-// serveOn runs web on l until the test ends.
 func serveOn(t testing.TB, web *http.Server, l net.Listener) {
 	done := make(chan struct{})
 	go func() {
@@ -188,7 +186,6 @@ func serveOn(t testing.TB, web *http.Server, l net.Listener) {
 	})
 }
 
-// loopback listens on a free port.
 func loopback(t testing.TB) net.Listener {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -436,7 +433,6 @@ func unread(t testing.TB, rt http.RoundTripper, headers ...string) *http.Respons
 	return resp
 }
 
-// leave ends the stream.
 func (l *listener) leave() {
 	l.close()
 	<-l.done
