@@ -458,7 +458,7 @@ const envelopeVersion = 3
 func (e *Event) appendEnvelope(b []byte) []byte {
 	left := int64(0)
 	if !e.Until.IsZero() {
-		left = max(1, time.Until(e.Until).Milliseconds())
+		left = min(max(1, time.Until(e.Until).Milliseconds()), maxResponseTimeout.Milliseconds())
 	}
 	b = appendFields(append(b, envelopeVersion), e.Channel, e.ID, e.Mode, e.Holder, e.Only)
 	return binary.AppendUvarint(binary.AppendUvarint(b, uint64(e.Round)), uint64(left))
