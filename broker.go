@@ -412,7 +412,7 @@ func block(chunk []byte) []byte { return chunk[chunkHead : len(chunk)-chunkTail]
 
 // wireSize is at least how many bytes the event of w takes.
 func (w *Webhook) wireSize(text bool) int {
-	n := 512 + 2*len(w.Path) + 2*len(w.Query) + 2*headerBytes(w.Headers)
+	n := 512 + len(w.Method) + 2*len(w.Path) + 2*len(w.Query) + 2*headerBytes(w.Headers)
 	if text {
 		return n + len(w.Body) + len(linePrefix)*(bytes.Count(w.Body, []byte("\n"))+1)
 	}

@@ -314,6 +314,7 @@ func FuzzWebhook(f *testing.F) {
 	f.Add("G ET", "http://evil/a b?c d", "a: \x00", []byte("\u2028\x7f"), uint8(0), int64(0), uint64(4))
 	f.Add("PUT", "/webhooks/ci", "host: a\nx-empty:\npragma: no-cache\nx-all: "+everyByte[0x80:], []byte("x"), uint8(0), int64(0), uint64(5))
 	f.Add("POST", "/webhooks/ci", "", []byte("x"), uint8(2), int64(math.MaxInt64), uint64(6))
+	f.Add(strings.Repeat("m", 2000), "/webhooks/ci", "", []byte("x"), uint8(0), int64(0), uint64(7))
 	for i, body := range payloads() {
 		f.Add("POST", "/webhooks/ci", "content-type: application/json\nhost: relay.example.com", body, uint8(i), int64(i), uint64(i))
 	}

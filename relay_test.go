@@ -3697,10 +3697,13 @@ func TestFailedAcceptTakesNoPlace(t *testing.T) {
 	}
 }
 
-// dialFrom connects to addr from another address of the loopback network.
+// dialFrom connects to addr from an address of the loopback network; empty: any.
 func dialFrom(t testing.TB, from, addr string) net.Conn {
 	t.Helper()
-	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
+	var dialer net.Dialer
+	if from != "" { // or the port would be taken before it is known whereto, and these run out
+		dialer.LocalAddr = &net.TCPAddr{IP: net.ParseIP(from)}
+	}
 	conn, err := dialer.Dial("tcp", addr)
 	if err != nil {
 		t.Fatal(err)

@@ -62,8 +62,10 @@ func TestMain(m *testing.M) {
 		flag.Parse()
 		// Those that are not measure, or need what little time the program gives.
 		set := false
-		flag.Visit(func(f *flag.Flag) { set = set || f.Name == "test.parallel" })
-		if !set { // most tests that are parallel wait
+		flag.Visit(func(f *flag.Flag) {
+			set = set || f.Name == "test.parallel" || strings.HasPrefix(f.Name, "test.fuzz") && f.Value.String() != ""
+		})
+		if !set { // most tests that are parallel wait; workers of a fuzz target do not
 			flag.Set("test.parallel", "10")
 		}
 		code := m.Run()
