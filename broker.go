@@ -159,7 +159,7 @@ func parseTarget(raw string) (t requestTarget, err error) {
 	if !strings.HasPrefix(raw, "/") {
 		scheme, after, absolute := strings.Cut(raw, "://")
 		end := strings.IndexAny(after, "/?#")
-		if !absolute || end <= 0 || after[end] != '/' || !strings.EqualFold(scheme, "http") && !strings.EqualFold(scheme, "https") {
+		if !absolute || end <= 0 || after[end] != '/' || checkQuery(after[:end]) != nil || !strings.EqualFold(scheme, "http") && !strings.EqualFold(scheme, "https") {
 			return t, errTarget
 		}
 		rest = after[end:]

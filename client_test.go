@@ -343,6 +343,7 @@ func FuzzTargetURL(f *testing.F) {
 	for _, target := range []string{"//evil/x", "//\xe9/x?\xff", "//a|b[c]\"^`{}#%41?#", "//x?", "///evil", "http://evil//evil/x", "/\\evil", "/@evil/", "http:evil", "//evil:80/../x", "/x?//evil", "https://evil", "/x#frag", "/%2f%2fevil/x", "/;//evil"} {
 		f.Add(target)
 	}
+	f.Add("http://a\nb/webhooks/ci/x") // the authority goes, and must be one all the same
 	f.Fuzz(func(t *testing.T, target string) {
 		data := appendLatin1([]byte("POST "), target)
 		w, err := decodeWebhook("ci", "a", append(data, " HTTP/1.1\nContent-Length: 0\n\n"...))
