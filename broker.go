@@ -1841,6 +1841,9 @@ func (p Passage) became(outcome, reason string) Passage {
 	return p
 }
 
+// took is how long p was under way; it is measured once.
+func (p *Passage) took() time.Duration { return time.Duration(p.MS * float64(time.Millisecond)) }
+
 // tell logs p, but for what is not known, behind what else there is to say.
 func (p *Passage) tell(log *slog.Logger, level slog.Level, message string, more ...slog.Attr) {
 	if h, ok := log.Handler().(interface{ Silent(message string) bool }); ok && h.Silent(message) {

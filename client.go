@@ -93,8 +93,11 @@ type Client struct {
 	name    string // for X-Relay-Client: ties reports to streams
 	base    string // path of the target, without trailing slash
 	channel string // whose webhooks it takes, and no others
-	source  *http.Transport
-	target  *http.Transport
+
+	sourceURL, targetURL string // as they may be shown
+
+	source *http.Transport
+	target *http.Transport
 
 	slots    chan struct{}   // one per forward under way
 	forwards sync.WaitGroup  // owned by Run
@@ -143,11 +146,11 @@ func NewClient(opts ClientOptions, log *slog.Logger) *Client {
 		opts: opts, log: log.With("channel", channel),
 		name:    rand.Text(),
 		base:    strings.TrimRight(opts.Target.EscapedPath(), "/"),
-		channel: channel,
-		source:  transport(false),
-		target:  transport(opts.Insecure),
-		slots:   make(chan struct{}, opts.Concurrency),
-		probes:  make(chan struct{}),
+		channel: channel, sourceURL: location(opts.Source), targetURL: location(opts.Target),
+		source: transport(false),
+		target: transport(opts.Insecure),
+		slots:  make(chan struct{}, opts.Concurrency),
+		probes: make(chan struct{}),
 
 		Forwards: newTally(forwardCodes...), Denied: newTally(deniedReasons...),
 		Note: func(uint64, Passage) uint64 { return 0 },
@@ -273,7 +276,7 @@ func (c *Client) follow(ctx context.Context) {
 			current, next, drained, since = next, none, next.drain, time.Now()
 			c.current.Store(current)
 			c.turn("ready", nil)
-			c.log.Info("stream ready", "source", location(c.opts.Source), "target", location(c.opts.Target), "webhooks", c.webhooks())
+			c.log.Info("stream ready", "source", c.sourceURL, "target", c.targetURL, "webhooks", c.webhooks())
 		case <-next.done:
 			pause := backoff.Next()
 			if e, ok := errors.AsType[*statusError](next.err); ok && e.status < 500 {
@@ -317,7 +320,7 @@ func (c *Client) denied(err error, pause time.Duration) {
 	if reason == "token" || reason == "address" {
 		level = slog.LevelError
 	}
-	attrs := []any{"source", location(c.opts.Source), "again", pause, "err", err}
+	attrs := []any{"source", c.sourceURL, "again", pause, "err", err}
 	if hint != "" {
 		attrs = append(attrs, "hint", hint)
 	}
@@ -407,7 +410,7 @@ type StreamState struct {
 // State is the client now.
 func (c *Client) State() StreamState {
 	s := *c.state.Load()
-	s.Channel, s.Source, s.Target, s.Webhooks = c.channel, location(c.opts.Source), location(c.opts.Target), c.webhooks()
+	s.Channel, s.Source, s.Target, s.Webhooks = c.channel, c.sourceURL, c.targetURL, c.webhooks()
 	s.Forwards, s.Waiting, s.Retries = len(c.slots), c.waiting.Load(), c.Retries.Load()
 	return s
 }
@@ -419,7 +422,7 @@ func location(u *url.URL) string {
 
 // webhooks is the URL to give to a provider, as far as the source's tells.
 func (c *Client) webhooks() string {
-	base := strings.TrimSuffix(strings.TrimRight(location(c.opts.Source), "/"), "/subscribe/"+c.channel)
+	base := strings.TrimSuffix(strings.TrimRight(c.sourceURL, "/"), "/subscribe/"+c.channel)
 	return base + "/webhooks/" + c.channel
 }
 
@@ -749,7 +752,7 @@ func (c *Client) forward(ctx context.Context, w *Webhook, received time.Time, sl
 	}
 	c.Forwards[code].Add(1)
 	p = p.became(outcomeForwarded, "")
-	level, message, more := slog.LevelInfo, "webhook forwarded", []slog.Attr{slog.String("target", location(c.opts.Target))}
+	level, message, more := slog.LevelInfo, "webhook forwarded", []slog.Attr{slog.String("target", c.targetURL)}
 	switch {
 	case err != nil:
 		p.Outcome, p.Reason = outcomeFailed, code
@@ -802,7 +805,7 @@ func (c *Client) try(ctx context.Context, w *Webhook, received time.Time, slot *
 			return last, attempt, cmp.Or(err, errOver)
 		}
 		c.Retries.Add(1)
-		c.log.Warn("webhook will be forwarded again", "event", w.ID, "method", shown(w.Method), "path", shown(w.Path), "target", location(c.opts.Target),
+		c.log.Warn("webhook will be forwarded again", "event", w.ID, "method", shown(w.Method), "path", shown(w.Path), "target", c.targetURL,
 			"status", a.Status, "attempt", attempt, "wait", wait, "err", err)
 		slot.stepAside(len(w.Body))
 		sleep(ctx, wait)

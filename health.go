@@ -40,8 +40,8 @@ const (
 
 // Check is one thing that must hold.
 type Check struct {
-	Name  string
-	Ready bool // /ready asks for it; otherwise /live does
+	Name string
+	Of   string // live or ready: which probe asks for it
 
 	// Test returns the reason when it does not hold, and gives up when its context
 	// ends.
@@ -81,7 +81,7 @@ func (h *Health) Run(ctx context.Context) {
 	look := time.NewTicker(checkInterval)
 	defer look.Stop()
 	for {
-		h.look(ctx, everything)
+		h.look(ctx, "")
 		select {
 		case <-ctx.Done():
 			return
@@ -102,9 +102,9 @@ func (h *Health) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	switch r.URL.Path {
 	case "/live":
-		h.probe(w, r, false)
+		h.probe(w, r, "live")
 	case "/ready":
-		h.probe(w, r, true)
+		h.probe(w, r, "ready")
 	case "/health":
 		h.summary(w, r)
 	case "/metrics":
@@ -123,12 +123,13 @@ func (h *Health) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// look asks the checks that are wanted, and returns why one does not hold.
-func (h *Health) look(ctx context.Context, wanted func(Check) bool) (failed error) {
+// look asks the checks of a probe, or with "" all of them, and returns why one does
+// not hold.
+func (h *Health) look(ctx context.Context, of string) (failed error) {
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
 	for i, check := range h.Checks {
-		if !wanted(check) {
+		if of != "" && of != check.Of {
 			continue
 		}
 		err := check.Test(ctx)
@@ -140,16 +141,13 @@ func (h *Health) look(ctx context.Context, wanted func(Check) bool) (failed erro
 	return failed
 }
 
-func everything(Check) bool { return true }
-
 // note keeps what check i said.
 func (h *Health) note(i int, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	now := time.Now()
-	for len(h.verdicts) < len(h.Checks) {
-		of := map[bool]string{false: "live", true: "ready"}[h.Checks[len(h.verdicts)].Ready]
-		h.verdicts = append(h.verdicts, verdict{Name: h.Checks[len(h.verdicts)].Name, Of: of, OK: true, Since: now})
+	for _, c := range h.Checks[len(h.verdicts):] {
+		h.verdicts = append(h.verdicts, verdict{Name: c.Name, Of: c.Of, OK: true, Since: now})
 	}
 	v := &h.verdicts[i]
 	if (err == nil) != v.OK {
@@ -167,8 +165,8 @@ func (h *Health) noted() []verdict {
 	return append([]verdict{}, h.verdicts...)
 }
 
-func (h *Health) probe(w http.ResponseWriter, r *http.Request, ready bool) {
-	if err := h.look(r.Context(), func(c Check) bool { return c.Ready == ready }); err != nil {
+func (h *Health) probe(w http.ResponseWriter, r *http.Request, of string) {
+	if err := h.look(r.Context(), of); err != nil {
 		http.Error(w, err.Error(), http.StatusServiceUnavailable)
 		return
 	}
@@ -177,7 +175,7 @@ func (h *Health) probe(w http.ResponseWriter, r *http.Request, ready bool) {
 
 // summary is all checks and the facts in JSON; 503 when one check fails.
 func (h *Health) summary(w http.ResponseWriter, r *http.Request) {
-	h.look(r.Context(), everything)
+	h.look(r.Context(), "")
 	checks, status := h.noted(), http.StatusOK
 	doc := map[string]any{"status": "ok", "live": "ok", "ready": "ok", "checks": checks}
 	for name, value := range h.Info {

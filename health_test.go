@@ -35,7 +35,7 @@ func broken(context.Context) error { return errors.New("bus is down") }
 func reportOn(live, ready func(context.Context) error) *Health {
 	return &Health{
 		Info:   map[string]string{"role": "server"},
-		Checks: []Check{{"hub", false, live}, {"redis", true, ready}},
+		Checks: []Check{{"hub", "live", live}, {"redis", "ready", ready}},
 		State:  func() any { return map[string]int{"streams": 0} }, Journal: &Journal[Passage]{},
 	}
 }

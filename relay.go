@@ -329,6 +329,9 @@ func main() {
 // been logged; a configError means that it did not start.
 func run(ctx context.Context, environ []string, stderr io.Writer) (err error) {
 	c, warnings, err := loadConfig(environ)
+	if c.LogFormat == "" && isTerminal(stderr) {
+		c.LogFormat = "text"
+	}
 	out := newLogQueue(stderr)
 	defer out.close()
 	log := newLogger(c, out)
@@ -382,12 +385,12 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 	journal := &Journal[Passage]{}
 	health := &Health{
 		Info:    map[string]string{"role": c.Role, "version": version},
-		Checks:  []Check{{"hub", false, hub.Check}, {"holds", false, server.Alive}, {"server", true, server.Check}},
+		Checks:  []Check{{"hub", "live", hub.Check}, {"holds", "live", server.Alive}, {"server", "ready", server.Check}},
 		State:   func() any { return server.State() },
 		Journal: journal,
 	}
 	if redisBus != nil {
-		health.Checks = append(health.Checks, Check{"redis", true, redisBus.Check})
+		health.Checks = append(health.Checks, Check{"redis", "ready", redisBus.Check})
 	}
 	if c.Health {
 		server.Note = noteIn(journal)
@@ -504,7 +507,7 @@ func runClient(ctx context.Context, c *Config, log *slog.Logger) error {
 			}
 			return client.Alive(probe)
 		}
-		health.Checks = append(health.Checks, Check{"client " + client.channel, false, alive}, Check{"stream " + client.channel, true, client.Check})
+		health.Checks = append(health.Checks, Check{"client " + client.channel, "live", alive}, Check{"stream " + client.channel, "ready", client.Check})
 		if c.Health {
 			client.Note = noteIn(journal)
 		}
@@ -529,7 +532,7 @@ func noteIn(j *Journal[Passage]) func(entry uint64, p Passage) uint64 {
 	return func(entry uint64, p Passage) uint64 {
 		if p.Outcome != outcomeHeld && p.Outcome != outcomeForwarding {
 			failed := p.Outcome != outcomeAccepted && p.Outcome != outcomeAnswered && p.Outcome != outcomeForwarded
-			j.Count(time.Since(p.Time), failed || p.Status >= 500)
+			j.Count(p.took(), failed || p.Status >= 500)
 		}
 		return j.Put(entry, p)
 	}
@@ -1521,6 +1524,16 @@ func printHelp(w io.Writer) {
 	t.Flush()
 }
 
+// isTerminal reports whether w is one: there are people.
+func isTerminal(w io.Writer) bool {
+	f, ok := w.(*os.File)
+	if !ok {
+		return false
+	}
+	info, err := f.Stat()
+	return err == nil && info.Mode()&os.ModeCharDevice != 0
+}
+
 // newLogger logs to w: text for people, JSON for machines.
 func newLogger(c *Config, w io.Writer) *slog.Logger {
 	options := &slog.HandlerOptions{Level: c.LogLevel, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
@@ -1530,15 +1543,7 @@ func newLogger(c *Config, w io.Writer) *slog.Logger {
 		return a
 	}}
 	var handler slog.Handler = slog.NewJSONHandler(w, options)
-	asText, to := c.LogFormat == "text", w
-	if o, ok := w.(*logQueue); ok {
-		to = o.to
-	}
-	if f, ok := to.(*os.File); ok && c.LogFormat == "" {
-		info, err := f.Stat()
-		asText = err == nil && info.Mode()&os.ModeCharDevice != 0
-	}
-	if asText {
+	if c.LogFormat == "text" {
 		handler = slog.NewTextHandler(w, options)
 	}
 	return slog.New(hush{handler, new(sync.Mutex), map[string]quota{}})

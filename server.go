@@ -262,18 +262,31 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // misdirected refuses what has no place here. That may be a webhook whose
 // provider was given a wrong path; GET is a browser or a scanner.
 func (s *Server) misdirected(w http.ResponseWriter, r *http.Request, refused *refusal) {
-	s.Refused[refused.reason].Add(1)
 	path, _, _ := strings.Cut(r.RequestURI, "?")
-	p := Passage{Method: shown(r.Method), Path: shown(path), Time: time.Now(), Bytes: int(max(r.ContentLength, 0))}.became(outcomeRefused, refused.reason)
-	p.Status = refused.status
-	level := slog.LevelInfo
-	if r.Method != http.MethodGet && r.Method != http.MethodHead {
-		level = slog.LevelWarn
-		s.Note(0, p)
+	p, level := passageOf(r, path), slog.LevelWarn
+	if r.Method == http.MethodGet || r.Method == http.MethodHead {
+		level = slog.LevelInfo
+	}
+	s.turnAway(w, r, &hold{passage: p}, refused, level, "request refused",
+		slog.String("hint", "webhooks go to /webhooks/{channel}, streams are at /subscribe/{channel}"))
+}
+
+// passageOf is what is known of a request from its header.
+func passageOf(r *http.Request, path string) Passage {
+	return Passage{Method: shown(r.Method), Path: shown(path), Time: time.Now(), Bytes: int(max(r.ContentLength, 0)), Outcome: outcomeHeld}
+}
+
+// turnAway counts, tells and answers that h was refused; a warning is on the status
+// page too.
+func (s *Server) turnAway(w http.ResponseWriter, r *http.Request, h *hold, refused *refusal, level slog.Level, message string, more ...slog.Attr) {
+	s.Refused[refused.reason].Add(1)
+	end := h.passage.became(outcomeRefused, refused.reason)
+	end.Status = refused.status
+	if level == slog.LevelWarn {
+		s.Note(h.entry, end)
 	}
 	addr, _ := s.remote(r)
-	p.tell(s.log, level, "request refused", slog.String("reason", refused.message), slog.Any("addr", addr),
-		slog.String("hint", "webhooks go to /webhooks/{channel}, streams are at /subscribe/{channel}"))
+	end.tell(s.log, level, message, append(more, slog.String("reason", refused.message), slog.Any("addr", addr))...)
 	refuse(w, r, refused)
 }
 
@@ -362,28 +375,20 @@ func (s *Server) serveReady(w http.ResponseWriter, r *http.Request) {
 // serveWebhook takes one webhook of a provider, and tells once what its provider
 // was told. In accept mode its fate may be known only later.
 func (s *Server) serveWebhook(w http.ResponseWriter, r *http.Request, t *requestTarget) {
-	h := &hold{passage: Passage{
-		Channel: shown(t.Channel), Method: shown(r.Method), Path: shown(t.Path), Time: time.Now(), Bytes: int(max(r.ContentLength, 0)), Attempt: 1, Outcome: outcomeHeld,
-	}}
+	h := &hold{passage: passageOf(r, t.Path)}
 	p, level := &h.passage, slog.LevelInfo
 	if len(r.RequestURI) > shownLimit { // what is kept must not keep all of it
 		p.Method, p.Path, t.Channel = strings.Clone(p.Method), strings.Clone(p.Path), strings.Clone(t.Channel)
-		p.Channel = shown(t.Channel)
 	}
+	p.Channel, p.Attempt = shown(t.Channel), 1
 	status, refused := s.relay(w, r, t, h)
 	switch {
 	case refused != nil:
-		s.Refused[refused.reason].Add(1)
-		end := p.became(outcomeRefused, refused.reason)
-		end.Status = refused.status
-		s.Note(h.entry, end)
-		addr, _ := s.remote(r)
-		end.tell(s.log, slog.LevelWarn, "webhook refused", slog.String("channel", end.Channel), slog.String("reason", refused.message), slog.Any("addr", addr))
-		refuse(w, r, refused)
+		s.turnAway(w, r, h, refused, slog.LevelWarn, "webhook refused", slog.String("channel", p.Channel))
 	case h.done != nil:
 		s.Answered.Add(1)
-		s.Replied.Observe(time.Since(p.Time))
 		end := p.became(outcomeAnswered, "")
+		s.Replied.Observe(end.took())
 		end.Status, end.Attempt = status, h.round
 		s.Note(h.entry, end)
 		if status >= 500 {
@@ -822,7 +827,7 @@ func (s *Server) conclude(h *hold) {
 	switch p.Outcome {
 	case outcomeAccepted:
 		s.Accepted.Add(1)
-		s.Taken.Observe(time.Since(p.Time))
+		s.Taken.Observe(p.took())
 	case outcomeLost:
 		s.Lost[p.Reason].Add(1)
 		p.tell(s.log, slog.LevelWarn, "webhook lost", slog.String("channel", p.Channel), slog.String("reason", p.Reason))
