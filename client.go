@@ -792,26 +792,26 @@ func (c *Client) try(ctx context.Context, w *Webhook, received time.Time, slot *
 	}
 	for attempt = 1; ; attempt++ {
 		began := time.Now()
-		a, pause, err := c.attempt(ctx, w)
+		a, pause, failure := c.attempt(ctx, w)
 		c.Attempts.Observe(time.Since(began))
-		if err == nil && a.Err == "" && !c.passing(a.Status) || errors.Is(err, errHeard) {
-			return a, attempt, err
+		if failure == nil && a.Err == "" && !c.passing(a.Status) || errors.Is(failure, errHeard) {
+			return a, attempt, failure
 		}
 		if a.Status != 0 || last.Status == 0 && (last.Err == "" || a.Err == answerUnreachable) {
-			last = a // what the target said beats its silence, and that it cannot be reached a time that ran out
+			last, err = a, cmp.Or(failure, errOver) // what the target said beats its silence, and that it cannot be reached a time that ran out
 		}
 		wait := max(backoff.Next(), pause)
 		if time.Until(end) <= wait || ctx.Err() != nil {
-			return last, attempt, cmp.Or(err, errOver)
+			return last, attempt, err
 		}
 		c.Retries.Add(1)
 		c.log.Warn("webhook will be forwarded again", "event", w.ID, "method", shown(w.Method), "path", shown(w.Path), "target", c.targetURL,
-			"status", a.Status, "attempt", attempt, "wait", wait, "err", err)
+			"status", a.Status, "attempt", attempt, "wait", wait, "err", failure)
 		slot.stepAside(len(w.Body))
 		sleep(ctx, wait)
 		slot.back(len(w.Body))
 		if !slot.retake(ctx) {
-			return last, attempt, context.Cause(ctx)
+			return last, attempt, err
 		}
 	}
 }

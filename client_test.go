@@ -1589,6 +1589,11 @@ func TestRetries(t *testing.T) {
 				if d := report.at.Sub(sent); d < tc.least || d > tc.most+50*time.Millisecond {
 					t.Errorf("reported after %v, want %v to %v", d, tc.least, tc.most)
 				}
+				for _, line := range w.log.lines("webhook given up") { // says why what is told was told
+					if why, _ := line["err"].(string); strings.Contains(why, "deadline exceeded") != (tc.err == answerTimeout) {
+						t.Errorf("given up because of %q", why)
+					}
+				}
 				calls := w.forwarded()
 				if n := len(calls); tc.attempts > 0 && n != tc.attempts || tc.attempts == 0 && n < 11 {
 					t.Errorf("%d attempts, want %d", n, tc.attempts)
