@@ -1367,6 +1367,14 @@ type Subscriber struct {
 	batch   int64 // bytes of the batch that Take handed out
 }
 
+// SubscriberState is what the status page shows of a Subscriber.
+type SubscriberState struct {
+	Client  string     `json:"client,omitempty"`
+	Addr    netip.Addr `json:"addr"`
+	Since   time.Time  `json:"since"`
+	Waiting int64      `json:"waiting"` // bytes
+}
+
 // wake puts the one token into a channel that holds one.
 func wake(c chan struct{}) {
 	select {
@@ -1490,22 +1498,21 @@ func (h *Hub) Subscribers() (list []*Subscriber) {
 	return list
 }
 
-// Waiting is how many bytes wait for each subscriber of channel, for at most so
-// many of them, and how many there are.
-func (h *Hub) Waiting(channel string, most int) (waiting map[*Subscriber]int64, count int) {
+// States are at most so many subscribers of channel, and how many there are.
+func (h *Hub) States(channel string, most int) (list []SubscriberState, count int) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	list = []SubscriberState{}
 	c := h.channels[channel]
 	if c == nil {
-		return nil, 0
+		return list, 0
 	}
-	waiting = map[*Subscriber]int64{}
 	for s := range c.subscribers {
-		if len(waiting) < most {
-			waiting[s] = s.bytes
+		if len(list) < most {
+			list = append(list, SubscriberState{s.Client, s.Addr, s.Since, s.bytes})
 		}
 	}
-	return waiting, len(c.subscribers)
+	return list, len(c.subscribers)
 }
 
 // Reason is why s ended; nil while it lives.

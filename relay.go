@@ -406,7 +406,7 @@ func runServer(ctx context.Context, c *Config, log *slog.Logger) error {
 	if c.CertFile != "" {
 		if web.TLSConfig, err = c.serverTLS(log); err != nil {
 			listener.Close()
-			return fmt.Errorf("read TLS certificate: %w", err)
+			return err
 		}
 		serve = func() error { return web.ServeTLS(limited, "", "") }
 	}
@@ -471,17 +471,15 @@ func drain(c *Config, server *Server, web *http.Server, bus Bus) {
 // runClient forwards until ctx ends: one Client for each channel, so that a dead
 // target does not stop the others.
 func runClient(ctx context.Context, c *Config, log *slog.Logger) error {
-	cert := &certificate{certFile: c.SourceCertFile, keyFile: c.SourceKeyFile, log: log}
-	if c.SourceCertFile != "" {
-		if _, err := cert.get(); err != nil {
-			return fmt.Errorf("read TLS certificate: %w", err)
-		}
+	cert := keyPair(sourcePair, c.SourceCertFile, c.SourceKeyFile)
+	if err := cert.open(); err != nil {
+		return err
 	}
 	var clients []*Client
 	for _, source := range c.Sources {
 		opts := c.clientOf(source)
 		if c.SourceCertFile != "" {
-			opts.Certificate = cert.get
+			opts.Certificate = func() (*tls.Certificate, error) { return cert.fresh(log), nil }
 		}
 		clients = append(clients, NewClient(opts, log))
 	}
@@ -933,64 +931,18 @@ func (g *guest) Close() error {
 // subscribers need one, and nothing is verified before a request is for a stream:
 // a provider that has a certificate of its own must get in all the same.
 func (c *Config) serverTLS(log *slog.Logger) (*tls.Config, error) {
-	cert := &certificate{certFile: c.CertFile, keyFile: c.KeyFile, log: log}
-	if _, err := cert.get(); err != nil {
+	cert := keyPair(serverPair, c.CertFile, c.KeyFile)
+	if err := cert.open(); err != nil {
 		return nil, err
 	}
 	config := &tls.Config{
-		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return cert.get() },
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return cert.fresh(log), nil },
 		MinVersion:     tls.VersionTLS12,
 	}
 	if c.Server.ClientCAFile != "" {
 		config.ClientAuth = tls.RequestClientCert
 	}
 	return config, nil
-}
-
-// certificate is a key pair that is read again when a file changes; a broken
-// new one leaves the old one in force.
-type certificate struct {
-	certFile, keyFile string
-	log               *slog.Logger
-
-	mu      sync.Mutex
-	pair    *tls.Certificate // guarded by mu, as are the times of its files
-	changed [2]time.Time
-}
-
-func (c *certificate) get() (*tls.Certificate, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	var changed [2]time.Time
-	for i, name := range []string{c.certFile, c.keyFile} {
-		if info, err := os.Stat(name); err == nil {
-			changed[i] = info.ModTime()
-		}
-	}
-	if c.pair != nil && changed == c.changed {
-		return c.pair, nil
-	}
-	pair, err := loadPair(c.certFile, c.keyFile)
-	switch {
-	case err == nil:
-		c.pair = &pair
-	case c.pair == nil:
-		return nil, err
-	default:
-		c.log.Error("TLS certificate kept as it was", "err", err)
-	}
-	c.changed = changed
-	return c.pair, nil
-}
-
-// loadPair reads a certificate and its key.
-func loadPair(certFile, keyFile string) (tls.Certificate, error) {
-	for _, name := range []string{certFile, keyFile} {
-		if err := regular(name); err != nil {
-			return tls.Certificate{}, err
-		}
-	}
-	return tls.LoadX509KeyPair(certFile, keyFile)
 }
 
 // Metrics.
@@ -1185,9 +1137,7 @@ func settings(c *Config) []setting {
 			into(&s.SecretsFile, readable(parseSecrets)), nil},
 		{"LOG_LEVEL", "info", "both", "debug, info, warn or error", into(&c.LogLevel, parseLevel), nil},
 		{"LOG_FORMAT", "", "both", "text or json; by default text on a terminal, else json", into(&c.LogFormat, oneOf("text", "json")), nil},
-		{"HEALTH_SERVICE_PORT", "9000", "both",
-			"port of /live, /ready, /health, /metrics and the status page",
-			into(&c.HealthPort, parsePort), nil},
+		{"HEALTH_SERVICE_PORT", "9000", "both", "port of /live, /ready, /health, /metrics and the status page", into(&c.HealthPort, parsePort), nil},
 		{"HEALTH_SERVICE_DETECT_KUBERNETES", "true", "both",
 			"outside Kubernetes, start the health service only when its port is set",
 			into(&c.DetectKubernetes, parseBool), nil},
@@ -1206,9 +1156,7 @@ func settings(c *Config) []setting {
 		{"SERVER_MAX_SUBSCRIBERS_PER_ADDRESS", "5000", "server",
 			"most streams at once from one remote address",
 			into(&l.PerAddress, integer(1, 10_000_000)), nil},
-		{"SERVER_SUBSCRIBER_BUFFER", "16mb", "server",
-			"undelivered bytes of one subscriber; what does not fit waits",
-			into(&l.Buffer, parseSize), nil},
+		{"SERVER_SUBSCRIBER_BUFFER", "16mb", "server", "undelivered bytes of one subscriber; what does not fit waits", into(&l.Buffer, parseSize), nil},
 		{"SERVER_HELD_BUFFER", "256mb", "server",
 			"bytes of all webhooks that are held, read or queued; one channel may take half",
 			into(&c.HeldBuffer, parseSize), nil},
@@ -1244,18 +1192,10 @@ func settings(c *Config) []setting {
 				"makes replicas one relay",
 			into(&r.Server, parseRedisURL), redacted},
 		{"REDIS_CHANNEL_PREFIX", "webhook-relay:", "server", "begins the names of all Redis channels", into(&r.Prefix, parseText), nil},
-		{"REDIS_RECONNECT_BACKOFF_FACTOR", "2", "server",
-			"growth of the pause between tries to connect",
-			into(&r.Backoff.Factor, number(1, 100)), nil},
-		{"REDIS_RECONNECT_BACKOFF_INITIAL_TIMEOUT", "100", "server",
-			"first pause",
-			into(&r.Backoff.Initial, duration(time.Millisecond, maxDuration)), nil},
-		{"REDIS_RECONNECT_BACKOFF_MAX_TIMEOUT", "1000", "server",
-			"longest pause",
-			into(&r.Backoff.Max, duration(time.Millisecond, maxDuration)), nil},
-		{"REDIS_RECONNECT_BACKOFF_RANDOMIZE", "true", "server",
-			"shorten each pause by a random part, up to half",
-			into(&r.Backoff.Jitter, parseBool), nil},
+		{"REDIS_RECONNECT_BACKOFF_FACTOR", "2", "server", "growth of the pause between tries to connect", into(&r.Backoff.Factor, number(1, 100)), nil},
+		{"REDIS_RECONNECT_BACKOFF_INITIAL_TIMEOUT", "100", "server", "first pause", into(&r.Backoff.Initial, duration(time.Millisecond, maxDuration)), nil},
+		{"REDIS_RECONNECT_BACKOFF_MAX_TIMEOUT", "1000", "server", "longest pause", into(&r.Backoff.Max, duration(time.Millisecond, maxDuration)), nil},
+		{"REDIS_RECONNECT_BACKOFF_RANDOMIZE", "true", "server", "shorten each pause by a random part, up to half", into(&r.Backoff.Jitter, parseBool), nil},
 		{"REDIS_MAX_RECONNECT_ATTEMPTS", "-1", "server",
 			"tries in a row before the server exits with 1; -1: unlimited",
 			into(&r.MaxAttempts, integer(-1, math.MaxInt32)), nil},
@@ -1282,9 +1222,7 @@ func settings(c *Config) []setting {
 		{"RECONNECT_INTERVAL", "1000", "client",
 			"first pause before the stream is opened again; grows to 5s, or 30s when the source refuses",
 			into(&c.Client.ReconnectInterval, duration(time.Millisecond, maxDuration)), nil},
-		{"TARGET_TIMEOUT", "30s", "client",
-			"time for one attempt at the target",
-			into(&c.Client.Timeout, duration(time.Millisecond, maxDuration)), nil},
+		{"TARGET_TIMEOUT", "30s", "client", "time for one attempt at the target", into(&c.Client.Timeout, duration(time.Millisecond, maxDuration)), nil},
 		{"TARGET_RETRY_WINDOW", "60s", "client",
 			"time in which attempts are repeated; 0: one attempt",
 			into(&c.Client.RetryWindow, duration(0, maxDuration)), nil},
@@ -1387,7 +1325,7 @@ func (c *Config) mistakes(mode string, env map[string]string) (list []string) {
 			}
 		}
 		list = append(list, c.checkChannels()...)
-		list = append(list, checkPair("SOURCE_TLS_CERT_FILE", c.SourceCertFile, "SOURCE_TLS_KEY_FILE", c.SourceKeyFile)...)
+		list = append(list, checkPair(sourcePair, c.SourceCertFile, c.SourceKeyFile)...)
 		if c.SourceCertFile != "" && slices.ContainsFunc(c.Sources, func(u *url.URL) bool { return u.Scheme != "https" }) {
 			list = append(list, "SOURCE_TLS_CERT_FILE: needs an https SOURCE_URL")
 		}
@@ -1395,7 +1333,7 @@ func (c *Config) mistakes(mode string, env map[string]string) (list []string) {
 		if c.Port != 0 && c.Port == c.HealthPort && c.Health {
 			list = append(list, "SERVER_PORT, HEALTH_SERVICE_PORT: must differ")
 		}
-		list = append(list, checkPair("SERVER_TLS_CERT_FILE", c.CertFile, "SERVER_TLS_KEY_FILE", c.KeyFile)...)
+		list = append(list, checkPair(serverPair, c.CertFile, c.KeyFile)...)
 		if c.Server.ClientCAFile != "" && c.CertFile == "" {
 			list = append(list, "SERVER_TLS_CLIENT_CA_FILE: needs SERVER_TLS_CERT_FILE and SERVER_TLS_KEY_FILE: "+
 				"whoever ends TLS in front of the server sees the certificates, and nobody else")
@@ -1430,49 +1368,50 @@ func linked(env map[string]string, name string) bool {
 		found && (port == "" || port[0] == '_') && env[service+"_SERVICE_HOST"] != ""
 }
 
-// nearest is the one of names that name was meant for: the fewest edits away, which
-// are letters put in, left out or changed, or neighbours swapped. It is empty when
-// none is within one edit for five letters.
-func nearest(name string, names []string) (best string) {
-	least := math.MaxInt
-	for _, other := range names {
-		most := len(other) / 5
-		if longer := len(name) - len(other); max(longer, -longer) > most {
-			continue
-		}
-		rows := make([][]int, len(name)+1) // edits from each beginning of name to each of other
-		for i := range rows {
-			rows[i] = make([]int, len(other)+1)
-			for j := range rows[i] {
-				if i == 0 || j == 0 {
-					rows[i][j] = i + j
-					continue
-				}
-				edits := rows[i-1][j-1]
-				if name[i-1] != other[j-1] {
-					edits = 1 + min(edits, rows[i-1][j], rows[i][j-1])
-				}
-				if i > 1 && j > 1 && name[i-1] == other[j-2] && name[i-2] == other[j-1] {
-					edits = min(edits, rows[i-2][j-2]+1)
-				}
-				rows[i][j] = edits
+// nearest is the one of names that name was meant for: the fewest edits away, and no
+// more than one for five letters, or three. It is empty when none is.
+func nearest(name string, names []string) string {
+	for edits := range 4 {
+		for _, other := range names {
+			if edits <= len(other)/5 && nearly(edits, name, other) {
+				return other
 			}
 		}
-		if edits := rows[len(name)][len(other)]; edits <= most && edits < least {
-			best, least = other, edits
-		}
 	}
-	return best
+	return ""
 }
 
+// nearly reports whether so many edits make b of a: letters put in, left out or
+// changed, or neighbours swapped.
+func nearly(edits int, a, b string) bool {
+	for a != "" && b != "" && a[0] == b[0] {
+		a, b = a[1:], b[1:]
+	}
+	switch {
+	case a == "" || b == "":
+		return len(a)+len(b) <= edits
+	case edits == 0:
+		return false
+	case len(a) > 1 && len(b) > 1 && a[0] == b[1] && a[1] == b[0] && nearly(edits-1, a[2:], b[2:]):
+		return true
+	}
+	return nearly(edits-1, a[1:], b[1:]) || nearly(edits-1, a[1:], b) || nearly(edits-1, a, b[1:])
+}
+
+// The variables that name a certificate and its key.
+const (
+	serverPair = "SERVER_TLS_CERT_FILE, SERVER_TLS_KEY_FILE"
+	sourcePair = "SOURCE_TLS_CERT_FILE, SOURCE_TLS_KEY_FILE"
+)
+
 // checkPair is what is wrong with a certificate and its key, which variables name.
-func checkPair(certName, cert, keyName, key string) []string {
+func checkPair(variables, cert, key string) []string {
 	if (cert == "") != (key == "") {
-		return []string{fmt.Sprintf("%s, %s: set both or neither", certName, keyName)}
+		return []string{variables + ": set both or neither"}
 	}
 	if cert != "" {
-		if _, err := loadPair(cert, key); err != nil {
-			return []string{fmt.Sprintf("%s, %s: %v", certName, keyName, err)}
+		if _, err := keyPair(variables, cert, key).look(); err != nil {
+			return []string{fmt.Sprintf("%s: %v", variables, err)}
 		}
 	}
 	return nil
@@ -1546,7 +1485,7 @@ func newLogger(c *Config, w io.Writer) *slog.Logger {
 	if c.LogFormat == "text" {
 		handler = slog.NewTextHandler(w, options)
 	}
-	return slog.New(hush{handler, new(sync.Mutex), map[string]quota{}})
+	return slog.New(hush{handler, new(sync.Mutex), map[string]*quota{}})
 }
 
 // hush bounds the log, most of whose lines strangers can cause. Messages are
@@ -1557,7 +1496,7 @@ type hush struct {
 
 	// Shared by all handlers of one log.
 	mu     *sync.Mutex
-	quotas map[string]quota // guarded by mu; by message
+	quotas map[string]*quota // by message; all guarded by mu
 }
 
 // quota is what one message has had.
@@ -1571,7 +1510,14 @@ func (h hush) Handle(ctx context.Context, r slog.Record) error {
 	if r.Level <= slog.LevelDebug {
 		return h.Handler.Handle(ctx, r)
 	}
-	omitted, over := h.take(r.Message)
+	h.mu.Lock()
+	q := h.quota(r.Message)
+	omitted, over := q.omitted, q.spent()
+	if !over {
+		q.lines++
+		q.omitted = 0
+	}
+	h.mu.Unlock()
 	if over {
 		return nil
 	}
@@ -1581,7 +1527,9 @@ func (h hush) Handle(ctx context.Context, r slog.Record) error {
 	}
 	err := h.Handler.Handle(ctx, r)
 	if err != nil {
-		h.omit(r.Message, omitted+1)
+		h.mu.Lock()
+		q.omitted += omitted + 1
+		h.mu.Unlock()
 	}
 	return err
 }
@@ -1591,41 +1539,30 @@ func (h hush) Handle(ctx context.Context, r slog.Record) error {
 func (h hush) Silent(message string) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	q := h.quotas[message]
-	if q.lines < hushLines || q.second != time.Now().Unix() {
-		return false
-	}
-	q.omitted++
-	h.quotas[message] = q
-	return true
+	return h.quota(message).spent()
 }
 
-// take takes one line of message's quota; over says that none is left, and omitted
-// how many were left out before.
-func (h hush) take(message string) (omitted int, over bool) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
+// quota is message's, of this second. It needs mu.
+func (h hush) quota(message string) *quota {
 	q := h.quotas[message]
+	if q == nil {
+		q = &quota{}
+		h.quotas[message] = q
+	}
 	if now := time.Now().Unix(); q.second != now {
 		q.second, q.lines = now, 0
 	}
-	if over = q.lines == hushLines; over {
-		q.omitted++
-	} else {
-		q.lines++
-		omitted, q.omitted = q.omitted, 0
-	}
-	h.quotas[message] = q
-	return omitted, over
+	return q
 }
 
-// omit counts lines of message that were not written.
-func (h hush) omit(message string, lines int) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	q := h.quotas[message]
-	q.omitted += lines
-	h.quotas[message] = q
+// spent reports whether no line is left, and counts one that is left out then. It
+// needs hush.mu.
+func (q *quota) spent() bool {
+	over := q.lines >= hushLines
+	if over {
+		q.omitted++
+	}
+	return over
 }
 
 func (h hush) WithAttrs(attrs []slog.Attr) slog.Handler {

@@ -14,6 +14,7 @@ import (
 	"crypto/hmac"
 	"crypto/sha256"
 	"crypto/subtle"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/hex"
@@ -1548,16 +1549,20 @@ func (s *Server) route(ctx context.Context, id, channel, client string, a Answer
 
 // Who may send, who may subscribe, and from where.
 
-// watched is a file whose value is read again when it changes. One that cannot be
-// right leaves the last good one in force.
+// watched is a file whose value is read again when it changes, or two that are right
+// only together. What cannot be right leaves the last good value in force. It is
+// safe for concurrent use.
 type watched[T any] struct {
 	variable string // that names the file
 	name     string // empty: there is none, and the value stays T's zero
+	second   string // read behind the first; empty: there is one alone
 	parse    func(text string) (T, error)
 
 	inForce atomic.Pointer[T]
 
-	// Of the one goroutine that looks.
+	mu sync.Mutex
+
+	// Guarded by mu.
 	taken [32]byte // sum of what is in force
 	seen  [32]byte // sum at the last look; zero when that failed
 	told  string   // the last error, which is told once
@@ -1574,46 +1579,54 @@ func (w *watched[T]) value() (v T) {
 // look reads the file, and reports whether it put a new value in force. A writer
 // may still be at work on a file whose last line is not complete, and half a line
 // must not count: such a file is taken once two looks that follow each other find
-// the same.
+// the same. It needs mu.
 func (w *watched[T]) look() (bool, error) {
 	before := w.seen
 	w.seen = [32]byte{}
-	if err := regular(w.name); err != nil {
-		return false, err
+	text, whole, err := readWhole(w.name)
+	if err == nil && w.second != "" {
+		behind, too, failed := readWhole(w.second)
+		text, whole, err = text+"\n"+behind, whole && too, failed
 	}
-	f, err := os.Open(w.name)
 	if err != nil {
 		return false, err
 	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, watchedLimit+1))
-	if err != nil {
-		return false, err
+	sum := sha256.Sum256([]byte(text))
+	if sum != w.taken {
+		value, err := w.parse(text)
+		if err != nil {
+			return false, err
+		}
+		if whole || sum == before {
+			w.taken, w.seen = sum, sum
+			w.inForce.Store(&value)
+			return true, nil
+		}
 	}
-	if len(data) > watchedLimit {
-		return false, fmt.Errorf("larger than %d bytes", watchedLimit)
-	}
-	value, err := w.parse(string(data))
-	if err != nil {
-		return false, err
-	}
-	w.seen = sha256.Sum256(data)
-	if w.seen == w.taken || w.seen != before && !bytes.HasSuffix(data, []byte("\n")) {
-		return false, nil
-	}
-	w.taken = w.seen
-	w.inForce.Store(&value)
-	return true, nil
+	w.seen = sum
+	return false, nil
 }
 
-// regular is why name is not read again and again: there is no such file, or it is
-// no file, such as a pipe, whose reader may wait for ever.
-func regular(name string) error {
+// readWhole reads a watched file, and whether its last line has an end. What is no
+// file, such as a pipe, is not read: it may never end.
+func readWhole(name string) (text string, whole bool, err error) {
 	info, err := os.Stat(name)
 	if err == nil && !info.Mode().IsRegular() {
 		err = fmt.Errorf("%q is not a regular file", name)
 	}
-	return err
+	if err != nil {
+		return "", false, err
+	}
+	f, err := os.Open(name)
+	if err != nil {
+		return "", false, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, watchedLimit+1))
+	if err == nil && len(data) > watchedLimit {
+		err = fmt.Errorf("%q is larger than %d bytes", name, watchedLimit)
+	}
+	return string(data), bytes.HasSuffix(data, []byte("\n")), err
 }
 
 // open waits until the file is in force for the first time.
@@ -1621,6 +1634,8 @@ func (w *watched[T]) open() error {
 	if w.name == "" {
 		return nil
 	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	for end := time.Now().Add(settleTime); ; time.Sleep(settleInterval) {
 		taken, err := w.look()
 		if !taken && err == nil && !time.Now().Before(end) {
@@ -1641,6 +1656,8 @@ func (w *watched[T]) reload(log *slog.Logger) bool {
 	if w.name == "" {
 		return false
 	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	taken, err := w.look()
 	told := ""
 	if err != nil {
@@ -1653,6 +1670,12 @@ func (w *watched[T]) reload(log *slog.Logger) bool {
 		log.Info("file read again", "variable", w.variable)
 	}
 	return taken
+}
+
+// fresh is the value after one more look.
+func (w *watched[T]) fresh(log *slog.Logger) T {
+	w.reload(log)
+	return w.value()
 }
 
 // parseLines reads lines that begin with a channel, or "*" for any; read makes
@@ -1740,6 +1763,14 @@ func parseIssuers(text string) (*x509.CertPool, error) {
 		pool.AddCert(certificate)
 	}
 	return pool, nil
+}
+
+// keyPair is a certificate and its key, which variables name.
+func keyPair(variables, certFile, keyFile string) *watched[*tls.Certificate] {
+	return &watched[*tls.Certificate]{variable: variables, name: certFile, second: keyFile, parse: func(text string) (*tls.Certificate, error) {
+		pair, err := tls.X509KeyPair([]byte(text), []byte(text)) // of which each takes its own
+		return &pair, err
+	}}
 }
 
 // secret is what a provider signs a channel's webhooks with.
@@ -2564,26 +2595,14 @@ type ChannelState struct {
 	Subscribers []SubscriberState `json:"subscribers"`
 }
 
-// SubscriberState is one stream.
-type SubscriberState struct {
-	Client  string     `json:"client,omitempty"`
-	Addr    netip.Addr `json:"addr"`
-	Since   time.Time  `json:"since"`
-	Waiting int64      `json:"waiting"` // bytes
-}
-
 // State is the server now.
 func (s *Server) State() (state ServerState) {
 	state.Streams, state.Channels = s.hub.Count()
 	state.Held = s.Held()
 	channels := slices.Sorted(slices.Values(s.hub.Channels()))
 	for _, channel := range channels[:min(len(channels), channelsShown)] {
-		one := ChannelState{Channel: channel, Subscribers: []SubscriberState{}}
-		var waiting map[*Subscriber]int64
-		waiting, one.Count = s.hub.Waiting(channel, subscribersShown)
-		for sub, size := range waiting {
-			one.Subscribers = append(one.Subscribers, SubscriberState{sub.Client, sub.Addr, sub.Since, size})
-		}
+		one := ChannelState{Channel: channel}
+		one.Subscribers, one.Count = s.hub.States(channel, subscribersShown)
 		slices.SortFunc(one.Subscribers, func(a, b SubscriberState) int { return a.Since.Compare(b.Since) })
 		s.mu.Lock()
 		if l := s.lines[channel]; l != nil {
