@@ -121,7 +121,8 @@ type RedisBus struct {
 	replica  string
 	hub      *Hub
 	log      *slog.Logger
-	OnCutOff func() // set before use: Redis cannot be reached from here; another replica may be well
+	OnCutOff func()                                                            // set before use: Redis cannot be reached from here; another replica may be well
+	Dial     func(ctx context.Context, network, addr string) (net.Conn, error) // set before use
 
 	Sessions, Received atomic.Int64
 
@@ -154,7 +155,7 @@ var (
 // it watch.
 func NewRedisBus(opts RedisOptions, replica string, hub *Hub, log *slog.Logger) *RedisBus {
 	b := &RedisBus{
-		opts: opts, replica: replica, hub: hub, log: log, OnCutOff: func() {},
+		opts: opts, replica: replica, hub: hub, log: log, OnCutOff: func() {}, Dial: (&net.Dialer{Timeout: dialTimeout}).DialContext,
 		recount: make(chan struct{}, 1), large: make(chan struct{}, 1), poke: make(chan struct{}, 1), speak: make(chan struct{}, 1),
 		ask: make(chan *request), back: make(chan struct{}), dirty: map[string]struct{}{},
 	}
@@ -554,7 +555,7 @@ func (b *RedisBus) dialTo(ctx context.Context, addr string, options ...redis.Dia
 	host, _, _ := net.SplitHostPort(addr)
 	conn, err := redis.DialContext(ctx, "tcp", addr, append(options,
 		redis.DialContextFunc(func(ctx context.Context, network, addr string) (net.Conn, error) {
-			conn, err := (&net.Dialer{Timeout: dialTimeout}).DialContext(ctx, network, addr)
+			conn, err := b.Dial(ctx, network, addr)
 			if err != nil {
 				return nil, err
 			}

@@ -2308,36 +2308,44 @@ func BenchmarkRedisPublish(b *testing.B) {
 }
 
 // fakeRedis is a Redis that says what a test wants it to. It knows just what a
-// bus asks for, and is alone with one replica.
+// RedisBus needs.
 type fakeRedis struct {
 	listener net.Listener
 	conns    sync.WaitGroup
 
+	later func(lane string, f func()) // set before use: when a message arrives; nil: at once
+
 	mu      sync.Mutex
 	instead func(command []string) string // guarded by mu, like all below; "": the true reply
 	subs    map[net.Conn]map[string]bool
-	open    map[net.Conn]bool
+	out     map[net.Conn]chan string // what is to be written
 }
 
-func newFakeRedis(t testing.TB, instead func(command []string) string) *fakeRedis {
+func newFakeRedis(t testing.TB, l net.Listener, instead func(command []string) string) *fakeRedis {
 	t.Helper()
-	f := &fakeRedis{listener: loopback(t), instead: instead, subs: map[net.Conn]map[string]bool{}, open: map[net.Conn]bool{}}
+	f := &fakeRedis{listener: l, instead: instead, subs: map[net.Conn]map[string]bool{}, out: map[net.Conn]chan string{}}
 	f.conns.Go(func() {
 		for {
 			conn, err := f.listener.Accept()
 			if err != nil {
 				return
 			}
+			out := make(chan string, 1<<16)
 			f.mu.Lock()
-			f.open[conn] = true
+			f.out[conn] = out
 			f.mu.Unlock()
 			f.conns.Go(func() { f.serve(conn) })
+			f.conns.Go(func() {
+				for text := range out {
+					io.WriteString(conn, text)
+				}
+			})
 		}
 	})
 	t.Cleanup(func() {
 		f.listener.Close()
 		f.mu.Lock()
-		for conn := range f.open {
+		for conn := range f.out {
 			conn.Close()
 		}
 		f.mu.Unlock()
@@ -2347,6 +2355,13 @@ func newFakeRedis(t testing.TB, instead func(command []string) string) *fakeRedi
 }
 
 func (f *fakeRedis) addr() string { return f.listener.Addr().String() }
+
+// say queues text for conn, unless that is gone. It needs mu.
+func (f *fakeRedis) say(conn net.Conn, text string) {
+	if out := f.out[conn]; out != nil {
+		out <- text
+	}
+}
 
 // bulk is an array in the protocol of Redis: strings, and integers as such.
 func bulk(values ...any) string {
@@ -2366,7 +2381,8 @@ func (f *fakeRedis) serve(conn net.Conn) {
 	defer func() {
 		f.mu.Lock()
 		delete(f.subs, conn)
-		delete(f.open, conn)
+		close(f.out[conn])
+		delete(f.out, conn)
 		f.mu.Unlock()
 		conn.Close()
 	}()
@@ -2406,11 +2422,8 @@ func (f *fakeRedis) serve(conn net.Conn) {
 				reply = other
 			}
 		}
-		_, err := io.WriteString(conn, reply)
+		f.say(conn, reply)
 		f.mu.Unlock()
-		if err != nil {
-			return
-		}
 	}
 }
 
@@ -2430,7 +2443,7 @@ func (f *fakeRedis) reply(conn net.Conn, command []string) string {
 		n := 0
 		for sub, names := range f.subs {
 			if names[command[1]] {
-				io.WriteString(sub, bulk("message", command[1], command[2]))
+				f.pass(conn, sub, command[1], command[2])
 				n++
 			}
 		}
@@ -2455,12 +2468,26 @@ func (f *fakeRedis) reply(conn net.Conn, command []string) string {
 	}
 }
 
+// pass brings a message of conn to sub. It needs mu.
+func (f *fakeRedis) pass(conn, sub net.Conn, name, message string) {
+	text := bulk("message", name, message)
+	if f.later == nil {
+		f.say(sub, text)
+		return
+	}
+	f.later(fmt.Sprint(conn.RemoteAddr(), name, sub.RemoteAddr()), func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.say(sub, text)
+	})
+}
+
 // push says text on all connections that are subscribed.
 func (f *fakeRedis) push(text string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for conn := range f.subs {
-		io.WriteString(conn, text)
+		f.say(conn, text)
 	}
 }
 
@@ -2503,7 +2530,7 @@ func TestHostileRedis(t *testing.T) {
 		})
 	}
 	t.Run("confirmed twice", func(t *testing.T) {
-		f := newFakeRedis(t, func(command []string) string {
+		f := newFakeRedis(t, loopback(t), func(command []string) string {
 			if name := command[len(command)-1]; command[0] == "SUBSCRIBE" && strings.HasSuffix(name, "@all") {
 				return strings.Repeat(bulk("subscribe", name, 1), 2)
 			}
@@ -2518,7 +2545,7 @@ func TestHostileRedis(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel() // some of it ends a session only with its time
 			var said atomic.Bool
-			f := newFakeRedis(t, func(command []string) string {
+			f := newFakeRedis(t, loopback(t), func(command []string) string {
 				if command[0] == "SUBSCRIBE" && said.CompareAndSwap(false, true) {
 					return text
 				}

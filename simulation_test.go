@@ -72,13 +72,14 @@ type simWorld struct {
 	began time.Time
 	kind  int
 	modes byChannel[string]
-	redis simRedis
+	redis *simHost
 	front *simHost // where senders and legacy readers live
 	wg    sync.WaitGroup
 
 	buffer, concurrency int64
 	maxAge              time.Duration
 	latency             time.Duration // longest, of a connection
+	delay               time.Duration // longest, of a message in Redis
 
 	mu       sync.Mutex
 	chances  *rand.Rand            // guarded by mu, like all below: chooses delays
@@ -91,6 +92,7 @@ type simWorld struct {
 	posts    []*simPost
 	events   map[string]*simEvent // by id
 	left     map[string]time.Time // when the last stream of a replica and channel ended
+	lanes    map[string]time.Time // when the last message of each arrives
 }
 
 // simPost is one webhook, which its sender posts once.
@@ -255,6 +257,7 @@ type simLink struct {
 	once  sync.Once
 	left  atomic.Int32
 	mute  atomic.Bool // nothing arrives any more, not even the end
+	room  int         // chunks under way before a writer has to wait: who writes to Redis holds a lock
 }
 
 var errSimRefused = errors.New("connection refused")
@@ -264,6 +267,9 @@ func (h *simHost) dial(ctx context.Context, to *simHost) (net.Conn, error) {
 		return nil, errSimRefused
 	}
 	l := &simLink{hosts: [2]*simHost{h, to}, over: make(chan struct{})}
+	if to == h.w.redis {
+		l.room = 1 << 12
+	}
 	l.ends[0], l.ends[1] = net.Pipe()
 	l.ends[2], l.ends[3] = net.Pipe()
 	for _, host := range l.hosts {
@@ -308,22 +314,32 @@ func (l *simLink) carry(dst, src net.Conn) {
 			}
 		}
 	}()
-	buf := make([]byte, 16<<10)
-	for {
-		n, err := src.Read(buf)
-		passed := l.pass()
-		if n > 0 && passed {
-			if _, err := dst.Write(buf[:n]); err != nil { // what came the other way may still arrive
-				io.Copy(io.Discard, src)
+	sent := make(chan []byte, l.room)
+	go func() { // ends with src
+		defer close(sent)
+		for {
+			buf := make([]byte, 16<<10)
+			n, err := src.Read(buf)
+			if sent <- buf[:n]; err != nil {
 				return
 			}
 		}
-		if err != nil {
-			if l.mute.Load() {
-				<-l.over
-			}
-			return
+	}()
+	for chunk := range sent {
+		passed := l.pass()
+		for len(sent) > 0 { // what came meanwhile arrives together
+			chunk = append(chunk, <-sent...)
 		}
+		if len(chunk) > 0 && passed {
+			if _, err := dst.Write(chunk); err != nil { // what came the other way may still arrive
+				for range sent {
+				}
+				return
+			}
+		}
+	}
+	if l.mute.Load() {
+		<-l.over
 	}
 }
 
@@ -354,14 +370,17 @@ func (h *simHost) all() (links []*simLink) {
 	return links
 }
 
-// crash breaks all of h for good.
+// crash breaks all of h for good, and who is connected sees that unless the
+// connection is mute.
 func (h *simHost) crash() {
 	h.mu.Lock()
 	h.down = true
 	h.mu.Unlock()
 	h.Close()
 	for _, l := range h.all() {
-		l.cut()
+		if !l.mute.Load() {
+			l.cut()
+		}
 	}
 }
 
@@ -389,396 +408,68 @@ func (h *simHost) stall(d time.Duration) {
 	}
 }
 
-// The bus.
+// Redis, which is one of the tests, behind the same connections.
 
-// simRedis passes on what replicas publish, as Redis does, but keeps the order
-// only of what one replica sends to one name.
-type simRedis struct {
-	w     *simWorld
-	mu    sync.Mutex
-	delay time.Duration // guarded by mu, like all below: longest of one way
-	subs  map[string]map[*simSession]struct{}
-	lanes map[string]time.Time // when the last message of each arrives
-}
+const simPrefix = "relay:"
 
-// later calls f after a while, and never before what came earlier on lane.
-func (rd *simRedis) later(lane string, f func()) {
-	rd.mu.Lock()
-	defer rd.mu.Unlock()
-	due := time.Now().Add(rd.w.upTo(rd.delay))
-	if last := rd.lanes[lane]; !due.After(last) {
-		due = last.Add(1)
-	}
-	rd.lanes[lane] = due
-	time.AfterFunc(time.Until(due), f)
-}
-
-// publish hands data to all who listen to name.
-func (rd *simRedis) publish(from *simBus, name string, data []byte) int {
-	rd.mu.Lock()
-	var to []*simSession
-	for s := range rd.subs[name] {
-		to = append(to, s)
-	}
-	rd.mu.Unlock()
-	for _, s := range to {
-		rd.later(from.replica+" "+name+" "+s.bus.replica, func() { s.receive(name, data) })
-	}
-	return len(to)
-}
-
-// subscribe notes whether s listens to name.
-func (rd *simRedis) subscribe(s *simSession, name string, wanted bool) {
-	rd.mu.Lock()
-	defer rd.mu.Unlock()
-	if rd.subs[name] == nil {
-		rd.subs[name] = map[*simSession]struct{}{}
-	}
-	if delete(rd.subs[name], s); wanted && !s.forgotten {
-		rd.subs[name][s] = struct{}{}
-	}
-}
-
-// forget notes that s is over.
-func (rd *simRedis) forget(s *simSession) {
-	rd.mu.Lock()
-	defer rd.mu.Unlock()
-	s.forgotten = true
-	for _, sessions := range rd.subs {
-		delete(sessions, s)
-	}
-}
-
-// peers lists the replicas that listen.
-func (rd *simRedis) peers(but string) map[string]bool {
-	rd.mu.Lock()
-	defer rd.mu.Unlock()
-	list := map[string]bool{}
-	for name, sessions := range rd.subs {
-		if replica, ok := strings.CutPrefix(name, "@"); ok && replica != "all" && replica != but && len(sessions) > 0 {
-			list[replica] = true
+// startRedis starts it. It keeps the order only of what one replica sends to one
+// name: less than a true one.
+func (w *simWorld) startRedis() {
+	w.redis = w.newHost("redis")
+	newFakeRedis(w.t, w.redis, w.overhear).later = func(lane string, f func()) {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		due := time.Now().Add(time.Duration(w.chances.Int64N(int64(w.delay) + 1)))
+		if last := w.lanes[lane]; !due.After(last) {
+			due = last.Add(1)
 		}
+		w.lanes[lane] = due
+		time.AfterFunc(time.Until(due), f)
 	}
-	return list
 }
 
-// simBus is the Bus of one replica.
-type simBus struct {
-	redis    *simRedis
-	replica  string
-	hub      *Hub
-	onCutOff func()
-
-	mu    sync.Mutex
-	link  *simSession     // guarded by mu, like all below: the session, begun or not
-	back  chan struct{}   // closed while one has begun
-	begun bool            //
-	dead  bool            // no session any more
-	peers map[string]bool // as last seen
-}
-
-// simSession is one life of a bus's connections. It is guarded by bus.mu.
-type simSession struct {
-	bus       *simBus
-	over      chan struct{}
-	names     map[string]*interest
-	forgotten bool // guarded by redis.mu
-}
-
-func (b *simBus) watch(channel string) { time.AfterFunc(0, func() { b.reconcile(channel) }) }
-
-func (b *simBus) reconcile(names ...string) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	s := b.link
-	if s == nil {
-		return
+// overhear notes what replicas say to Redis.
+func (w *simWorld) overhear(command []string) string {
+	if command[0] != "PUBLISH" {
+		return ""
 	}
-	for _, name := range names {
-		wanted := name[0] == '@' || b.hub.Wants(name)
-		in := s.names[name]
-		if in == nil {
-			if !wanted {
-				continue
-			}
-			in = &interest{}
-			s.names[name] = in
+	name, data := strings.TrimPrefix(command[1], simPrefix), []byte(command[2])
+	if name[0] != '@' {
+		if e, err := openEvent(name, data); err == nil {
+			w.note("%s publishes event=%s round=%d only=%s", e.Holder, e.ID, e.Round, e.Only)
 		}
-		if in.subscribed == wanted {
-			if wanted && in.acks == 0 {
-				b.hub.Confirm(name)
-			}
-			continue
-		}
-		in.subscribed = wanted
-		in.acks++
-		b.redis.later(b.replica+" command", func() {
-			b.redis.subscribe(s, name, wanted)
-			b.redis.later(b.replica+" confirmation", func() { s.confirmed(name) })
-		})
+		return ""
 	}
-}
-
-func (s *simSession) confirmed(name string) {
-	b := s.bus
-	b.mu.Lock()
-	in := s.names[name]
-	if in.acks--; b.link != s || in.acks > 0 {
-		b.mu.Unlock()
-		return
-	}
-	if !in.subscribed {
-		delete(s.names, name)
-	} else if name[0] != '@' {
-		b.hub.Confirm(name)
-	}
-	begun := name == "@all"
-	if begun {
-		b.begun = true
-		close(b.back)
-	}
-	b.mu.Unlock()
-	if begun {
-		b.count()
-		b.Tell(Signal{Kind: signalJoined, From: b.replica})
-		b.Tell(Signal{Kind: signalAgain, From: b.replica})
-	}
-}
-
-// connect begins a session.
-func (b *simBus) connect() {
-	b.mu.Lock()
-	if b.dead || b.link != nil {
-		b.mu.Unlock()
-		return
-	}
-	b.link = &simSession{bus: b, over: make(chan struct{}), names: map[string]*interest{}}
-	b.mu.Unlock()
-	b.reconcile(append(b.hub.Channels(), "@"+b.replica, "@all")...)
-}
-
-// drop ends the session. Redis sees that at once, or within late.
-func (b *simBus) drop(late time.Duration) {
-	b.hub.Suspend()
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	s := b.link
-	if s == nil {
-		return
-	}
-	close(s.over)
-	b.link = nil
-	if b.begun {
-		b.begun, b.back = false, make(chan struct{})
-	}
-	if late == 0 || b.redis.w.chance(0.5) {
-		b.redis.forget(s)
-	} else {
-		time.AfterFunc(b.redis.w.upTo(late), func() { b.redis.forget(s) })
-	}
-}
-
-const simUnseen = 1500 * time.Millisecond
-
-// away drops the session for a while.
-func (b *simBus) away(d time.Duration) {
-	b.drop(simUnseen)
-	if d > time.Second {
-		time.AfterFunc(time.Second, b.onCutOff)
-	}
-	time.AfterFunc(d, b.connect)
-}
-
-// receive is RedisBus.deliver.
-func (s *simSession) receive(name string, data []byte) {
-	b := s.bus
-	b.mu.Lock()
-	lost := b.link != s
-	b.mu.Unlock()
-	if lost {
-		return
-	}
-	if name[0] == '@' {
-		if sig, err := openSignal(data); err == nil && sig.From != b.replica {
-			if sig.Kind == signalHand {
-				b.redis.w.mu.Lock()
-				e := b.redis.w.event(sig.Event)
-				e.holder = append(e.holder, b.replica)
-				b.redis.w.mu.Unlock()
-			}
-			if sig.Event != "" {
-				b.redis.w.note("%s hears %s of %s client=%s round=%d given=%v", b.replica, sig.Kind, sig.Event, sig.Client, sig.Round, sig.Given)
-			} else {
-				b.redis.w.note("%s hears %s subscriber=%s client=%s from=%s", b.replica, sig.Kind, sig.Subscriber, sig.Client, sig.From)
-			}
-			if sig.Kind == signalJoined {
-				b.count()
-			} else {
-				b.hub.OnSignal(sig)
+	for len(data) > 0 {
+		var wire string
+		var err error
+		if data, err = cutFields(data, &wire); err == nil {
+			var sig Signal
+			if sig, err = openSignal([]byte(wire)); err == nil {
+				w.told(&sig)
 			}
 		}
-		return
+		if err != nil {
+			w.t.Error(err)
+			return ""
+		}
 	}
-	e, err := openEvent(name, bytes.Clone(data))
-	if err != nil {
-		b.redis.w.t.Error(err)
-		return
-	}
-	given := b.hub.Deliver(e)
-	b.redis.w.delivered(b.replica, e, given)
-	sig := receipt(e, b.replica, given)
-	e.release()
-	b.Tell(sig)
+	return ""
 }
 
-func (w *simWorld) delivered(replica string, e *Event, given []Given) {
-	w.note("%s delivers event=%s holder=%s round=%d only=%s to %v", replica, e.ID, e.Holder, e.Round, e.Only, given)
+// told notes what one replica tells another, or itself.
+func (w *simWorld) told(sig *Signal) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	publication := fmt.Sprint(e.Holder, e.Round)
-	for _, g := range given {
-		w.event(e.ID).given[publication] = append(w.event(e.ID).given[publication], g.Client)
-	}
-}
-
-// do publishes data, as RedisBus does: again when the session breaks.
-func (b *simBus) do(ctx context.Context, name string, data []byte) (int, error) {
-	data = bytes.Clone(data)
-	for {
-		b.mu.Lock()
-		back, s, begun := b.back, b.link, b.begun
-		b.mu.Unlock()
-		if !begun {
-			select {
-			case <-back:
-				continue
-			case <-ctx.Done():
-				return 0, errBusDown
-			}
+	e := w.event(sig.Event)
+	switch sig.Kind {
+	case signalReceipt:
+		publication := fmt.Sprint(sig.To, sig.Round)
+		for _, g := range sig.Given {
+			e.given[publication] = append(e.given[publication], g.Client)
 		}
-		reply := make(chan int, 1)
-		b.redis.later(b.replica+" "+name, func() {
-			select {
-			case <-s.over: // it got through, or not
-				if b.redis.w.chance(0.5) {
-					return
-				}
-			default:
-			}
-			n := b.redis.publish(b, name, data)
-			b.redis.later(b.replica+" reply", func() { reply <- n })
-		})
-		select {
-		case n := <-reply:
-			return n, nil
-		case <-s.over:
-		}
-		if ctx.Err() != nil {
-			return 0, errBroken
-		}
-	}
-}
-
-func (b *simBus) Publish(ctx context.Context, e *Event) (int, error) {
-	return b.do(ctx, e.Channel, e.message())
-}
-
-func simSignalName(sig *Signal) string {
-	if sig.To == "" {
-		return "@all"
-	}
-	return "@" + sig.To
-}
-
-func (b *simBus) Send(ctx context.Context, sig Signal) (int, error) {
-	if sig.To == b.replica || sig.To == "" {
-		b.hub.OnSignal(sig)
-		if sig.To != "" {
-			return 1, nil
-		}
-	}
-	if sig.Kind == signalHand {
-		b.redis.w.mu.Lock()
-		b.redis.w.event(sig.Event).handed = true
-		b.redis.w.mu.Unlock()
-	}
-	return b.do(ctx, simSignalName(&sig), sig.encode())
-}
-
-func (b *simBus) Tell(sig Signal) {
-	if sig.To == b.replica || sig.To == "" {
-		b.hub.OnSignal(sig)
-		if sig.To != "" {
-			return
-		}
-	}
-	b.mu.Lock()
-	s, begun := b.link, b.begun
-	b.mu.Unlock()
-	if !begun {
-		return
-	}
-	name, data := simSignalName(&sig), sig.encode()
-	b.redis.later(b.replica+" "+name, func() {
-		select {
-		case <-s.over:
-		default:
-			b.redis.publish(b, name, data)
-		}
-	})
-}
-
-func (b *simBus) Flush(ctx context.Context) { b.Send(ctx, Signal{Kind: signalJoined, From: b.replica}) }
-
-func (b *simBus) Peers(ctx context.Context) (names []string, err error) {
-	if err := b.Check(ctx); err != nil {
-		return nil, err
-	}
-	for name := range b.redis.peers(b.replica) {
-		names = append(names, name)
-	}
-	return names, nil
-}
-
-func (b *simBus) Check(context.Context) error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if !b.begun {
-		return errBusDown
-	}
-	return nil
-}
-
-// Run looks for replicas that are gone.
-func (b *simBus) Run(ctx context.Context) error {
-	b.connect()
-	tick := time.NewTicker(pingInterval)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			b.drop(0)
-			return nil
-		case <-tick.C:
-		}
-		if b.Check(ctx) == nil {
-			b.count()
-		}
-	}
-}
-
-// count looks which replicas are there, and tells of those that are no more.
-func (b *simBus) count() {
-	now := b.redis.peers(b.replica)
-	b.mu.Lock()
-	before := b.peers
-	b.peers = now
-	b.mu.Unlock()
-	for name := range before {
-		if !now[name] {
-			b.redis.w.note("%s sees that %s is gone", b.replica, name)
-			b.hub.OnSignal(Signal{Kind: signalGone, From: name})
-		}
+	case signalHand:
+		e.handed = true
 	}
 }
 
@@ -791,13 +482,14 @@ type simReplica struct {
 	host   *simHost
 	hub    *Hub
 	server *Server
-	bus    *simBus
+	bus    *RedisBus
 	web    *http.Server
 	dead   atomic.Bool   // it has crashed
 	over   atomic.Bool   // nobody may stop it any more
 	ended  chan struct{} // closed when nothing of it is left
 	finish func()
 
+	back                        time.Time // guarded by w.mu: when it can reach Redis again
 	born, stopped, leaves, gone time.Time // guarded by w.mu: when it started, was asked to stop, began to shut down, and left the bus
 }
 
@@ -806,8 +498,19 @@ func (w *simWorld) startReplica() *simReplica {
 	r.host = w.newHost(r.name)
 	log := slog.New(simLog{w: w, who: r.name, dead: &r.dead})
 	r.hub = &Hub{Limits: Limits{Subscribers: 1000, PerAddress: 1000, Buffer: w.buffer}, Budget: &Budget{Limit: 64 << 20}}
-	r.bus = &simBus{redis: &w.redis, replica: r.name, hub: r.hub, back: make(chan struct{}), peers: map[string]bool{}}
-	r.hub.Watch = r.bus.watch
+	r.bus = NewRedisBus(RedisOptions{
+		Server: RedisServer{Addr: "redis:6379"}, Prefix: simPrefix, MaxAttempts: -1,
+		Backoff: Backoff{Initial: 100 * time.Millisecond, Max: time.Second, Factor: 2, Jitter: true},
+	}, r.name, r.hub, log)
+	r.bus.Dial = func(ctx context.Context, _, _ string) (net.Conn, error) {
+		w.mu.Lock()
+		back := r.back
+		w.mu.Unlock()
+		if time.Now().Before(back) {
+			return nil, errSimRefused
+		}
+		return r.host.dial(ctx, w.redis)
+	}
 	var err error
 	r.server, err = NewServer(ServerOptions{
 		Replica: r.name, MaxPayload: 3 << 20, Heartbeat: time.Second, HoldTime: simHoldTime, StreamMaxAge: w.maxAge,
@@ -816,7 +519,11 @@ func (w *simWorld) startReplica() *simReplica {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	r.hub.OnSignal, r.bus.onCutOff = r.server.signal, r.server.AskToMove
+	r.hub.Watch, r.bus.OnCutOff = r.bus.watch, r.server.AskToMove
+	r.hub.OnSignal = func(sig Signal) {
+		r.hears(&sig)
+		r.server.signal(sig)
+	}
 	r.web = webServer(r.server, log)
 	ctx, cancel := context.WithCancel(context.Background())
 	var parts sync.WaitGroup
@@ -837,6 +544,48 @@ func (w *simWorld) startReplica() *simReplica {
 	w.note("%s starts", r.name)
 	return r
 }
+
+// hears notes what the replica is told.
+func (r *simReplica) hears(sig *Signal) {
+	switch {
+	case sig.From == r.name && sig.To == r.name:
+		r.w.told(sig)
+	case sig.Kind == signalHand:
+		r.w.mu.Lock()
+		e := r.w.event(sig.Event)
+		e.holder = append(e.holder, r.name)
+		r.w.mu.Unlock()
+	}
+	about := " of " + sig.Event
+	if sig.Event == "" {
+		about = " subscriber=" + sig.Subscriber
+	}
+	r.w.note("%s hears %s%s client=%s from=%s round=%d given=%v", r.name, sig.Kind, about, sig.Client, sig.From, sig.Round, sig.Given)
+}
+
+// away takes Redis from r for d. Redis may see that a little later than r, or both
+// do.
+func (r *simReplica) away(d time.Duration) {
+	r.w.mu.Lock()
+	r.back = time.Now().Add(d)
+	r.w.mu.Unlock()
+	for _, l := range r.host.all() {
+		if l.hosts[1] != r.w.redis {
+			continue
+		}
+		if r.w.chance(0.5) {
+			l.mute.Store(true)
+			time.AfterFunc(r.w.upTo(simUnseen), l.cut)
+		}
+		if r.w.chance(0.5) {
+			l.ends[0].Close()
+		} else if !l.mute.Load() {
+			l.cut()
+		}
+	}
+}
+
+const simUnseen = 1500 * time.Millisecond
 
 // stop is SIGTERM, as runServer takes it; delay is the shutdown delay.
 func (r *simReplica) stop(delay time.Duration) {
@@ -867,10 +616,7 @@ func (r *simReplica) crash() {
 	r.w.note("%s crashes", r.name)
 	r.note(&r.stopped)
 	r.dead.Store(true)
-	r.bus.mu.Lock()
-	r.bus.dead = true
-	r.bus.mu.Unlock()
-	r.bus.drop(simUnseen)
+	r.away(time.Hour)
 	r.host.crash()
 	r.server.Shutdown()
 	r.web.Close()
@@ -1207,7 +953,8 @@ func newSimWorld(t *testing.T, seed uint64) *simWorld {
 		buffer: 16 << 20, concurrency: 32, latency: 5 * time.Millisecond,
 		hosts: map[string]*simHost{}, targets: map[string]*simTarget{}, events: map[string]*simEvent{}, left: map[string]time.Time{},
 	}
-	w.redis = simRedis{w: w, delay: 5 * time.Millisecond, subs: map[string]map[*simSession]struct{}{}, lanes: map[string]time.Time{}}
+	w.delay, w.lanes = 5*time.Millisecond, map[string]time.Time{}
+	w.startRedis()
 	w.front = w.newHost("front")
 	for _, channel := range simChannels {
 		w.startTarget(channel)
@@ -1232,6 +979,7 @@ func (w *simWorld) close() {
 		s.host.crash()
 	}
 	w.front.crash()
+	w.redis.crash()
 	w.wg.Wait()
 	time.Sleep(time.Minute) // carriers and timers
 }
@@ -1245,7 +993,7 @@ func simulate(t *testing.T, seed uint64) {
 	w.buffer = []int64{16 << 20, 1 << 20, 64 << 10}[r.IntN(3)]
 	w.concurrency = []int64{32, 4, 1}[r.IntN(3)]
 	w.latency = within(0, 20*time.Millisecond)
-	w.redis.delay = within(0, []time.Duration{2 * time.Millisecond, 20 * time.Millisecond, 200 * time.Millisecond}[r.IntN(3)])
+	w.delay = within(0, []time.Duration{2 * time.Millisecond, 20 * time.Millisecond, 200 * time.Millisecond}[r.IntN(3)])
 	if r.IntN(4) == 0 {
 		w.maxAge = within(5*time.Second, 20*time.Second)
 	}
@@ -1354,12 +1102,12 @@ func simulate(t *testing.T, seed uint64) {
 				if coin == 0 {
 					r := replica()
 					w.note("bus of %s is away for %v", r.name, d/2)
-					r.bus.away(d / 2)
+					r.away(d / 2)
 					return
 				}
 				w.note("the bus is away for %v", d/2)
 				for _, r := range w.up() {
-					r.bus.away(d/2 + w.upTo(time.Second))
+					r.away(d/2 + w.upTo(time.Second))
 				}
 			},
 			func() {
@@ -1731,8 +1479,8 @@ func TestSimulationAgain(t *testing.T) {
 		for range 10 {
 			posts = append(posts, w.send("accept", 5, 10)...)
 			posts = append(posts, w.send("status", 2, 10)...)
-			r.bus.away(300 * time.Millisecond)
-			other.bus.away(w.upTo(600 * time.Millisecond))
+			r.away(300 * time.Millisecond)
+			other.away(w.upTo(600 * time.Millisecond))
 		}
 		time.Sleep(10 * time.Second)
 		w.want(posts, 1, nil)
