@@ -2,24 +2,19 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
-	"net"
 	"net/http"
 	"net/http/httptest"
-	"net/url"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -82,6 +77,13 @@ func TestHealthRoutes(t *testing.T) {
 	}
 }
 
+// answerOf is what h says at path.
+func answerOf(t testing.TB, h *Health, path string) *httptest.ResponseRecorder {
+	w := httptest.NewRecorder()
+	h.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), "GET", path, nil))
+	return w
+}
+
 // TestHealthCheckTimeout checks that a check which hangs is given up long before
 // the one who probes gives up.
 func TestHealthCheckTimeout(t *testing.T) {
@@ -91,11 +93,9 @@ func TestHealthCheckTimeout(t *testing.T) {
 	}
 	for _, path := range []string{"/live", "/ready", "/health"} {
 		synctest.Test(t, func(t *testing.T) {
-			w := httptest.NewRecorder()
 			begin := time.Now()
-			reportOn(hang, hang).ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), "GET", path, nil))
-			if took := time.Since(begin); took != checkTimeout || w.Code != 503 || !strings.Contains(w.Body.String(), "hangs") {
-				t.Errorf("%s: %d %q after %s", path, w.Code, w.Body, took)
+			if w := answerOf(t, reportOn(hang, hang), path); time.Since(begin) != checkTimeout || w.Code != 503 || !strings.Contains(w.Body.String(), "hangs") {
+				t.Errorf("%s: %d %q after %s", path, w.Code, w.Body, time.Since(begin))
 			}
 		})
 	}
@@ -106,44 +106,31 @@ func TestHealthCheckTimeout(t *testing.T) {
 func TestSinceWhen(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var down atomic.Bool
-		h := reportOn(fine, func(context.Context) error {
+		h := reportOn(fine, func(ctx context.Context) error {
 			if down.Load() {
-				return errors.New("no route")
+				return broken(ctx)
 			}
 			return nil
 		})
-		ctx, stop := context.WithCancel(t.Context())
-		var running sync.WaitGroup
-		running.Go(func() { h.Run(ctx) })
-		begin := time.Now()
-		ask := func() (v verdict) {
-			w := httptest.NewRecorder()
-			h.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), "GET", "/health", nil))
-			var doc struct{ Checks []verdict }
-			if err := json.Unmarshal(w.Body.Bytes(), &doc); err != nil || len(doc.Checks) != 2 {
-				t.Fatalf("%v in %s", err, w.Body)
-			}
-			return doc.Checks[1]
-		}
+		running(t, h.Run)
 		synctest.Wait()
-		if v := ask(); !v.OK || v.Of != "ready" || v.Name != "redis" || !v.Since.Equal(begin) || v.Error != "" || v.ErrorAt != nil {
-			t.Errorf("at the start: %+v", v)
+		check := func(ok bool, since time.Time, said string, at *time.Time) {
+			t.Helper()
+			want := must(json.Marshal(verdict{"redis", "ready", ok, since, said, at}))
+			if doc := answerOf(t, h, "/health").Body.String(); !strings.Contains(doc, string(want)) {
+				t.Errorf("no %s in %s", want, doc)
+			}
 		}
+		begin := time.Now()
+		check(true, begin, "", nil)
 		time.Sleep(time.Minute + checkInterval/2)
 		down.Store(true)
 		time.Sleep(time.Minute)
-		broke := begin.Add(time.Minute + checkInterval)
-		if v := ask(); v.OK || !v.Since.Equal(broke) || v.Error != "no route" || v.ErrorAt == nil || !v.ErrorAt.Equal(time.Now()) {
-			t.Errorf("after it broke: %+v", v)
-		}
+		last := time.Now() // somebody asks
+		check(false, begin.Add(time.Minute+checkInterval), "bus is down", &last)
 		down.Store(false)
-		last := time.Now()
 		time.Sleep(time.Minute)
-		if v := ask(); !v.OK || !v.Since.Equal(last.Add(checkInterval/2)) || v.Error != "no route" || !v.ErrorAt.Equal(last) {
-			t.Errorf("after it was mended: %+v, the last error was at %s", v, last)
-		}
-		stop()
-		running.Wait()
+		check(true, last.Add(checkInterval/2), "bus is down", &last)
 	})
 }
 
@@ -158,16 +145,14 @@ func TestJournal(t *testing.T) {
 		}
 		numbers = append(numbers, j.Put(0, i))
 	}
-	first := 2 * journalSize
 	for i, n := range slices.Backward(numbers) {
 		if j.Put(n, -i) != n {
 			t.Errorf("entry %d has another number now", n)
 		}
 	}
-	list := j.latest().([]int)
-	for i := range list {
-		if want := -(first + journalSize - 1 - i); list[i] != want {
-			t.Fatalf("entry %d is %v, want %d", i, list[i], want)
+	for i, entry := range j.latest().([]int) {
+		if want := i + 1 - 3*journalSize; entry != want {
+			t.Fatalf("entry %d is %v, want %d", i, entry, want)
 		}
 	}
 }
@@ -215,55 +200,37 @@ func TestSeries(t *testing.T) {
 // something has changed, and now and then otherwise; there is space for a few.
 func TestEventsOfPage(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		p := newPipes()
-		h := reportOn(fine, fine)
-		web := &http.Server{Handler: h}
-		var serving sync.WaitGroup
-		serving.Go(func() { web.Serve(p) })
+		p, h := newPipes(), reportOn(fine, fine)
+		serveOn(t, &http.Server{Handler: h}, p)
 		rt := p.transport(t, false)
-		open := func() (*http.Response, error) {
-			return rt.RoundTrip(must(http.NewRequestWithContext(t.Context(), "GET", "http://relay.test/events", nil)))
-		}
-		resp, err := open()
-		if err != nil || resp.Header.Get("Content-Type") != "text/event-stream" {
-			t.Fatalf("%v, %v", resp, err)
-		}
-		read := newParser(resp.Body)
-		next := func() (doc struct {
-			Now      time.Time
-			Webhooks []Passage
-		}) {
-			m, err := read.next()
-			if err == nil {
-				err = json.Unmarshal(m.data, &doc)
+		const events = "http://relay.test/events"
+		l, begin := listen(t, rt, events), time.Now()
+		shows := func(n int, when time.Duration, webhooks ...Passage) {
+			t.Helper()
+			var doc struct {
+				Now      time.Time
+				Webhooks []Passage
 			}
-			if err != nil {
-				t.Fatalf("%v in %q", err, m.data)
+			e := l.next(t, n)
+			err := json.Unmarshal([]byte(e.data), &doc)
+			if err != nil || !doc.Now.Equal(e.at) || e.at.Sub(begin) != when || !slices.Equal(doc.Webhooks, webhooks) {
+				t.Errorf("%v: after %s came %s", err, e.at.Sub(begin), e.data)
 			}
-			return doc
 		}
-		if doc := next(); len(doc.Webhooks) != 0 || !doc.Now.Equal(time.Now()) {
-			t.Errorf("first: %+v", doc)
-		}
-		h.Journal.(*Journal[Passage]).Put(0, Passage{Event: "one", Path: "/webhooks/ci/<b>"})
-		put := time.Now()
-		if doc := next(); len(doc.Webhooks) != 1 || doc.Webhooks[0].Path != "/webhooks/ci/<b>" || time.Since(put) > viewInterval {
-			t.Errorf("after %s: %+v", time.Since(put), doc)
-		}
-		put = time.Now()
-		if doc := next(); len(doc.Webhooks) != 1 || time.Since(put) > viewLonely+viewInterval {
-			t.Errorf("after %s: %+v", time.Since(put), doc)
+		shows(1, 0)
+		one := Passage{Event: "one", Path: "/webhooks/ci/<b>"}
+		h.Journal.(*Journal[Passage]).Put(0, one)
+		shows(2, viewInterval, one)
+		shows(3, viewInterval+viewLonely, one)
+		if kind := l.resp.Header.Get("Content-Type"); kind != "text/event-stream" {
+			t.Errorf("content type %q", kind)
 		}
 		for range viewersLimit - 1 {
-			if resp, err := open(); err != nil || resp.StatusCode != 200 {
-				t.Fatalf("%v, %v", resp, err)
-			}
+			listen(t, rt, events)
 		}
-		if resp, err := open(); err != nil || resp.StatusCode != 503 {
-			t.Errorf("one too many: %v, %v", resp, err)
+		if r := post(t.Context(), rt, "GET", events, ""); r.status != 503 {
+			t.Errorf("one too many: %+v", r)
 		}
-		web.Close()
-		serving.Wait()
 	})
 }
 
@@ -320,130 +287,47 @@ relay_d_seconds_count 5
 	}
 }
 
-// TestMetrics reads what both roles expose as Prometheus does, by the rules of its
-// parsers and of promtool's lint
-// (https://prometheus.io/docs/instrumenting/exposition_formats/,
-// https://prometheus.io/docs/practices/naming/,
-// https://prometheus.io/docs/specs/om/open_metrics_spec/): every family stands
-// together under its own help and type, once; names have their unit and say what
-// they count; no family takes the name of another one's samples; histograms add up.
-func TestMetrics(t *testing.T) {
-	hub := &Hub{Budget: &Budget{}}
-	server := must(NewServer(ServerOptions{}, hub, hub, nil))
-	client := func(channel string) *Client {
-		return NewClient(ClientOptions{
-			Source: must(url.Parse("http://relay.test/subscribe/" + channel)), Target: must(url.Parse("http://target.test")), Concurrency: 1,
-		}, slog.New(slog.DiscardHandler))
-	}
-	for role, metrics := range map[string][]Metric{
-		"server":            serverMetrics(server, hub, nil, &door{}),
-		"server with Redis": serverMetrics(server, hub, &RedisBus{}, &door{}),
-		"client":            clientMetrics([]*Client{client("a"), client("b")}),
-	} {
-		t.Run(role, func(t *testing.T) {
-			for _, mistake := range lint((&Health{Metrics: metrics}).exposition()) {
-				t.Error(mistake)
-			}
-		})
-	}
-	// The rules find what they are there for.
-	const begin = "# HELP relay_a_total A.\n# TYPE relay_a_total counter\nrelay_a_total 1\n"
-	for _, bad := range []string{
-		"relay_a_total 1\n", begin + begin, begin + "relay_a_total 1\n", begin + "relay_b 1\n",
-		begin + "# HELP relay_a A.\n# TYPE relay_a gauge\nrelay_a 1\n",
-		"# HELP relay_a A.\n# TYPE relay_a counter\nrelay_a 1\n", "# HELP relay_a_total A.\n# TYPE relay_a_total gauge\nrelay_a_total 1\n",
-		"# HELP relay_a_ms A.\n# TYPE relay_a_ms gauge\nrelay_a_ms 1\n", "# HELP relayA A.\n# TYPE relayA gauge\nrelayA 1\n",
-		"# HELP relay_a_seconds A.\n# TYPE relay_a_seconds histogram\nrelay_a_seconds_bucket{le=\"1\"} 2\nrelay_a_seconds_bucket{le=\"+Inf\"} 1\nrelay_a_seconds_sum 1\nrelay_a_seconds_count 1\n",
-		"# HELP relay_a_seconds A.\n# TYPE relay_a_seconds histogram\nrelay_a_seconds_bucket{le=\"1\"} 1\nrelay_a_seconds_sum 1\nrelay_a_seconds_count 1\n",
-		"# HELP relay_a A.\n# TYPE relay_a gauge\nrelay_a{x=y} 1\n", "# HELP relay_a A.\n# TYPE relay_a gauge\nrelay_a one\n", "# HELP relay_a A.\n# TYPE relay_a gauge\nrelay_a 1",
-	} {
-		if len(lint(bad)) == 0 {
-			t.Errorf("no mistake is found in\n%s", bad)
-		}
-	}
-}
-
 var (
 	sampleLine = regexp.MustCompile(`^([a-z_]+)(?:\{((?:[a-z_]+="(?:[^"\\]|\\[\\"n])*",?)+)\})? (\S+)$`)
-	leLabel    = regexp.MustCompile(`,?le="([^"]*)"`)
+	familyName = regexp.MustCompile(`^(relay|process|go)_[a-z_]+$`)
 	badUnit    = regexp.MustCompile(`_(ms|milliseconds|microseconds|nanoseconds|minutes|hours|days|kb|mb|kilobytes|megabytes|bits|percent)(_|$)`)
 )
 
-// lint is what is wrong with a text of metrics.
-func lint(text string) (mistakes []string) {
-	wrong := func(format string, args ...any) { mistakes = append(mistakes, fmt.Sprintf(format, args...)) }
-	kinds, seen := map[string]string{}, map[string]bool{}
-	last := map[string]float64{} // of a histogram's buckets, by its name and other labels
-	ends := map[string]float64{} // their +Inf
-	family := ""
-	if !strings.HasSuffix(text, "\n") {
-		wrong("no line end at the end")
-	}
-	for line := range strings.Lines(text) {
-		line = strings.TrimSuffix(line, "\n")
-		fields := strings.SplitN(line, " ", 4)
-		if len(fields) == 4 && fields[0] == "#" {
-			if fields[1] == "HELP" {
-				family = fields[2]
-				if _, twice := kinds[family]; twice || !strings.HasSuffix(line, ".") {
-					wrong("help %q", line)
-				}
-				kinds[family] = ""
-			} else {
-				kinds[family] = fields[3]
-				if fields[1] != "TYPE" || fields[2] != family || (fields[3] == "counter") != strings.HasSuffix(family, "_total") {
-					wrong("type %q under %s", line, family)
-				}
+// TestMetrics holds what both roles expose to the rules of Prometheus' parsers and
+// of promtool's lint
+// (https://prometheus.io/docs/instrumenting/exposition_formats/,
+// https://prometheus.io/docs/practices/naming/,
+// https://prometheus.io/docs/specs/om/open_metrics_spec/): every family and every
+// sample is there once; names have their unit and say what they count; no family
+// takes the name of another one's samples.
+func TestMetrics(t *testing.T) {
+	suffixes := map[string][]string{"counter": {""}, "gauge": {""}, "summary": {"", "_sum", "_count"}, "histogram": {"_bucket", "_sum", "_count"}}
+	roles := programMetrics(t)
+	roles["client"] = clientMetrics([]*Client{newClientOf(t, "http://relay.test/subscribe/a", "http://target.test"), newClientOf(t, "http://relay.test/subscribe/b", "http://target.test")})
+	for role, metrics := range roles {
+		taken := map[string]bool{}
+		for _, m := range slices.Concat(metrics, processMetrics) {
+			base, total := strings.CutSuffix(m.Name, "_total")
+			if total != (m.Kind == "counter") || m.Kind == "histogram" && !strings.HasSuffix(m.Name, "_seconds") ||
+				!familyName.MatchString(m.Name) || badUnit.MatchString(m.Name) || !strings.HasSuffix(m.Help, ".") || strings.Contains(m.Help, "\n") {
+				t.Errorf("%s: %s is a %s: %q", role, m.Name, m.Kind, m.Help)
 			}
-			continue
-		}
-		m := sampleLine.FindStringSubmatch(line)
-		if m == nil {
-			wrong("line %q", line)
-			continue
-		}
-		value, err := strconv.ParseFloat(m[3], 64)
-		suffix, ok := strings.CutPrefix(m[1], family)
-		allowed := map[string][]string{"counter": {""}, "gauge": {""}, "summary": {"", "_sum", "_count"}, "histogram": {"_bucket", "_sum", "_count"}}[kinds[family]]
-		if err != nil || !ok || family == "" || !slices.Contains(allowed, suffix) {
-			wrong("sample %q under %s", line, family)
-		}
-		if seen[m[1]+m[2]] {
-			wrong("sample %q comes twice", line)
-		}
-		seen[m[1]+m[2]] = true
-		if kinds[family] == "histogram" {
-			one := family + leLabel.ReplaceAllString(m[2], "")
-			switch suffix {
-			case "_bucket":
-				if value < last[one] {
-					wrong("bucket %q is less than the one before", line)
-				}
-				last[one] = value
-				if strings.Contains(m[2], `le="+Inf"`) {
-					ends[one] = value
-				}
-			case "_count":
-				if end, ok := ends[one]; !ok || end != value {
-					wrong("count %q is not that of all buckets", line)
-				}
+			if strings.HasPrefix(m.Name, "go_memstats_") {
+				base = m.Name // as Prometheus' own client has it
 			}
+			if taken["family "+base] {
+				t.Errorf("%s: %s and another one are one family in OpenMetrics", role, m.Name)
+			}
+			taken["family "+base] = true
+			m.Collect(func(suffix, labels string, value float64) {
+				sample := strings.TrimSuffix(m.Name+suffix+"{"+labels+"}", "{}")
+				if taken[sample] || !slices.Contains(suffixes[m.Kind], suffix) || !sampleLine.MatchString(sample+" 1") {
+					t.Errorf("%s: %s has the sample %s", role, m.Name, sample)
+				}
+				taken[sample] = true
+			})
 		}
 	}
-	for name, kind := range kinds {
-		base := strings.TrimSuffix(name, "_total")
-		_, clash := kinds[base]
-		if clash && base != name && !strings.HasPrefix(name, "go_memstats_") { // as Prometheus' own client has it
-			wrong("%s and %s are one family in OpenMetrics", name, base)
-		}
-		if !regexp.MustCompile(`^(relay|process|go)_[a-z_]+$`).MatchString(name) || badUnit.MatchString(name) || kind == "" {
-			wrong("name %s (%s)", name, kind)
-		}
-		if (kind == "histogram") && !strings.HasSuffix(name, "_seconds") {
-			wrong("%s has no unit", name)
-		}
-	}
-	return mistakes
 }
 
 // TestMetricsOfHeld: a held webhook is counted once it has ended, with an answer
@@ -451,55 +335,52 @@ func lint(text string) (mistakes []string) {
 func TestMetricsOfHeld(t *testing.T) {
 	rigTest(t, []string{"RESPONSE_MODE=status", "SERVER_HEARTBEAT_INTERVAL=2s"}, func(t *testing.T, p *pipes, r *rig) {
 		rt := p.transport(t, false)
-		check := func(when string, answered, unanswered, heartbeats int) {
+		check := func(when string, answered, nobody, gone int) {
 			t.Helper()
 			synctest.Wait()
-			text := (&Health{Metrics: serverMetrics(r.Server, r.hub, nil, &door{})}).exposition()
-			for _, sample := range []string{
-				fmt.Sprintf("\nrelay_webhooks_total{outcome=\"answered\",reason=\"\"} %d\n", answered),
-				fmt.Sprintf("\nrelay_webhook_answer_seconds_count %d\n", answered),
-				fmt.Sprintf("\nrelay_webhooks_total{outcome=\"refused\",reason=\"nobody\"} %d\n", min(unanswered, 1)),
-				fmt.Sprintf("\nrelay_webhooks_total{outcome=\"refused\",reason=\"gone\"} %d\n", max(unanswered-1, 0)),
-				fmt.Sprintf("\nrelay_heartbeats_total %d\n", heartbeats),
-			} {
-				if !strings.Contains(text, sample) {
-					t.Errorf("%s: no %q in\n%s", when, sample, text)
+			want := map[string]int{
+				`webhooks_total{outcome="answered",reason=""}`: answered, `webhooks_total{outcome="refused",reason="nobody"}`: nobody, `webhooks_total{outcome="refused",reason="gone"}`: gone,
+			}
+			for name, n := range r.outcomes() {
+				if n != want[name] {
+					t.Errorf("%s: %s is %d, want %d", when, name, n, want[name])
 				}
 			}
+			text := (&Health{Metrics: serverMetrics(r.Server, r.hub, nil, &door{})}).exposition()
+			if !strings.Contains(text, fmt.Sprintf("\nrelay_webhook_answer_seconds_count %d\n", answered)) || !strings.Contains(text, "\nrelay_heartbeats_total 4\n") {
+				t.Errorf("%s:\n%s", when, text)
+			}
 		}
-		listeners := []*listener{listen(t, rt, streamURL, features...), listen(t, rt, streamURL, features...)}
-		told := make(chan outcome)
-		hold := func(ctx context.Context) { go func() { told <- post(ctx, rt, "POST", hooksURL, "x") }() }
-		time.Sleep(5 * time.Second)
-		check("at the start", 0, 0, 4)
-
+		hold := func(ctx context.Context) <-chan outcome {
+			told := make(chan outcome, 1)
+			go func() { told <- post(ctx, rt, "POST", hooksURL, "x") }()
+			return told
+		}
+		l, other := listen(t, rt, streamURL, features...), listen(t, rt, streamURL, features...)
+		time.Sleep(5 * time.Second) // two heartbeats of each
 		for n := 1; n <= 2; n++ {
-			hold(t.Context())
-			id := listeners[0].next(t, n).webhook(t).ID
-			check("held", n-1, 0, 4)
-			listeners[0].report(t, rt, id, Answer{Status: 200})
+			told := hold(t.Context())
+			id := l.next(t, n).id
+			check("held", n-1, 0, 0)
+			l.report(t, rt, id, Answer{Status: 200})
 			if got := <-told; got.status != 200 {
 				t.Errorf("answer %+v, want 200", got)
 			}
-			check("answered", n, 0, 4)
+			check("answered", n, 0, 0)
 		}
-
-		for _, l := range listeners {
-			l.close()
-			<-l.done
-		}
+		l.leave()
+		other.leave()
 		synctest.Wait()
-		hold(t.Context())
-		if got := <-told; got.status != 503 {
+		if got := <-hold(t.Context()); got.status != 503 {
 			t.Errorf("answer %+v, want 503", got)
 		}
-		check("nobody came", 2, 1, 4)
+		check("nobody came", 2, 1, 0)
 		ctx, hangUp := context.WithCancel(t.Context())
-		hold(ctx)
+		told := hold(ctx)
 		time.Sleep(time.Second)
 		hangUp()
 		<-told
-		check("the sender hung up", 2, 2, 4)
+		check("the sender hung up", 2, 1, 1)
 	})
 }
 
@@ -508,29 +389,24 @@ func TestMetricsOfHeld(t *testing.T) {
 func TestProbesComeThrough(t *testing.T) {
 	t.Parallel()
 	server := startServer(t, probed...)
-	var conns []net.Conn
-	for range probeConnections + 50 {
-		conns = append(conns, connect(t, server.health))
-	}
-	half := connect(t, server.health)
-	io.WriteString(half, "GET /live HTTP/1.1\r\nHost: x\r\n") // a header without an end
-	for range 20 {
-		for _, page := range []string{"/live", "/ready", "/health", "/metrics"} {
-			conn := connect(t, server.health)
-			io.WriteString(conn, "GET "+page+" HTTP/1.1\r\nHost: x\r\n\r\n")
-			answer, err := io.ReadAll(conn) // comes to its end
-			if err != nil || !strings.HasPrefix(string(answer), "HTTP/1.1 200 OK\r\n") || !strings.Contains(string(answer), "\r\nConnection: close\r\n") {
-				t.Fatalf("%s: %.200q, %v", page, answer, err)
-			}
-		}
-	}
 	var open atomic.Int64
-	for _, conn := range conns {
+	for range probeConnections + 50 {
+		conn := connect(t, server.health)
 		open.Add(1)
 		go func() { // ends with the connection
 			conn.Read(make([]byte, 1))
 			open.Add(-1)
 		}()
+	}
+	half := connect(t, server.health)
+	io.WriteString(half, "GET /live HTTP/1.1\r\nHost: x\r\n") // a header without an end
+	for range 20 {
+		for _, page := range []string{"/live", "/ready", "/health", "/metrics"} {
+			answer := raw(t, server.health, "GET "+page+" HTTP/1.1\r\nHost: x\r\n\r\n") // to its end
+			if !strings.HasPrefix(answer, "HTTP/1.1 200 OK\r\n") || !strings.Contains(answer, "\r\nConnection: close\r\n") {
+				t.Fatalf("%s: %.200q", page, answer)
+			}
+		}
 	}
 	eventually(t, "one address has half of the connections at most", func() bool { return open.Load() <= probeConnections/2 })
 	half.SetReadDeadline(time.Now().Add(patience))
@@ -569,65 +445,57 @@ func TestPage(t *testing.T) {
 	client := start(t, "RELAY_MODE=client", "HEALTH_SERVICE_PORT=0", "RECONNECT_INTERVAL=50", "TARGET_BASE_URL=http://user:hunter2@"+hostOf(target.url),
 		fmt.Sprintf("SOURCE_URL=http://%[1]s/subscribe/ci/,http://%[1]s/subscribe/slow/", server.addr))
 	eventually(t, "both streams", func() bool { return len(client.log.lines("stream ready")) == 2 })
-	pages := map[string]*tab{"server": c.open("http://" + server.health + "/"), "client": c.open("http://" + client.health + "/")}
-	holds := func(text string) string { return fmt.Sprintf("document.body.innerText.includes(%q)", text) }
-	for role, p := range pages {
-		p.await(holds(role))
-		p.await(holds("No webhooks yet"))
-		p.await(holds("ci"))
+	ours, theirs := c.open("http://"+server.health+"/"), c.open("http://"+client.health+"/")
+	both := []*tab{ours, theirs}
+	holds := func(p *tab, texts ...string) {
+		t.Helper()
+		for _, text := range texts {
+			p.await(fmt.Sprintf("document.body.innerText.includes(%q)", text))
+		}
 	}
+	holds(ours, "server", "No webhooks yet", "ci")
+	holds(theirs, "client", "No webhooks yet", "ci")
 	send(t, "POST", "http://"+server.addr+"/webhooks/ci/first?hunter2=1", "hunter2", "X-Secret", "hunter2")
-	for _, p := range pages {
-		p.await(holds("/webhooks/ci/first"))
-	}
-	pages["server"].await(holds("accepted"))
-	pages["client"].await(holds("forwarded"))
-
-	answered := make(chan outcome)
-	go func() {
-		answered <- post(t.Context(), http.DefaultTransport, "POST", "http://"+server.addr+"/webhooks/slow/one", "{}")
-	}()
-	pages["server"].await(holds("held"))
-	pages["client"].await(holds("forwarding"))
+	holds(ours, "/webhooks/ci/first", "accepted")
+	holds(theirs, "/webhooks/ci/first", "forwarded")
+	answered := sendHeld(t.Context(), "POST", "http://"+server.addr+"/webhooks/slow/one", "{}")
+	holds(ours, "held")
+	holds(theirs, "forwarding")
 	release <- "HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n"
 	<-answered
-	pages["server"].await(holds("answered"))
+	holds(ours, "answered")
 
 	const markup = `<img/src=x/onerror="document.title='owned'">`
 	for _, target := range []string{"/webhooks/ci/" + markup, "/webhooks/" + markup, "/webhooks/<img onerror>"} {
-		wire(t, server.addr, "POST "+target+" HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+		wire(t, server.addr, compose("POST "+target+" HTTP/1.1", ""))
 	}
-	pages["server"].await(holds("/webhooks/ci/" + markup))
-	pages["server"].await(holds("/webhooks/<img/src"))
-	pages["client"].await(holds("/webhooks/ci/" + markup))
-	for role, p := range pages {
-		if n := p.eval("document.images.length + document.querySelectorAll('iframe, object, embed').length"); n != 0.0 || p.eval("document.title.includes('owned')") == true {
-			t.Errorf("%s: markup of a stranger is on the page", role)
-		}
-		if text := p.eval("document.documentElement.outerHTML").(string); strings.Contains(text, "hunter2") {
-			t.Errorf("%s: a secret is on the page", role)
-		}
-		if list := p.complaints(); len(list) > 0 {
-			t.Errorf("%s: %q", role, list)
-		}
+	holds(ours, "/webhooks/ci/"+markup, "/webhooks/<img/src")
+	holds(theirs, "/webhooks/ci/"+markup)
+	for _, p := range both {
+		p.await("document.querySelectorAll('img, iframe, object, embed').length === 0 && !document.title.includes('owned')")
+		p.await("!document.documentElement.outerHTML.includes('hunter2')")
 		for _, width := range []int{320, 1280} {
-			p.look(width, 800, "dark")
+			p.call("Emulation.setDeviceMetricsOverride", map[string]any{"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}, nil)
 			p.await("document.documentElement.scrollWidth <= innerWidth") // nothing beside the page
+		}
+		if len(p.complaints) > 0 {
+			t.Errorf("%q", p.complaints)
 		}
 	}
 
 	if err := server.stop(); err != nil {
 		t.Error(err)
 	}
-	pages["server"].await(holds("disconnected"))
-	pages["client"].await(holds("failing"))
+	holds(ours, "disconnected")
+	holds(theirs, "failing")
 	again := startServer(t, env...)
-	pages["server"].await("!" + holds("disconnected") + " && " + holds("No webhooks yet"))
+	ours.await("!document.body.innerText.includes('disconnected')")
+	holds(ours, "No webhooks yet")
 	send(t, "POST", "http://"+again.addr+"/webhooks/ci/second", "{}")
-	pages["server"].await(holds("/webhooks/ci/second"))
-	for role, p := range pages { // that nobody was there is no fault of the page
-		if list := p.complaints("network"); len(list) > 0 {
-			t.Errorf("%s: %q", role, list)
+	holds(ours, "/webhooks/ci/second")
+	for _, p := range both { // that nobody was there is no fault of the page
+		if list := slices.DeleteFunc(p.complaints, func(said string) bool { return strings.HasPrefix(said, "network: ") }); len(list) > 0 {
+			t.Errorf("%q", list)
 		}
 	}
 }
@@ -635,48 +503,26 @@ func TestPage(t *testing.T) {
 // chromium is a headless Chromium that a test drives: its DevTools protocol,
 // JSON messages that each end with a NUL, over two pipes. No port is opened.
 type chromium struct {
-	t       *testing.T
-	process *exec.Cmd
-	to      *os.File      // its fd 3
-	ended   chan struct{} // closed when the process and the goroutine that reads have ended
-
-	mu    sync.Mutex
-	last  int                     // id of the last call
-	calls map[int]chan devMessage // who waits for an answer, by id
-	tabs  map[string]*tab         // by session
+	t        testing.TB
+	to, from *os.File // its fds 3 and 4
+	in       *bufio.Reader
+	last     int             // id of the last call
+	tabs     map[string]*tab // by session; "" is Chromium itself
 }
 
 type tab struct {
-	c       *chromium
-	session string
-	said    []string // see complaints; under c.mu
+	*chromium
+	session    string
+	complaints []string // errors and warnings so far, each after its source: exception, console, security (the policy), network, …
 }
 
-// devMessage is an answer to a call, or an event of a tab.
-type devMessage struct {
-	ID      int                       `json:"id"`
-	Method  string                    `json:"method"`
-	Params  json.RawMessage           `json:"params"`
-	Result  json.RawMessage           `json:"result"`
-	Error   *struct{ Message string } `json:"error"`
-	Session string                    `json:"sessionId"`
-}
-
-// startChromium starts Chromium and ends it with the test.
-func startChromium(t *testing.T) *chromium {
+// startChromium starts Chromium and ends it, and with it its children, with the test.
+func startChromium(t testing.TB) *chromium {
 	t.Helper()
 	path := need(t, "chromium", "chromium")
 	// Not t.TempDir: what Chromium started may still write there for a moment
 	// after it has ended, and t.TempDir would fail the test for that.
-	profile, err := os.MkdirTemp("", "chromium")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		for end := time.Now().Add(10 * time.Second); os.RemoveAll(profile) != nil && time.Now().Before(end); {
-			time.Sleep(50 * time.Millisecond)
-		}
-	})
+	profile := must(os.MkdirTemp("", "chromium"))
 	itsIn, to, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
@@ -685,73 +531,100 @@ func startChromium(t *testing.T) *chromium {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// A file, not a buffer: Wait would wait for everybody who has the pipe.
-	stderr, err := os.Create(filepath.Join(profile, "stderr"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := &chromium{t: t, to: to, ended: make(chan struct{}), calls: map[int]chan devMessage{}, tabs: map[string]*tab{}}
-	c.process = exec.Command(path, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+	c := &chromium{t: t, to: to, from: from, in: bufio.NewReader(from), tabs: map[string]*tab{}}
+	var stderr logBuffer
+	process := exec.CommandContext(t.Context(), path, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
 		"--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 		"--user-data-dir="+profile, "--remote-debugging-pipe")
-	c.process.ExtraFiles = []*os.File{itsIn, itsOut}
-	c.process.Stderr = stderr
-	err = c.process.Start()
+	process.ExtraFiles, process.Stderr = []*os.File{itsIn, itsOut}, &stderr
+	process.Cancel = func() error {
+		_, err := io.WriteString(to, "{\"id\":1073741824,\"method\":\"Browser.close\"}\x00")
+		return err
+	}
+	process.WaitDelay = 10 * time.Second // then it is killed
+	err = process.Start()
 	itsIn.Close()
 	itsOut.Close()
-	stderr.Close()
 	if err != nil {
 		t.Fatal(err)
 	}
-	go c.read(from)
-	t.Cleanup(c.end)
-	if err := c.ask("", "Browser.getVersion", nil, nil); err != nil {
-		said, _ := os.ReadFile(stderr.Name())
-		t.Fatalf("start chromium: %v\n%s", err, said)
-	}
+	t.Cleanup(func() {
+		process.Wait()
+		to.Close()
+		from.Close()
+		inTime(func() bool { return os.RemoveAll(profile) == nil })
+		if t.Failed() {
+			t.Logf("chromium said\n%s", stderr.String())
+		}
+	})
+	c.tabs[""] = &tab{chromium: c}
 	return c
 }
 
-// end asks Chromium to end, which ends its children too; kills it when it does
-// not; and waits for it.
-func (c *chromium) end() {
-	fmt.Fprintf(c.to, "{\"id\":%d,\"method\":\"Browser.close\"}\x00", 1<<30)
-	late := time.AfterFunc(10*time.Second, func() { c.process.Process.Kill() })
-	c.process.Wait()
-	late.Stop()
-	c.to.Close()
-	<-c.ended
+// open opens a new tab and waits until its page is complete.
+func (c *chromium) open(url string) *tab {
+	c.t.Helper()
+	var target struct{ TargetID string }
+	c.tabs[""].call("Target.createTarget", map[string]any{"url": "about:blank"}, &target)
+	var attached struct{ SessionID string }
+	c.tabs[""].call("Target.attachToTarget", map[string]any{"targetId": target.TargetID, "flatten": true}, &attached)
+	p := &tab{chromium: c, session: attached.SessionID}
+	c.tabs[p.session] = p
+	for _, domain := range []string{"Runtime", "Log", "Page"} {
+		p.call(domain+".enable", nil, nil)
+	}
+	p.call("Page.navigate", map[string]any{"url": url}, nil)
+	p.await(`location.href !== "about:blank" && document.readyState === "complete"`)
+	return p
 }
 
-// read hands on what Chromium says; it ends with Chromium.
-func (c *chromium) read(from *os.File) {
-	defer close(c.ended)
-	defer from.Close()
-	for r := bufio.NewReader(from); ; {
-		line, err := r.ReadBytes(0)
-		if err != nil {
-			return
-		}
+// devMessage is an answer to a call, or an event of a tab.
+type devMessage struct {
+	ID                int
+	SessionID, Method string
+	Params, Result    json.RawMessage
+	Error             *struct{ Message string }
+}
+
+// call asks the tab and reads the answer into result, and before it what tabs
+// complain about.
+func (p *tab) call(method string, params map[string]any, result any) {
+	p.t.Helper()
+	p.last++
+	message := must(json.Marshal(struct {
+		ID      int            `json:"id"`
+		Session string         `json:"sessionId,omitempty"`
+		Method  string         `json:"method"`
+		Params  map[string]any `json:"params,omitempty"`
+	}{p.last, p.session, method, params}))
+	p.to.Write(append(message, 0))
+	p.from.SetReadDeadline(time.Now().Add(patience))
+	for {
 		var m devMessage
-		if json.Unmarshal(line[:len(line)-1], &m) != nil {
-			continue
+		line, err := p.in.ReadBytes(0)
+		if err == nil {
+			err = json.Unmarshal(line[:len(line)-1], &m)
 		}
-		c.mu.Lock()
-		if call, ok := c.calls[m.ID]; ok {
-			delete(c.calls, m.ID)
-			call <- m
-		} else if p := c.tabs[m.Session]; p != nil {
-			if said := complaintOf(m); said != "" {
-				p.said = append(p.said, said)
+		if err != nil {
+			p.t.Fatalf("%s: %v", method, err)
+		}
+		switch other := p.tabs[m.SessionID]; {
+		case m.ID == p.last && m.Error != nil:
+			p.t.Fatalf("%s: %s", method, m.Error.Message)
+		case m.ID == p.last:
+			if result != nil {
+				json.Unmarshal(m.Result, result)
 			}
+			return
+		case other != nil:
+			other.hear(m)
 		}
-		c.mu.Unlock()
 	}
 }
 
-// complaintOf is what an event complains about: its source and its text.
-func complaintOf(m devMessage) string {
-	var p struct {
+// hear keeps what an event complains about: its source and its text.
+func (p *tab) hear(m devMessage) {
+	var e struct {
 		Type             string
 		Args             []struct{ Value, Description any }
 		ExceptionDetails struct {
@@ -760,146 +633,33 @@ func complaintOf(m devMessage) string {
 		}
 		Entry struct{ Source, Level, Text, URL string }
 	}
-	json.Unmarshal(m.Params, &p)
+	json.Unmarshal(m.Params, &e)
 	switch {
 	case m.Method == "Runtime.exceptionThrown":
-		return "exception: " + p.ExceptionDetails.Text + " " + p.ExceptionDetails.Exception.Description
-	case m.Method == "Runtime.consoleAPICalled" && (p.Type == "error" || p.Type == "warning" || p.Type == "assert"):
-		return fmt.Sprintf("console: %v", p.Args)
-	case m.Method == "Log.entryAdded" && (p.Entry.Level == "error" || p.Entry.Level == "warning"):
-		return p.Entry.Source + ": " + p.Entry.Text + " " + p.Entry.URL
-	}
-	return ""
-}
-
-// call asks Chromium, or the tab of a session, and reads the answer into result.
-func (c *chromium) call(session, method string, params, result any) {
-	c.t.Helper()
-	if err := c.ask(session, method, params, result); err != nil {
-		c.t.Fatalf("%s: %v", method, err)
+		p.complaints = append(p.complaints, "exception: "+e.ExceptionDetails.Text+" "+e.ExceptionDetails.Exception.Description)
+	case m.Method == "Runtime.consoleAPICalled" && (e.Type == "error" || e.Type == "warning" || e.Type == "assert"):
+		p.complaints = append(p.complaints, fmt.Sprintf("console: %v", e.Args))
+	case m.Method == "Log.entryAdded" && (e.Entry.Level == "error" || e.Entry.Level == "warning"):
+		p.complaints = append(p.complaints, e.Entry.Source+": "+e.Entry.Text+" "+e.Entry.URL)
 	}
 }
 
-func (c *chromium) ask(session, method string, params, result any) error {
-	answer := make(chan devMessage, 1)
-	c.mu.Lock()
-	c.last++
-	id := c.last
-	c.calls[id] = answer
-	c.mu.Unlock()
-	message, err := json.Marshal(struct {
-		ID      int    `json:"id"`
-		Session string `json:"sessionId,omitempty"`
-		Method  string `json:"method"`
-		Params  any    `json:"params,omitempty"`
-	}{id, session, method, params})
-	if err != nil {
-		return err
-	}
-	if _, err := c.to.Write(append(message, 0)); err != nil {
-		return err
-	}
-	select {
-	case m := <-answer:
-		if m.Error != nil {
-			return errors.New(m.Error.Message)
-		}
-		if result == nil {
-			return nil
-		}
-		return json.Unmarshal(m.Result, result)
-	case <-c.ended:
-		return errors.New("chromium has ended")
-	case <-time.After(time.Minute):
-		return errors.New("no answer")
-	}
-}
-
-// open opens a new tab and waits until its page is complete.
-func (c *chromium) open(url string) *tab {
-	c.t.Helper()
-	var target struct{ TargetID string }
-	c.call("", "Target.createTarget", map[string]any{"url": "about:blank"}, &target)
-	var attached struct{ SessionID string }
-	c.call("", "Target.attachToTarget", map[string]any{"targetId": target.TargetID, "flatten": true}, &attached)
-	p := &tab{c: c, session: attached.SessionID}
-	c.mu.Lock()
-	c.tabs[p.session] = p
-	c.mu.Unlock()
-	for _, domain := range []string{"Runtime", "Log", "Page"} {
-		p.call(domain+".enable", nil, nil)
-	}
-	var gone struct{ ErrorText string }
-	p.call("Page.navigate", map[string]any{"url": url}, &gone)
-	if gone.ErrorText != "" {
-		c.t.Fatalf("open %s: %s", url, gone.ErrorText)
-	}
-	p.await(`location.href !== "about:blank" && document.readyState === "complete"`)
-	return p
-}
-
-func (p *tab) call(method string, params, result any) {
-	p.c.t.Helper()
-	p.c.call(p.session, method, params, result)
-}
-
-// eval is the value of a JavaScript expression, as encoding/json reads it.
-func (p *tab) eval(expression string) any {
-	p.c.t.Helper()
-	value, err := p.try(expression)
-	if err != nil {
-		p.c.t.Fatalf("%s: %v", expression, err)
-	}
-	return value
-}
-
-func (p *tab) try(expression string) (any, error) {
+// value is that of a JavaScript expression, as encoding/json reads it; of an
+// exception, what it is.
+func (p *tab) value(expression string) any {
+	p.t.Helper()
 	var r struct {
-		Result           struct{ Value any }
-		ExceptionDetails *struct{ Exception struct{ Description string } }
+		Result struct{ Value, Description any }
 	}
-	err := p.c.ask(p.session, "Runtime.evaluate", map[string]any{"expression": expression, "returnByValue": true, "awaitPromise": true}, &r)
-	if err == nil && r.ExceptionDetails != nil {
-		err = errors.New(r.ExceptionDetails.Exception.Description)
-	}
-	return r.Result.Value, err
+	p.call("Runtime.evaluate", map[string]any{"expression": expression, "returnByValue": true}, &r)
+	return cmp.Or(r.Result.Value, r.Result.Description)
 }
 
 // await waits until a JavaScript expression is true. An exception is not yet
 // true: the page may be under way.
 func (p *tab) await(expression string) {
-	p.c.t.Helper()
-	var err error
-	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
-		var value any
-		if value, err = p.try(expression); value == true {
-			return
-		}
+	p.t.Helper()
+	if !inTime(func() bool { return p.value(expression) == true }) {
+		p.t.Fatalf("never true: %s\ncomplaints: %q\npage:\n%v", expression, p.complaints, p.value("document.body.innerText.slice(0, 1000)"))
 	}
-	text, _ := p.try(`document.body.innerText.slice(0, 1000)`)
-	p.c.t.Fatalf("never true: %s (%v)\ncomplaints: %q\npage:\n%v", expression, err, p.complaints(), text)
-}
-
-// complaints are the errors and warnings so far, each after its source:
-// exception, console, security (the policy), network, …
-func (p *tab) complaints(except ...string) (list []string) {
-	p.c.mu.Lock()
-	defer p.c.mu.Unlock()
-next:
-	for _, said := range p.said {
-		for _, source := range except {
-			if strings.HasPrefix(said, source+": ") {
-				continue next
-			}
-		}
-		list = append(list, said)
-	}
-	return list
-}
-
-// look sets the width and height of the page in CSS pixels, and "light" or "dark".
-func (p *tab) look(width, height int, scheme string) {
-	p.c.t.Helper()
-	p.call("Emulation.setDeviceMetricsOverride", map[string]any{"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}, nil)
-	p.call("Emulation.setEmulatedMedia", map[string]any{"features": []map[string]string{{"name": "prefers-color-scheme", "value": scheme}}}, nil)
 }

@@ -2579,16 +2579,12 @@ func TestResponseModeKeepsDefault(t *testing.T) {
 // channelLabel is the label that every metric of a client has.
 var channelLabel = regexp.MustCompile(`channel="[^"]*",?`)
 
-// scrape reads /metrics, and checks its form. The channel of a client is left out
-// of the names.
+// scrape reads /metrics. The channel of a client is left out of the names.
 func scrape(t testing.TB, p *program) map[string]float64 {
 	t.Helper()
 	status, text, header := send(t, "GET", "http://"+p.health+"/metrics", "")
 	if status != 200 || !strings.HasPrefix(header.Get("Content-Type"), "text/plain; version=0.0.4") {
 		t.Fatalf("/metrics: %d %q", status, header)
-	}
-	for _, mistake := range lint(text) {
-		t.Error(mistake)
 	}
 	samples := map[string]float64{}
 	for line := range strings.Lines(text) {
