@@ -49,12 +49,10 @@ func TestHealthRoutes(t *testing.T) {
 		{"GET /live", broken, fine, 503, "hub: bus is down\n", text},
 		{"GET /ready", broken, fine, 200, "ok\n", text},
 		{"GET /ready", fine, broken, 503, "redis: bus is down\n", text},
-		{"HEAD /live", fine, fine, 200, "", ""},
 		{"HEAD /ready", fine, broken, 503, "", text},
 		{"GET /health", fine, fine, 200, `"live":"ok","ready":"ok","role":"server","status":"ok"}` + "\n", "application/json"},
 		{"GET /health", fine, broken, 503, `"live":"ok","ready":"redis: bus is down","role":"server","status":"failing"}` + "\n", "application/json"},
 		{"GET /health", broken, broken, 503, `"live":"hub: bus is down","ready":"redis: bus is down","role":"server","status":"failing"}` + "\n", "application/json"},
-		{"HEAD /health", fine, fine, 200, "", "application/json"},
 		{"GET /metrics", broken, broken, 200, "\ngo_memstats_sys_bytes", "text/plain; version=0.0.4; charset=utf-8"},
 		{"GET /", fine, fine, 200, "<!doctype html>", "text/html; charset=utf-8"},
 		{"GET /status", fine, fine, 200, `"server":{"streams":0}`, "application/json"},
@@ -68,7 +66,7 @@ func TestHealthRoutes(t *testing.T) {
 		method, path, _ := strings.Cut(tt.request, " ")
 		status, body, header := send(t, method, server.URL+path, "")
 		server.Close()
-		if status != tt.status || !strings.Contains(body, tt.body) || tt.body == "" && body != "" || tt.kind != "" && header.Get("Content-Type") != tt.kind {
+		if status != tt.status || !strings.Contains(body, tt.body) || tt.body == "" && body != "" || header.Get("Content-Type") != tt.kind {
 			t.Errorf("%s: got %d %q %q", tt.request, status, body, header.Get("Content-Type"))
 		}
 		if allow := header.Get("Allow"); (allow == "GET, HEAD") != (status == 405) {
@@ -396,8 +394,9 @@ func must[T any](v T, err error) T {
 func TestPage(t *testing.T) {
 	t.Parallel()
 	c := startChromium(t)
-	health := fmt.Sprintf("HEALTH_SERVICE_PORT=%d", freePorts(t, 1)[0])
-	env := []string{health, "HEALTH_SERVICE_SHUTDOWN_DELAY=0", "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=1s", "RESPONSE_MODE=slow=status"}
+	env := []string{
+		fmt.Sprintf("HEALTH_SERVICE_PORT=%d", freePorts(t, 1)[0]), "HEALTH_SERVICE_SHUTDOWN_DELAY=0", "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=1s", "RESPONSE_MODE=slow=status",
+	}
 	server := startServer(t, env...)
 	release := make(chan string)
 	target := newTarget(t, func(r recorded) string {
@@ -411,30 +410,24 @@ func TestPage(t *testing.T) {
 	eventually(t, "both streams", func() bool { return len(client.log.lines("stream ready")) == 2 })
 	ours, theirs := c.open("http://"+server.health+"/"), c.open("http://"+client.health+"/")
 	both := []*tab{ours, theirs}
-	holds := func(p *tab, texts ...string) {
-		t.Helper()
-		for _, text := range texts {
-			p.await(fmt.Sprintf("document.body.innerText.includes(%q)", text))
-		}
-	}
-	holds(ours, "server", "No webhooks yet", "ci")
-	holds(theirs, "client", "No webhooks yet", "ci")
+	ours.holds("server", "No webhooks yet", "ci")
+	theirs.holds("client", "No webhooks yet", "ci")
 	send(t, "POST", "http://"+server.addr+"/webhooks/ci/first?hunter2=1", "hunter2", "X-Secret", "hunter2")
-	holds(ours, "/webhooks/ci/first", "accepted")
-	holds(theirs, "/webhooks/ci/first", "forwarded")
-	answered := sendHeld(t.Context(), "POST", "http://"+server.addr+"/webhooks/slow/one", "{}")
-	holds(ours, "held")
-	holds(theirs, "forwarding")
-	release <- "HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n"
-	<-answered
-	holds(ours, "answered")
+	ours.holds("/webhooks/ci/first", "accepted")
+	theirs.holds("/webhooks/ci/first", "forwarded")
+	answered := postHeld(t, server, "slow", "one")
+	ours.holds("held")
+	theirs.holds("forwarding")
+	release <- createdAnswer
+	expectAnswer(t, answered, 201)
+	ours.holds("answered")
 
 	const markup = `<img/src=x/onerror="document.title='owned'">`
 	for _, target := range []string{"/webhooks/ci/" + markup, "/webhooks/" + markup, "/webhooks/<img onerror>"} {
 		wire(t, server.addr, compose("POST "+target+" HTTP/1.1", ""))
 	}
-	holds(ours, "/webhooks/ci/"+markup, "/webhooks/<img/src")
-	holds(theirs, "/webhooks/ci/"+markup)
+	ours.holds("/webhooks/ci/"+markup, "/webhooks/<img/src")
+	theirs.holds("/webhooks/ci/" + markup)
 	for _, p := range both {
 		p.await("document.querySelectorAll('img, iframe, object, embed').length === 0 && !document.title.includes('owned')")
 		p.await("!document.documentElement.outerHTML.includes('hunter2')")
@@ -450,15 +443,15 @@ func TestPage(t *testing.T) {
 	if err := server.stop(); err != nil {
 		t.Error(err)
 	}
-	holds(ours, "disconnected")
-	holds(theirs, "failing")
+	ours.holds("disconnected")
+	theirs.holds("failing")
 	again := startServer(t, env...)
 	ours.await("!document.body.innerText.includes('disconnected')")
-	holds(ours, "No webhooks yet")
-	send(t, "POST", "http://"+again.addr+"/webhooks/ci/second", "{}")
-	holds(ours, "/webhooks/ci/second")
+	ours.holds("No webhooks yet")
+	postAccepted(t, again, "ci", "second")
+	ours.holds("/webhooks/ci/second")
 	for _, p := range both { // that nobody was there is no fault of the page
-		if list := slices.DeleteFunc(p.complaints, func(said string) bool { return strings.HasPrefix(said, "network: ") }); len(list) > 0 {
+		if list := slices.DeleteFunc(p.complaints, func(said string) bool { return strings.HasPrefix(said, "network ") }); len(list) > 0 {
 			t.Errorf("%q", list)
 		}
 	}
@@ -471,13 +464,13 @@ type chromium struct {
 	to, from *os.File // its fds 3 and 4
 	in       *bufio.Reader
 	last     int             // id of the last call
-	tabs     map[string]*tab // by session; "" is Chromium itself
+	tabs     map[string]*tab // by session
 }
 
 type tab struct {
 	*chromium
-	session    string
-	complaints []string // errors and warnings so far, each after its source: exception, console, security (the policy), network, …
+	session    string   // empty: Chromium itself
+	complaints []string // errors and warnings so far, each behind its source: network, security (the policy), …; of exceptions and the console there is none
 }
 
 // startChromium starts Chromium and ends it, and with it its children, with the test.
@@ -488,14 +481,10 @@ func startChromium(t testing.TB) *chromium {
 	// after it has ended, and t.TempDir would fail the test for that.
 	profile := must(os.MkdirTemp("", "chromium"))
 	itsIn, to, err := os.Pipe()
-	if err != nil {
+	from, itsOut, err2 := os.Pipe()
+	if err := errors.Join(err, err2); err != nil {
 		t.Fatal(err)
 	}
-	from, itsOut, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := &chromium{t: t, to: to, from: from, in: bufio.NewReader(from), tabs: map[string]*tab{}}
 	var stderr logBuffer
 	process := exec.CommandContext(t.Context(), path, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
 		"--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
@@ -521,18 +510,17 @@ func startChromium(t testing.TB) *chromium {
 			t.Logf("chromium said\n%s", stderr.String())
 		}
 	})
-	c.tabs[""] = &tab{chromium: c}
-	return c
+	return &chromium{t: t, to: to, from: from, in: bufio.NewReader(from), tabs: map[string]*tab{}}
 }
 
 // open opens a new tab and waits until its page is complete.
 func (c *chromium) open(url string) *tab {
 	c.t.Helper()
-	var target struct{ TargetID string }
-	c.tabs[""].call("Target.createTarget", map[string]any{"url": "about:blank"}, &target)
-	var attached struct{ SessionID string }
-	c.tabs[""].call("Target.attachToTarget", map[string]any{"targetId": target.TargetID, "flatten": true}, &attached)
-	p := &tab{chromium: c, session: attached.SessionID}
+	itself := &tab{chromium: c}
+	var target struct{ TargetID, SessionID string }
+	itself.call("Target.createTarget", map[string]any{"url": "about:blank"}, &target)
+	itself.call("Target.attachToTarget", map[string]any{"targetId": target.TargetID, "flatten": true}, &target)
+	p := &tab{chromium: c, session: target.SessionID}
 	c.tabs[p.session] = p
 	for _, domain := range []string{"Runtime", "Log", "Page"} {
 		p.call(domain+".enable", nil, nil)
@@ -540,14 +528,6 @@ func (c *chromium) open(url string) *tab {
 	p.call("Page.navigate", map[string]any{"url": url}, nil)
 	p.await(`location.href !== "about:blank" && document.readyState === "complete"`)
 	return p
-}
-
-// devMessage is an answer to a call, or an event of a tab.
-type devMessage struct {
-	ID                int
-	SessionID, Method string
-	Params, Result    json.RawMessage
-	Error             *struct{ Message string }
 }
 
 // call asks the tab and reads the answer into result, and before it what tabs
@@ -564,7 +544,12 @@ func (p *tab) call(method string, params map[string]any, result any) {
 	p.to.Write(append(message, 0))
 	p.from.SetReadDeadline(time.Now().Add(patience))
 	for {
-		var m devMessage
+		var m struct { // the answer to a call, or an event of a tab
+			ID             int
+			SessionID      string
+			Params, Result json.RawMessage
+			Error          *struct{ Message string }
+		}
 		line, err := p.in.ReadBytes(0)
 		if err == nil {
 			err = json.Unmarshal(line[:len(line)-1], &m)
@@ -572,39 +557,32 @@ func (p *tab) call(method string, params map[string]any, result any) {
 		if err != nil {
 			p.t.Fatalf("%s: %v", method, err)
 		}
-		switch other := p.tabs[m.SessionID]; {
-		case m.ID == p.last && m.Error != nil:
-			p.t.Fatalf("%s: %s", method, m.Error.Message)
-		case m.ID == p.last:
-			if result != nil {
-				json.Unmarshal(m.Result, result)
+		if m.ID != p.last {
+			if tab := p.tabs[m.SessionID]; tab != nil {
+				tab.hear(m.Params)
 			}
-			return
-		case other != nil:
-			other.hear(m)
+			continue
 		}
+		if m.Error != nil {
+			p.t.Fatalf("%s: %s", method, m.Error.Message)
+		}
+		if result != nil {
+			json.Unmarshal(m.Result, result)
+		}
+		return
 	}
 }
 
-// hear keeps what an event complains about: its source and its text.
-func (p *tab) hear(m devMessage) {
+// hear keeps the parameters of an event if that complains.
+func (p *tab) hear(params json.RawMessage) {
 	var e struct {
-		Type             string
-		Args             []struct{ Value, Description any }
-		ExceptionDetails struct {
-			Text      string
-			Exception struct{ Description string }
-		}
-		Entry struct{ Source, Level, Text, URL string }
+		Type             string // of what was written to the console
+		Entry            struct{ Source, Level string }
+		ExceptionDetails any
 	}
-	json.Unmarshal(m.Params, &e)
-	switch {
-	case m.Method == "Runtime.exceptionThrown":
-		p.complaints = append(p.complaints, "exception: "+e.ExceptionDetails.Text+" "+e.ExceptionDetails.Exception.Description)
-	case m.Method == "Runtime.consoleAPICalled" && (e.Type == "error" || e.Type == "warning" || e.Type == "assert"):
-		p.complaints = append(p.complaints, fmt.Sprintf("console: %v", e.Args))
-	case m.Method == "Log.entryAdded" && (e.Entry.Level == "error" || e.Entry.Level == "warning"):
-		p.complaints = append(p.complaints, e.Entry.Source+": "+e.Entry.Text+" "+e.Entry.URL)
+	json.Unmarshal(params, &e)
+	if e.ExceptionDetails != nil || slices.Contains([]string{"error", "warning", "assert"}, cmp.Or(e.Entry.Level, e.Type)) {
+		p.complaints = append(p.complaints, e.Entry.Source+" "+string(params))
 	}
 }
 
@@ -625,5 +603,13 @@ func (p *tab) await(expression string) {
 	p.t.Helper()
 	if !inTime(func() bool { return p.value(expression) == true }) {
 		p.t.Fatalf("never true: %s\ncomplaints: %q\npage:\n%v", expression, p.complaints, p.value("document.body.innerText.slice(0, 1000)"))
+	}
+}
+
+// holds waits until the page shows all texts.
+func (p *tab) holds(texts ...string) {
+	p.t.Helper()
+	for _, text := range texts {
+		p.await(fmt.Sprintf("document.body.innerText.includes(%q)", text))
 	}
 }
