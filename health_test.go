@@ -35,65 +35,47 @@ func reportOn(live, ready func(context.Context) error) *Health {
 	}
 }
 
-// TestHealthRoutes is the route table: a probe is 200 or 503 with the reason,
-// and nothing but GET and HEAD asks.
+// TestHealthRoutes is the route table: a probe is 200 or 503 with the reason, soon
+// although a check hangs, and nothing but GET and HEAD asks.
 func TestHealthRoutes(t *testing.T) {
-	const text = "text/plain; charset=utf-8"
-	tests := []struct {
-		request     string
-		live, ready func(context.Context) error
-		status      int
-		body, kind  string
-	}{
-		{"GET /live", fine, broken, 200, "ok\n", text},
-		{"GET /live", broken, fine, 503, "hub: bus is down\n", text},
-		{"GET /ready", broken, fine, 200, "ok\n", text},
-		{"GET /ready", fine, broken, 503, "redis: bus is down\n", text},
-		{"HEAD /ready", fine, broken, 503, "", text},
-		{"GET /health", fine, fine, 200, `"live":"ok","ready":"ok","role":"server","status":"ok"}` + "\n", "application/json"},
-		{"GET /health", fine, broken, 503, `"live":"ok","ready":"redis: bus is down","role":"server","status":"failing"}` + "\n", "application/json"},
-		{"GET /health", broken, broken, 503, `"live":"hub: bus is down","ready":"redis: bus is down","role":"server","status":"failing"}` + "\n", "application/json"},
-		{"GET /metrics", broken, broken, 200, "\ngo_memstats_sys_bytes", "text/plain; version=0.0.4; charset=utf-8"},
-		{"GET /", fine, fine, 200, "<!doctype html>", "text/html; charset=utf-8"},
-		{"GET /status", fine, fine, 200, `"server":{"streams":0}`, "application/json"},
-		{"GET /live/", fine, fine, 404, "404 page not found\n", text},
-		{"GET /subscribe/ci", fine, fine, 404, "404 page not found\n", text},
-		{"POST /ready", fine, fine, 405, "method not allowed\n", text},
-		{"DELETE /nothing", fine, fine, 405, "method not allowed\n", text},
-	}
-	for _, tt := range tests {
-		server := httptest.NewServer(reportOn(tt.live, tt.ready))
-		method, path, _ := strings.Cut(tt.request, " ")
-		status, body, header := send(t, method, server.URL+path, "")
-		server.Close()
-		if status != tt.status || !strings.Contains(body, tt.body) || tt.body == "" && body != "" || header.Get("Content-Type") != tt.kind {
-			t.Errorf("%s: got %d %q %q", tt.request, status, body, header.Get("Content-Type"))
-		}
-		if allow := header.Get("Allow"); (allow == "GET, HEAD") != (status == 405) {
-			t.Errorf("%s: Allow is %q", tt.request, allow)
-		}
-	}
-}
-
-// answerOf is what h says at path.
-func answerOf(t testing.TB, h *Health, path string) *httptest.ResponseRecorder {
-	w := httptest.NewRecorder()
-	h.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), "GET", path, nil))
-	return w
-}
-
-// TestHealthCheckTimeout checks that a check which hangs is given up long before
-// the one who probes gives up.
-func TestHealthCheckTimeout(t *testing.T) {
-	hang := func(ctx context.Context) error {
+	hangs := func(ctx context.Context) error {
 		<-ctx.Done()
 		return errors.New("hangs")
 	}
-	for _, path := range []string{"/live", "/ready", "/health"} {
-		synctest.Test(t, func(t *testing.T) {
-			begin := time.Now()
-			if w := answerOf(t, reportOn(hang, hang), path); time.Since(begin) != checkTimeout || w.Code != 503 || !strings.Contains(w.Body.String(), "hangs") {
-				t.Errorf("%s: %d %q after %s", path, w.Code, w.Body, time.Since(begin))
+	const text, json = "text/plain; charset=utf-8", "application/json"
+	for _, tt := range []struct {
+		request     string
+		live, ready func(context.Context) error
+		after       time.Duration
+		status      int
+		body, kind  string
+	}{
+		{"GET /live", fine, broken, 0, 200, "ok\n", text},
+		{"GET /live", broken, fine, 0, 503, "hub: bus is down\n", text},
+		{"GET /live", hangs, fine, checkTimeout, 503, "hub: hangs\n", text},
+		{"GET /ready", hangs, fine, 0, 200, "ok\n", text},
+		{"GET /ready", fine, broken, 0, 503, "redis: bus is down\n", text},
+		{"GET /ready", fine, hangs, checkTimeout, 503, "redis: hangs\n", text},
+		{"HEAD /ready", fine, broken, 0, 503, "", text},
+		{"GET /health", fine, fine, 0, 200, `"live":"ok","ready":"ok","role":"server","status":"ok"}` + "\n", json},
+		{"GET /health", fine, broken, 0, 503, `"live":"ok","ready":"redis: bus is down","role":"server","status":"failing"}` + "\n", json},
+		{"GET /health", hangs, hangs, checkTimeout, 503, `"live":"hub: hangs","ready":"redis: hangs","role":"server","status":"failing"}` + "\n", json},
+		{"GET /metrics", hangs, hangs, 0, 200, "\ngo_memstats_sys_bytes", "text/plain; version=0.0.4; charset=utf-8"},
+		{"GET /", hangs, hangs, 0, 200, "<!doctype html>", "text/html; charset=utf-8"},
+		{"GET /status", hangs, hangs, 0, 200, `"server":{"streams":0}`, json},
+		{"GET /live/", fine, fine, 0, 404, "404 page not found\n", text},
+		{"GET /subscribe/ci", fine, fine, 0, 404, "404 page not found\n", text},
+		{"POST /ready", fine, fine, 0, 405, "method not allowed\n", text},
+		{"DELETE /nothing", fine, fine, 0, 405, "method not allowed\n", text},
+	} {
+		inBubble(t, func(t *testing.T) {
+			p, begin := newPipes(), time.Now()
+			serveOn(t, &http.Server{Handler: reportOn(tt.live, tt.ready)}, p)
+			method, path, _ := strings.Cut(tt.request, " ")
+			r := post(t.Context(), p.transport(t, false), method, "http://relay.test"+path, "")
+			if r.status != tt.status || r.at.Sub(begin) != tt.after || !strings.Contains(r.body, tt.body) || tt.body == "" && r.body != "" ||
+				r.header.Get("Content-Type") != tt.kind || (r.header.Get("Allow") == "GET, HEAD") != (r.status == 405) {
+				t.Errorf("%s: got %+v after %s", tt.request, r, r.at.Sub(begin))
 			}
 		})
 	}
@@ -115,8 +97,10 @@ func TestSinceWhen(t *testing.T) {
 		check := func(ok bool, since time.Time, said string, at *time.Time) {
 			t.Helper()
 			want := must(json.Marshal(verdict{"redis", "ready", ok, since, said, at}))
-			if doc := answerOf(t, h, "/health").Body.String(); !strings.Contains(doc, string(want)) {
-				t.Errorf("no %s in %s", want, doc)
+			w := httptest.NewRecorder()
+			h.ServeHTTP(w, httptest.NewRequest("GET", "/health", nil))
+			if !strings.Contains(w.Body.String(), string(want)) {
+				t.Errorf("no %s in %s", want, w.Body)
 			}
 		}
 		begin := time.Now()
