@@ -1289,7 +1289,7 @@ func TestHubHammer(t *testing.T) {
 	h.Watch = func(string) {}
 	channels := []string{"a", "b", "c"}
 	var revoked, given, seen atomic.Int64
-	soft := func() bool { return revoked.Load() == 0 || h.Full.Load() == 0 }
+	soft := func() bool { return revoked.Load() == 0 || h.Full.Load() == 0 || seen.Load() < 1000 }
 	var publishers, subscribers sync.WaitGroup
 	deadline := time.Now().Add(patience)
 	for _, channel := range channels {
@@ -1365,7 +1365,7 @@ func TestHubHammer(t *testing.T) {
 	close(published)
 	subscribers.Wait()
 	empty(t, h)
-	if n := h.Delivered.Load(); soft() || n != given.Load() || seen.Load() > n || seen.Load() == 0 {
+	if n := h.Delivered.Load(); soft() || n != given.Load() || seen.Load() > n {
 		t.Errorf("%d revoked, %d found full; %d counted, %d given, %d seen", revoked.Load(), h.Full.Load(), n, given.Load(), seen.Load())
 	}
 }
