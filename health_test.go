@@ -380,7 +380,8 @@ func TestPage(t *testing.T) {
 	t.Parallel()
 	c := startChromium(t)
 	env := []string{
-		fmt.Sprintf("HEALTH_SERVICE_PORT=%d", freePorts(t, 1)[0]), "HEALTH_SERVICE_SHUTDOWN_DELAY=0", "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=1s", "RESPONSE_MODE=slow=status",
+		fmt.Sprintf("HEALTH_SERVICE_PORT=%d", freePorts(t, 1)[0]), "HEALTH_SERVICE_SHUTDOWN_DELAY=0", "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=1s",
+		"RESPONSE_MODE=slow=status", "RESPONSE_TIMEOUT=1m",
 	}
 	server := startServer(t, env...)
 	release := make(chan string)
