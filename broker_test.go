@@ -1229,6 +1229,11 @@ func TestHubWrites(t *testing.T) {
 	h.Finish(s, errShutdown)
 	h.Attach(s, abort)
 	check("connected when it has ended", 1, 2, errShutdown)
+	s = joined(t, h, "a")
+	h.Deliver(sized("a", 6))
+	if h.Leave(s, errPeerGone); took(s) != nil {
+		t.Error("who has left goes on writing")
+	}
 	if list := h.Subscribers(); len(list) != 0 {
 		t.Errorf("%d subscribers listed", len(list))
 	}
