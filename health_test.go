@@ -228,6 +228,8 @@ func TestExposition(t *testing.T) {
 		histogram("relay_d_seconds", "Times.", &took),
 		{"relay_e", "gauge", "None.", func(sampler) {}},
 	}}
+	const bucket = "relay_d_seconds_bucket{le=\""
+	between := strings.Fields("0.0025 0.005 0.01 0.025 0.05 0.1 0.25 0.5 1 2.5 5 10 30")
 	want := `# HELP relay_a_total Things.
 # TYPE relay_a_total counter
 relay_a_total 7
@@ -241,11 +243,8 @@ relay_c -0.25
 # HELP relay_d_seconds Times.
 # TYPE relay_d_seconds histogram
 relay_d_seconds_bucket{le="0.001"} 2
-`
-	for _, le := range strings.Fields("0.0025 0.005 0.01 0.025 0.05 0.1 0.25 0.5 1 2.5 5 10 30") {
-		want += `relay_d_seconds_bucket{le="` + le + `"} 3` + "\n"
-	}
-	want += `relay_d_seconds_bucket{le="60"} 4
+` + bucket + strings.Join(between, "\"} 3\n"+bucket) + `"} 3
+relay_d_seconds_bucket{le="60"} 4
 relay_d_seconds_bucket{le="+Inf"} 5
 relay_d_seconds_sum 3660.002001
 relay_d_seconds_count 5
