@@ -137,9 +137,8 @@ func (c *choppy) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// FuzzParser: the same bytes give the same events however they are cut into
-// reads, those of the standard's own algorithm; and what is cut off is never
-// dispatched.
+// FuzzParser: however bytes are cut into reads, their events are those of the
+// standard's own algorithm; and what is cut off is never dispatched.
 func FuzzParser(f *testing.F) {
 	f.Add([]byte("\ufeffid: 1\r\nevent: x\rdata: a\ndata\r\n\r\n:c\n\ndata:  b\n\n\rid\x00\n"), uint64(1))
 	f.Add([]byte("data\n\ndata\ndata\n\ndata:"), uint64(2))
@@ -191,8 +190,7 @@ func TestParserLineEnds(t *testing.T) {
 // passing are the statuses that are tried again by default.
 var passing = []int{429, 502, 503, 504}
 
-// clientOf is a client for target that is not run. No proxy of this machine is
-// before it.
+// clientOf is a client for target that is not run, behind no proxy of this machine.
 func clientOf(t testing.TB, target string, env ...string) *Client {
 	c := newClientOf(t, "http://source/subscribe/ci/", target, env...)
 	c.target.Proxy = nil
@@ -408,8 +406,7 @@ func script(parts string) answerer {
 	}
 }
 
-// bytewise answers with start, and with piece for ever, after a pause each; then it closes
-// the connection.
+// bytewise answers with start, and then with piece for ever, after a pause each.
 func bytewise(start, piece string, pause time.Duration) answerer {
 	if pause == 0 {
 		piece = strings.Repeat(piece, 4096)
@@ -505,8 +502,7 @@ func (w *world) stream(rw http.ResponseWriter, r *http.Request, _ int) {
 	w.feeds <- f
 }
 
-// send is one write. It fails once the client has gone, and waits while that
-// does not read.
+// send is one write. It waits while the client does not read, and fails once it has gone.
 func (f *outlet) send(parts ...string) error {
 	f.turn <- struct{}{}
 	defer func() { <-f.turn }()
@@ -595,8 +591,7 @@ func (w *world) ids() (ids []string) {
 	return ids
 }
 
-// arrives waits until so many events have reached the target as it is to get, in
-// this order and no others.
+// arrives waits until these events have reached the target, in this order and no others.
 func (w *world) arrives(want ...string) {
 	w.t.Helper()
 	w.until(fmt.Sprintf("%q at the target", want), func() bool { return len(w.ids()) >= len(want) })
@@ -637,8 +632,7 @@ func (w *world) answer() (told, call) {
 	return list[0], w.got(&w.said)[0]
 }
 
-// asking is the frame of an event whose sender waits so long for the answer, or not
-// at all; change, if any, has the last word.
+// asking is the frame of an event whose sender waits so long, as change would have it.
 func asking(id string, timeout time.Duration, change ...func(*Webhook)) string {
 	w := &Webhook{ID: id, Method: "POST", Path: "/webhooks/ci/x", Query: "?a=1", Body: []byte("body of " + id), Time: time.Now(), Mode: modeAccept, Timeout: timeout}
 	if timeout > 0 {
@@ -743,10 +737,9 @@ func TestWatchdogWhileFull(t *testing.T) {
 	}
 }
 
-// TestReconnectBackoff: pauses are jittered, grow to their longest, and only
-// ready makes them short again. After a stream that lasted there is none. Nothing
-// that a stream says of ids and of retry changes that, and the log tells times in
-// whole milliseconds.
+// TestReconnectBackoff: pauses are jittered, grow to their longest, and only ready makes
+// them short again. After a stream that lasted there is none. What a stream says of ids
+// and of retry changes nothing, and the log tells times in whole milliseconds.
 func TestReconnectBackoff(t *testing.T) {
 	inWorld(t, "", func(t *testing.T, w *world) {
 		const initial = 1500 * time.Millisecond
@@ -1077,9 +1070,8 @@ func TestClientShutdown(t *testing.T) {
 	}
 }
 
-// TestRetries: what is worth another try, when it comes, what is final, and where
-// a redirect leads.
-// The sender waits for two minutes, so that its report shows the end.
+// TestRetries: what is worth another try, when it comes, what is final, and where a
+// redirect leads. The sender waits for two minutes, so that its report shows the end.
 func TestRetries(t *testing.T) {
 	const whole = 2 * time.Minute
 	const window = whole - 500*time.Millisecond // the rest is for the report
@@ -1149,9 +1141,8 @@ func TestRetries(t *testing.T) {
 	}
 }
 
-// TestRetryWindow: without a sender that waits, the window is the setting's. The
-// log tells pauses in whole milliseconds. It begins with the first attempt, so that an
-// event that had to wait for its turn is not worth less.
+// TestRetryWindow: without a sender that waits, the window is the setting's. It begins
+// with the first attempt: an event that had to wait for its turn is not worth less.
 func TestRetryWindow(t *testing.T) {
 	for window, attempts := range map[time.Duration][2]int{0: {1, 1}, time.Second: {2, 4}, time.Minute: {8, 20}} {
 		inWorld(t, window.String(), func(t *testing.T, w *world) {
@@ -1203,8 +1194,7 @@ func TestConcurrency(t *testing.T) {
 	}
 }
 
-// TestDuplicates: an id is forwarded once, whatever the mode; what was reported
-// is reported again, from memory.
+// TestDuplicates: an id is forwarded once; what was reported is reported again, from memory.
 func TestDuplicates(t *testing.T) {
 	inWorld(t, "", func(t *testing.T, w *world) {
 		w.respond = func(rw http.ResponseWriter, _ *http.Request, n int) {
@@ -1235,9 +1225,8 @@ func TestDuplicates(t *testing.T) {
 	})
 }
 
-// TestClientReports: a report is repeated while its failure may pass and its event
-// has time, and no longer. One whose connection says nothing has its own time. It goes
-// below the stream's own URL, whatever that is.
+// TestClientReports: a report is repeated while its failure may pass and its event has
+// time, and no longer. It goes below the stream's own URL, whatever that is.
 func TestClientReports(t *testing.T) {
 	const many, time30 = -1, 30 * time.Second // reports: more than five
 	for _, tc := range []struct {
@@ -1467,9 +1456,8 @@ func TestOverdue(t *testing.T) {
 	})
 }
 
-// TestTargetConnectionReuse: webhooks in short succession share a connection,
-// and an idle one is closed before a target does that on its side, which would
-// meet the next webhook.
+// TestTargetConnectionReuse: webhooks in short succession share a connection, and an
+// idle one is closed before the target does that, which would meet the next webhook.
 func TestTargetConnectionReuse(t *testing.T) {
 	inWorld(t, "", func(t *testing.T, w *world) {
 		f := w.begin()
