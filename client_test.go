@@ -325,8 +325,7 @@ func TestRedirect(t *testing.T) {
 		}
 	}
 	for _, tc := range []struct{ base, location, want string }{
-		{"http://target/base", "http://target/base/y?b", "/base/y?b"},
-		{"http://target/base", "http://target:80/base/y", "/base/y"},
+		{"http://target/base", "http://target:80/base/y?b", "/base/y?b"},
 		{"https://target:443/base", "https://target/base/y", "/base/y"},
 		{"http://target/base", "HTTP://TARGET/base/y", "/base/y"},
 		{"http://[::1]:8080/base", "http://[::1]:8080/base/y", "/base/y"},
@@ -336,7 +335,6 @@ func TestRedirect(t *testing.T) {
 		{"http://target/base", "../y/./z", "/base/y/z"},
 		{"http://target/base", "/base/y#f", "/base/y"},
 		{"http://target/base", "?b", "/base/hook/x?b"},
-		{"http://target", "/anywhere", "/anywhere"},
 		{"http://target/base", "//target/base/y", "/base/y"},
 		{"http://target", "http://target//evil/y", "//evil/y"},
 		{"http://target:443/base", "https://target:443/base/y", ""},
@@ -820,7 +818,6 @@ func TestHints(t *testing.T) {
 		{"401", answering(401), "", "token", "AUTH_TOKEN is missing, or is not one that the source takes for this channel"},
 		{"403", answering(403), "", "address", "the source does not take streams from this address (SUBSCRIBE_ALLOWED_IPS)"},
 		{"503", answering(503), "", "busy", "the source is full, is shutting down or has lost its Redis"},
-		{"a redirect", answering(302), "", "status", ""},
 		{"unknown CA", secure(good, asIs), "", "tls", unknown},
 		{"another host", secure(other, asIs), otherCA, "tls", "the certificate is for another host name than the URL has"},
 		{"expired", secure(old, asIs), oldCA, "tls", "the certificate has expired or is not valid yet: renew it, or set this machine's clock"},
@@ -1154,7 +1151,10 @@ func TestRetryWindow(t *testing.T) {
 			if n := len(calls); n < attempts[0] || n > attempts[1] || w.Retries.Load() != int64(n-1) || len(again) != n-1 {
 				t.Fatalf("%d attempts, %d retries counted, %d logged, want %v", n, w.Retries.Load(), len(again), attempts)
 			}
-			between(t, "the last attempt", calls[len(calls)-1].at.Sub(calls[0].at), 0, window)
+			took := calls[len(calls)-1].at.Sub(calls[0].at)
+			between(t, "the last attempt", took, 0, window)
+			ms, _ := w.log.lines("webhook given up")[0]["ms"].(float64)
+			between(t, "given up", time.Duration(ms*1e6), took-time.Millisecond, took)
 			for i, line := range again {
 				if pause := calls[i+1].at.Sub(calls[i].at); line["wait"] != float64(pause.Milliseconds()) {
 					t.Errorf("a pause of %v is logged as %v", pause, line["wait"])
@@ -1241,7 +1241,6 @@ func TestClientReports(t *testing.T) {
 		{"refused", "400", 1, 0, 0, 0},
 		{"passing failures", "503; 502; 500; 504; 429; 204", 6, 1, retryInitial * 15 / 2, retryInitial * 15},
 		{"failing to the end", "503", many, 0, time30 - 2*retryHeld, time30},
-		{"refused after a failure", "503; 400", 2, 0, retryInitial / 2, retryInitial},
 		{"connection broken", "break; break; 204", 3, 1, retryInitial * 3 / 2, retryInitial * 3},
 		{"silence", "silence; 204", 2, 1, reportTimeout + retryInitial/2, reportTimeout + retryInitial},
 	} {
@@ -1588,6 +1587,7 @@ func TestHostileStream(t *testing.T) {
 		{"no HTTP", "event: webhook\ndata: {}\n\nevent: webhook\ndata\n\nevent: webhook\ndata\ndata\ndata\n\n", 1, 3},
 		{"large heads", "event: webhook\ndata: " + large + "\n\n", 32, 32},
 		{"large heads of fields", httpBlock("1", "POST /webhooks/ci/x HTTP/1.1\n"+strings.Repeat("A: b\n", 200_000), ""), 8, 8},
+		{"split fields", httpBlock("1", "POST /webhooks/ci/x HTTP/1.1\nA: b\x00\n", "") + httpBlock("1", "POST /webhooks/ci/x HTTP/1.1\nA\x00: b\n", ""), 1, 2},
 		{"ids for paths", httpBlock("../../other", "POST /webhooks/ci/x HTTP/1.1\nX-Relay-Respond: status; timeout=9000\n", "") + "id\n\n", 1, 1},
 	} {
 		inWorld(t, tc.name, func(t *testing.T, w *world) {
