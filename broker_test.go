@@ -782,9 +782,10 @@ func TestReportForm(t *testing.T) {
 		{ok + chunked, "1\r\nx\r\n", answerLimit + headLimit},
 		{ok + chunked + "0\r\n", "X-A: x\r\n", answerLimit + headLimit},
 	} {
-		source := &endless{piece: []byte(tc.piece)}
-		if got, err := read(io.MultiReader(strings.NewReader(tc.start), source), true); got != "" || source.taken > tc.limit+8<<10 {
-			t.Errorf("%q and %.20q for ever: read %.20q, %v after %d bytes", tc.start, tc.piece, got, err, source.taken)
+		source := strings.NewReader(tc.start + strings.Repeat(tc.piece, 4<<20/len(tc.piece)))
+		got, err := read(source, true)
+		if taken := int(source.Size()) - source.Len(); got != "" || taken > tc.limit+8<<10 {
+			t.Errorf("%q and %.20q for ever: read %.20q, %v after %d bytes", tc.start, tc.piece, got, err, taken)
 		}
 	}
 	// The best of several answers is the one nearest to success.
