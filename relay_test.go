@@ -1452,20 +1452,14 @@ func (r *reading) http1(t testing.TB, method, target string) int {
 // http2 is http1 over HTTP/2, where target is :path, or, for CONNECT, :authority.
 func (r *reading) http2(t testing.TB, method, target string) int {
 	t.Helper()
-	h := newHTTP2(connect(t, r.addr))
-	defer h.close()
 	fields := []string{":method", method, ":scheme", "http", ":path", target, ":authority", "relay"}
 	if method == "CONNECT" {
 		fields = []string{":method", method, ":authority", target}
 	}
-	s := h.open(1, true, fields...)
-	select {
-	case <-s.done:
-	case <-time.After(patience):
-		t.Fatalf("no answer to %q %q", method, target)
-	}
-	h.close()
-	return s.outcome()
+	conn := connect(t, r.addr)
+	defer conn.Close()
+	status, _ := askHTTP2(conn, true, fields...)
+	return status
 }
 
 // arrived is what has reached the target, once a webhook that comes after it

@@ -15,7 +15,6 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/base64"
-	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
@@ -36,6 +35,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"runtime"
 	"slices"
@@ -60,7 +60,6 @@ func TestMain(m *testing.M) {
 		bareMain()
 	default:
 		flag.Parse()
-		// Those that are not measure, or need what little time the program gives.
 		set := false
 		flag.Visit(func(f *flag.Flag) {
 			set = set || f.Name == "test.parallel" || strings.HasPrefix(f.Name, "test.fuzz") && f.Value.String() != ""
@@ -73,6 +72,14 @@ func TestMain(m *testing.M) {
 			fmt.Println(line)
 		}
 		os.Exit(code)
+	}
+}
+
+// expect compares, and tells what differs.
+func expect[T any](t testing.TB, what string, got, want T) {
+	t.Helper()
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("%s: got %.1000s, want %.1000s", what, fmt.Sprintf("%+v", got), fmt.Sprintf("%+v", want))
 	}
 }
 
@@ -120,7 +127,11 @@ func newRigOn(t testing.TB, l net.Listener, around func(*Hub) Bus, env ...string
 	r.hub.OnSignal = r.signal
 	running(t, func(ctx context.Context) { r.Run(ctx) })
 	web := webServer(r.Server, log)
-	web.ConnState = stateOf(l)
+	if d, ok := l.(interface { // a door, which wants to hear of its connections
+		state(net.Conn, http.ConnState)
+	}); ok {
+		web.ConnState = d.state
+	}
 	serveOn(t, web, l)
 	t.Cleanup(func() { // before the listener goes: streams that were taken from net/http are ours to end
 		leaveAll(r.hub, errShutdown)
@@ -129,17 +140,7 @@ func newRigOn(t testing.TB, l net.Listener, around func(*Hub) Bus, env ...string
 	return r
 }
 
-// stateOf is what a door under l wants to hear of its connections.
-func stateOf(l net.Listener) func(net.Conn, http.ConnState) {
-	if d, ok := l.(interface {
-		state(net.Conn, http.ConnState)
-	}); ok {
-		return d.state
-	}
-	return nil
-}
-
-// total is what was refused for any reason.
+// total is what was counted for any reason.
 func total(r tally) (n int64) {
 	for _, counter := range r {
 		n += counter.Load()
@@ -150,6 +151,12 @@ func total(r tally) (n int64) {
 func heldBy(s *Server) (webhooks int, size int64) {
 	state := s.Held()
 	return state.Webhooks, state.Bytes
+}
+
+// streamCount is how many streams there are.
+func (r *rig) streamCount() int {
+	n, _ := r.hub.Count()
+	return n
 }
 
 // leaveAll ends every stream of h for reason.
@@ -177,15 +184,8 @@ func running(t testing.TB, run func(context.Context)) (stop func()) {
 }
 
 func serveOn(t testing.TB, web *http.Server, l net.Listener) {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		web.Serve(l)
-	}()
-	t.Cleanup(func() {
-		web.Close()
-		<-done
-	})
+	running(t, func(context.Context) { web.Serve(l) })
+	t.Cleanup(func() { web.Close() })
 }
 
 func loopback(t testing.TB) net.Listener {
@@ -339,17 +339,27 @@ func post(ctx context.Context, rt http.RoundTripper, method, url, body string, h
 	return outcome{resp.StatusCode, string(b), resp.Header, err, time.Now()}
 }
 
+// is checks an answer of a target, or of the relay in accept mode.
+func (r outcome) is(t testing.TB, status int, body string) {
+	t.Helper()
+	if r.err != nil || r.status != status || r.body != body {
+		t.Errorf("got %d %.200q %v, want %d %.200q", r.status, r.body, r.err, status, body)
+	}
+}
+
+// refused checks an answer that is the relay's own error. A 503 tells when to come
+// back; legacy clients end for good at 429.
+func (r outcome) refused(t testing.TB, status int, message string) {
+	t.Helper()
+	r.is(t, status, relayError(status, message))
+	if r.err == nil && (status == 503) != (r.header.Get("Retry-After") == "5") || r.err == nil && r.header.Get("Content-Type") != "application/json" {
+		t.Errorf("%d %s: got the header %v", status, message, r.header)
+	}
+}
+
 // relayError is what the relay itself answers.
 func relayError(status int, message string) string {
 	return fmt.Sprintf(`{"statusCode":%d,"message":%q}`, status, message)
-}
-
-// wantUnavailable checks a 503: it has a message and tells when to come back.
-func wantUnavailable(t *testing.T, r outcome, message string) {
-	t.Helper()
-	if r.err != nil || r.status != 503 || r.body != relayError(503, message) || r.header.Get("Retry-After") != "5" || r.header.Get("Content-Type") != "application/json" {
-		t.Errorf("got %+v, want 503 %q with Retry-After", r, message)
-	}
 }
 
 // seen is one event of a stream.
@@ -426,11 +436,7 @@ func listen(t testing.TB, rt http.RoundTripper, url string, headers ...string) *
 // to the test.
 func unread(t testing.TB, rt http.RoundTripper, headers ...string) *http.Response {
 	t.Helper()
-	req, _ := requestOf(t.Context(), "GET", streamURL, nil, headers...)
-	resp, err := rt.RoundTrip(req)
-	if err != nil {
-		t.Fatal(err)
-	}
+	resp := must(rt.RoundTrip(must(requestOf(t.Context(), "GET", streamURL, nil, headers...))))
 	t.Cleanup(func() { resp.Body.Close() })
 	return resp
 }
@@ -577,31 +583,122 @@ func bubbles(t *testing.T, f func(t *testing.T, p *pipes, rt *http.Transport)) {
 	}
 }
 
+// relay is a server in a bubble, and who speaks to it.
+type relay struct {
+	*rig
+	t  testing.TB
+	p  *pipes
+	rt *http.Transport // of providers and subscribers
+
+	target *target // of client, once that is called
+	stream *pipes  // likewise: the client's connections to the server
+	inner  *pipes  // and to the target
+}
+
+// relayTest runs f in one bubble where HTTP/1.1 is spoken, and in one with HTTP/2.
+// Nothing of what f does may stay held.
+func relayTest(t *testing.T, env []string, f func(*testing.T, *relay)) {
+	t.Helper()
+	relayOn(t, func(h *Hub) Bus { return h }, env, f)
+}
+
+// relayOn is relayTest with a bus around the hub.
+func relayOn(t *testing.T, around func(*Hub) Bus, env []string, f func(*testing.T, *relay)) {
+	t.Helper()
+	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
+		r := &relay{rig: newRigOn(t, p, around, env...), t: t, p: p, rt: rt}
+		f(t, r)
+		leaveAll(r.hub, errShutdown)
+		time.Sleep(2*r.opts.HoldTime + returnTime)
+		n, size := heldBy(r.Server)
+		if n != 0 || size != 0 || r.strange != 0 || r.reports.Used() != 0 {
+			t.Errorf("%d webhooks, %d bytes, %d of strangers, %d of reports stay held", n, size, r.strange, r.reports.Used())
+		}
+	})
+}
+
+// post is one webhook to a channel and what stands behind it.
+func (r *relay) post(tail, body string, headers ...string) outcome {
+	return r.ask("POST", "/webhooks/"+tail, body, headers...)
+}
+
+// posted is post whose outcome comes later.
+func (r *relay) posted(tail, body string, headers ...string) <-chan outcome {
+	c := make(chan outcome, 1)
+	go func() { c <- r.post(tail, body, headers...) }()
+	synctest.Wait()
+	return c
+}
+
+// ask is any request.
+func (r *relay) ask(method, path, body string, headers ...string) outcome {
+	return post(r.t.Context(), r.rt, method, "http://relay.test"+path, body, headers...)
+}
+
+// listen opens a stream of channel, which ends with the test.
+func (r *relay) listen(channel string, headers ...string) *listener {
+	r.t.Helper()
+	return listen(r.t, r.rt, "http://relay.test/subscribe/"+channel+"/", headers...)
+}
+
+// report says a of the event id, as the client of that stream on channel ci.
+func (r *relay) report(l *listener, id string, a Answer) {
+	r.t.Helper()
+	expect(r.t, "report", l.report(r.t, r.rt, id, a), 204)
+}
+
+// client starts a client of channel ci whose connections are its own. It ends with
+// the test. answer is its target's.
+func (r *relay) client(answer func(recorded) string) {
+	r.t.Helper()
+	r.target = &target{got: make(chan recorded, 1000), answer: answer}
+	r.stream, r.inner = &pipes{conns: r.p.conns, done: r.p.done}, newPipes()
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for conn, err := r.inner.Accept(); err == nil; conn, err = r.inner.Accept() {
+			wg.Go(func() {
+				defer conn.Close()
+				r.target.serve(conn)
+			})
+		}
+	})
+	c := newClientOf(r.t, streamURL, "http://target.test")
+	c.source.Proxy, c.target.Proxy = nil, nil
+	c.source.DialContext, c.target.DialContext = r.stream.dial, r.inner.dial
+	r.t.Cleanup(func() { // once it has ended
+		r.stream.cut(true)
+		r.inner.cut(true)
+		r.inner.Close()
+		wg.Wait()
+	})
+	running(r.t, c.Run)
+	eventually(r.t, "ready", func() bool { return c.Check(r.t.Context()) == nil })
+}
+
 const (
 	hooksURL   = "http://relay.test/webhooks/ci"
 	streamURL  = "http://relay.test/subscribe/ci/"
 	reportsURL = streamURL + "responses"
-	otherURL   = "http://relay.test/subscribe/other/"
 )
 
 // The HTTP surface.
 
-// TestFloodOfWebhooks: whoever may send webhooks cannot fill the log.
-func TestFloodOfWebhooks(t *testing.T) {
-	for mode, message := range map[string]string{"accept": "webhook lost", "status": "webhook refused"} {
-		t.Run(mode, func(t *testing.T) {
-			rigTest(t, []string{"RESPONSE_MODE=" + mode, "RESPONSE_TIMEOUT=1s"}, func(t *testing.T, p *pipes, r *rig) {
-				time.Sleep(2 * time.Minute) // a fresh server waits for subscribers
-				rt := p.transport(t, false) // HTTP/2 would refuse some, which are sent again later
-				var senders sync.WaitGroup
-				for i := range 200 {
-					senders.Go(func() { post(t.Context(), rt, "POST", hooksURL+strconv.Itoa(i), "{}") })
-				}
-				senders.Wait()
-				if n := len(r.log.lines(message)); n != hushLines {
-					t.Errorf("%d webhooks are logged, want %d", n, hushLines)
-				}
-			})
+// TestFlood: whoever sends webhooks or guesses tokens cannot fill the log; what is
+// counted has no bound.
+func TestFlood(t *testing.T) {
+	for message, path := range map[string]string{"webhook lost": "/webhooks/ci", "webhook refused": "/webhooks/status", "subscriber refused": "/subscribe/ci"} {
+		rigTest(t, []string{"AUTH_TOKEN=secret", "RESPONSE_MODE=status=status", "RESPONSE_TIMEOUT=1s"}, func(t *testing.T, p *pipes, r *rig) {
+			time.Sleep(2 * time.Minute) // a fresh server waits for subscribers
+			rt := p.transport(t, false) // HTTP/2 would refuse some, which are sent again later
+			var senders sync.WaitGroup
+			for range 200 {
+				senders.Go(func() {
+					post(t.Context(), rt, map[bool]string{true: "GET", false: "POST"}[path[1] == 's'], "http://relay.test"+path, "{}")
+				})
+			}
+			senders.Wait()
+			expect(t, message+": lines", len(r.log.lines(message)), hushLines)
+			expect(t, message+": counted", total(r.Lost)+total(r.Refused)+total(r.Rejected), 200)
 		})
 	}
 }
@@ -617,7 +714,9 @@ func TestRoutes(t *testing.T) {
 		notAllowed = "method not allowed"
 	)
 	long := strings.Repeat("a", 128)
-	tests := []struct {
+	l := loopback(t)
+	r := newRig(t, l)
+	for _, tt := range []struct {
 		request string // method and target
 		status  int
 		message string // of the relay's error
@@ -657,68 +756,40 @@ func TestRoutes(t *testing.T) {
 		{"POST /subscribe/ci/responses", 400, "invalid report", ""},
 
 		{"POST /subscribe/ci", 405, notAllowed, "GET"},
-		{"HEAD /subscribe/ci", 405, "", "GET"},
 		{"HEAD /subscribe/ci/", 405, "", "GET"},
-		{"POST /subscribe/ci/", 405, notAllowed, "GET"},
 		{"OPTIONS /subscribe/ci/", 405, notAllowed, "GET"},
 		{"GET /subscribe/ci/responses", 405, notAllowed, "POST"},
 
 		{"POST /webhooks/", 400, badChannel, ""},
 		{"POST /webhooks//ci", 400, badChannel, ""},
+		{"POST /webhooks/..", 400, badChannel, ""},
 		{"POST /webhooks/" + long + "a", 400, badChannel, ""},
 		{"POST /webhooks/c%69", 400, badChannel, ""},
 		{"POST /webhooks/canary@", 400, badChannel, ""},
-		{"POST /webhooks/can:ary", 400, badChannel, ""},
 		{"POST /webhooks/\xc3\xbc", 400, badChannel, ""},
 		{"GET /subscribe/canary*", 400, badChannel, ""},
 		{"GET /subscribe/../", 400, badChannel, ""},
 		{"POST /subscribe/canary*/responses", 400, badChannel, ""},
 
-		{"POST /webhooks/ci/../x", 400, badPath, ""},
-		{"POST /webhooks/ci/..", 400, badPath, ""},
-		{"POST /webhooks/ci/./x", 400, badPath, ""},
-		{"POST /webhooks/..", 400, badChannel, ""},
-		{"POST /webhooks/ci/%2e%2E/x", 400, badPath, ""},
-		{"POST /webhooks/ci/%2e/x", 400, badPath, ""},
-		{"POST /webhooks/ci/.%2e", 400, badPath, ""},
-		{"POST /webhooks/ci/..;x=1/canary", 400, badPath, ""},
-		{"POST /webhooks/ci/..%3Bx/canary", 400, badPath, ""},
-		{"POST /webhooks/ci/..%2fcanary", 400, badPath, ""},
-		{"POST /webhooks/ci/a%2f..", 400, badPath, ""},
-		{`POST /webhooks/ci/a\b`, 400, badPath, ""},
-		{"POST /webhooks/ci/a%5cb", 400, badPath, ""},
-		{"POST /webhooks/ci/a%00", 400, badPath, ""},
-		{"POST /webhooks/ci/a%0d%0aX:1", 400, badPath, ""},
-		{"POST /webhooks/ci/%7F", 400, badPath, ""},
-		{"POST /webhooks/ci/x%2F%2e%2e", 400, badPath, ""},
+		{"POST /webhooks/ci/../x", 400, badPath, ""}, // pathCases has more
+		{"POST /webhooks/ci/%2e%2E/canary", 400, badPath, ""},
 		{"POST http://x/webhooks/ci/../y", 400, badPath, ""},
-	}
-	l := loopback(t)
-	r := newRig(t, l)
-	for _, tt := range tests {
+	} {
 		t.Run(tt.request, func(t *testing.T) {
 			answer := raw(t, l.Addr().String(), tt.request+" HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n")
 			method, _, _ := strings.Cut(tt.request, " ")
-			resp, err := http.ReadResponse(bufio.NewReader(strings.NewReader(answer)), &http.Request{Method: method})
-			if err != nil {
-				t.Fatalf("%v in %q", err, answer)
-			}
-			body, _ := io.ReadAll(resp.Body)
-			want := ""
+			resp := must(http.ReadResponse(bufio.NewReader(strings.NewReader(answer)), &http.Request{Method: method}))
+			body, want := string(must(io.ReadAll(resp.Body))), ""
 			if tt.message != "" {
 				want = relayError(tt.status, tt.message)
 			}
-			if resp.StatusCode != tt.status || string(body) != want && tt.request != "GET /" || resp.Header.Get("Allow") != tt.allow {
-				t.Errorf("got %q", answer)
-			}
-			if tt.status >= 400 && resp.Header.Get("Content-Type") != "application/json" || strings.Contains(answer, "canary") {
+			if resp.StatusCode != tt.status || body != want && tt.request != "GET /" || resp.Header.Get("Allow") != tt.allow ||
+				tt.status >= 400 && resp.Header.Get("Content-Type") != "application/json" || strings.Contains(answer, "canary") {
 				t.Errorf("got %q", answer)
 			}
 		})
 	}
-	if n, _ := r.hub.Count(); n != 0 || r.Rejected["limit"].Load() != 0 {
-		t.Errorf("%d subscribers after requests that are none", n)
-	}
+	expect(t, "subscribers after requests that are none", r.streamCount(), 0)
 }
 
 // TestPayloadLimit checks what happens to bodies at the limit, above it and
@@ -726,11 +797,10 @@ func TestRoutes(t *testing.T) {
 func TestPayloadLimit(t *testing.T) {
 	l := loopback(t)
 	r := newRig(t, l, "SERVER_MAX_PAYLOAD_SIZE_LIMIT=1kb")
-	const head = "POST /webhooks/ci HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n"
+	const head, continued = "POST /webhooks/ci HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n", "HTTP/1.1 100 Continue\r\n\r\n"
 	body := strings.Repeat("x", 1024)
-	const continued = "HTTP/1.1 100 Continue\r\n\r\n"
 	tooLarge, incomplete := relayError(413, "payload too large"), relayError(400, "body incomplete")
-	tests := []struct{ name, request, prefix, suffix string }{
+	for _, tt := range []struct{ name, request, prefix, suffix string }{
 		{"at the limit", head + "Content-Length: 1024\r\n\r\n" + body, "HTTP/1.1 200", "\r\n\r\n"},
 		{"chunked at the limit", head + "Transfer-Encoding: chunked\r\n\r\n400\r\n" + body + "\r\n0\r\n\r\n", "HTTP/1.1 200", "\r\n\r\n"},
 		{"invited", head + "Expect: 100-continue\r\nContent-Length: 1024\r\n\r\n" + body, continued + "HTTP/1.1 200", "\r\n\r\n"},
@@ -740,18 +810,12 @@ func TestPayloadLimit(t *testing.T) {
 		{"cut short", head + "Content-Length: 1024\r\n\r\nx", "HTTP/1.1 400", incomplete},
 		{"chunked cut short", head + "Transfer-Encoding: chunked\r\n\r\n400\r\nx", "HTTP/1.1 400", incomplete},
 		{"chunk malformed", head + "Transfer-Encoding: chunked\r\n\r\nxyz\r\nx\r\n0\r\n\r\n", "HTTP/1.1 400", incomplete},
+	} {
+		if answer := exchange(t, l.Addr().String(), tt.request); !strings.HasPrefix(answer, tt.prefix) || !strings.HasSuffix(answer, tt.suffix) {
+			t.Errorf("%s: got %q", tt.name, answer)
+		}
 	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			answer := exchange(t, l.Addr().String(), tt.request)
-			if !strings.HasPrefix(answer, tt.prefix) || !strings.HasSuffix(answer, tt.suffix) {
-				t.Errorf("got %q", answer)
-			}
-		})
-	}
-	if size, body := r.Refused["size"].Load(), r.Refused["body"].Load(); size != 3 || body != 3 || total(r.Refused) != 6 {
-		t.Errorf("%d refused for their size, %d for their body, of %d", size, body, total(r.Refused))
-	}
+	expect(t, "refused for size, body, and all", []int64{r.Refused["size"].Load(), r.Refused["body"].Load(), total(r.Refused)}, []int64{3, 3, 6})
 }
 
 // TestFrameLimit: a body within the limit, whose event would be larger than
@@ -761,17 +825,11 @@ func TestFrameLimit(t *testing.T) {
 	rigTest(t, []string{"SERVER_MAX_PAYLOAD_SIZE_LIMIT=64mb"}, func(t *testing.T, p *pipes, r *rig) {
 		rt := p.transport(t, false)
 		l := listen(t, rt, streamURL, features...)
-		for _, tt := range []struct{ size, status int }{{lineLimit * 3 / 4, 413}, {lineLimit / 20, 200}} {
-			if got := post(t.Context(), rt, "POST", hooksURL, strings.Repeat("\r", tt.size)); got.status != tt.status || got.status != 200 && got.body != relayError(413, "payload too large") {
-				t.Errorf("a body of %d: %+v", tt.size, got)
-			}
-		}
+		post(t.Context(), rt, "POST", hooksURL, strings.Repeat("\r", lineLimit*3/4)).refused(t, 413, "payload too large")
+		post(t.Context(), rt, "POST", hooksURL, strings.Repeat("\r", lineLimit/20)).is(t, 200, "")
 		synctest.Wait()
-		if events := l.got("message"); len(events) != 1 || len(events[0].data) < lineLimit/15 {
-			t.Errorf("%d events arrived", len(events))
-		}
-		if n, _ := r.hub.Count(); n != 1 || r.Refused["size"].Load() != 1 {
-			t.Errorf("%d streams, %d webhooks refused", n, total(r.Refused))
+		if events := l.got("message"); len(events) != 1 || len(events[0].data) < lineLimit/15 || r.streamCount() != 1 {
+			t.Errorf("%d events arrived on %d streams", len(events), r.streamCount())
 		}
 	})
 }
@@ -797,196 +855,180 @@ func TestBodyOfSlowSender(t *testing.T) {
 	}
 }
 
-// TestBodyBudget: what senders that stall have sent counts as held, over all of
-// them, in every mode.
-func TestBodyBudget(t *testing.T) {
-	rigTest(t, []string{"SERVER_HELD_BUFFER=72kb"}, func(t *testing.T, p *pipes, r *rig) {
-		rt := p.transport(t, false)
-		conn := p.connect(t)
-		io.WriteString(conn, "POST /webhooks/ci HTTP/1.1\r\nHost: relay\r\nContent-Length: 4000\r\n\r\n"+strings.Repeat("x", 3000))
-		synctest.Wait()
-		if n := r.Held().Bytes; n != requestCost+3000 {
-			t.Errorf("%d bytes are counted", n)
-		}
-		body := strings.Repeat("x", 2000)
-		wantUnavailable(t, post(t.Context(), rt, "POST", hooksURL, body), "too many requests wait")
-		conn.Close()
-		synctest.Wait()
-		if got := post(t.Context(), rt, "POST", hooksURL, body); got.status != 200 {
-			t.Errorf("after the sender has gone: %+v", got)
-		}
-		if n := r.Held().Bytes; n != 0 {
-			t.Errorf("%d bytes are counted at the end", n)
-		}
-	})
-}
-
-// TestEncodedBudget: what counts of a body is what its event takes.
-func TestEncodedBudget(t *testing.T) {
-	for _, mode := range []string{"accept", "status"} {
-		t.Run(mode, func(t *testing.T) {
-			rigTest(t, []string{"SERVER_HELD_BUFFER=2mb", "RESPONSE_MODE=" + mode, "RESPONSE_TIMEOUT=1s"}, func(t *testing.T, p *pipes, r *rig) {
-				rt := p.transport(t, false)
-				wantUnavailable(t, post(t.Context(), rt, "POST", hooksURL, strings.Repeat("\xff", 850<<10)), "too many requests wait")
-				if got := post(t.Context(), rt, "POST", hooksURL, strings.Repeat("x", 850<<10)); got.body == relayError(503, "too many requests wait") {
-					t.Errorf("got %+v", got)
+// TestRequestsCost: what a request takes besides its bytes counts, and what has
+// come of these, whether it has come to its end or is held; above the channel's
+// share of the budget there is 503 at once, and all is given back.
+func TestRequestsCost(t *testing.T) {
+	const fit = 10
+	for name, tt := range map[string]struct {
+		sent, kept int  // bytes of each that have come, and at most what each takes
+		open       bool // the body has no end
+	}{"unfinished": {0, requestCost, true}, "of bodies that stall": {3000, requestCost + 3000, true}, "held": {0, requestCost + holdCost + 400, false}} {
+		t.Run(name, func(t *testing.T) {
+			relayTest(t, []string{"RESPONSE_MODE=status", fmt.Sprintf("SERVER_HELD_BUFFER=%d", 2*(fit*tt.kept+requestCost/2))}, func(t *testing.T, r *relay) {
+				ctx, hangUp := context.WithCancel(t.Context())
+				for range fit {
+					body, sender := io.Pipe()
+					go func() { // ends with the request
+						sender.Write(make([]byte, tt.sent))
+						if tt.open {
+							<-ctx.Done()
+						}
+						sender.CloseWithError(ctx.Err())
+					}()
+					go r.rt.RoundTrip(must(requestOf(ctx, "POST", hooksURL, body)))
 				}
 				synctest.Wait()
-				if n := r.Held().Bytes; n != 0 {
-					t.Errorf("%d bytes are counted at the end", n)
+				if n := r.budget.Used(); n < fit*requestCost || n > int64(fit*tt.kept) || tt.open && n != int64(fit*tt.kept) {
+					t.Errorf("%d bytes are counted", n)
 				}
+				begin := time.Now()
+				told := r.post("ci", "")
+				told.refused(t, 503, "too many requests wait")
+				expect(t, "told after", told.at.Sub(begin), 0)
+				expect(t, "refused for the budget", r.Refused["budget"].Load(), 1)
+				hangUp()
+				synctest.Wait()
+				expect(t, "bytes at the end", r.budget.Used(), 0)
+				r.post("ci", "").refused(t, 503, "nobody connected")
 			})
 		})
 	}
 }
 
+// TestEncodedBudget: what counts of a body is what its event takes.
+func TestEncodedBudget(t *testing.T) {
+	relayTest(t, []string{"SERVER_HELD_BUFFER=2mb"}, func(t *testing.T, r *relay) {
+		r.post("ci", strings.Repeat("\xff", 850<<10)).refused(t, 503, "too many requests wait")
+		r.post("ci", strings.Repeat("x", 850<<10)).is(t, 200, "")
+	})
+}
+
 // TestReportsBudget: bodies of reports have a limit of their own, so that held
 // requests cannot keep out the answers that would end them.
 func TestReportsBudget(t *testing.T) {
-	relayTest(t, nil, []string{"SERVER_HELD_BUFFER=60kb"}, func(t *testing.T, r *relay) {
-		client := listen(t, r.rt, streamURL, "X-Relay-Features", "respond", "X-Relay-Client", "c")
-		told := r.posted()
+	relayTest(t, []string{"SERVER_HELD_BUFFER=60kb", "RESPONSE_MODE=response"}, func(t *testing.T, r *relay) {
+		client := r.listen("ci", features...)
+		told := r.posted("ci", "{}")
 		id := client.next(t, 1).id
 		full, _ := r.budget.claim("other", 0)
 		full.add(r.budget.Limit)
 		defer full.end()
 		all, _ := r.reports.claim("other", 0)
 		all.add(r.reports.Limit)
-		if status := r.report(id, "c", Answer{Status: 204}); status != 503 {
-			t.Errorf("status %d above the limit", status)
-		}
+		expect(t, "report above the limit", client.report(t, r.rt, id, Answer{Status: 204}), 503)
 		all.end()
-		if status := r.report(id, "c", Answer{Status: 204}); status != 204 {
-			t.Errorf("status %d below it", status)
+		r.report(client, id, Answer{Status: 204})
+		(<-told).is(t, 204, "")
+	})
+}
+
+// TestManyReports: one request ends as many held requests as it reports on, and the
+// rest of it is taken whatever stands between.
+func TestManyReports(t *testing.T) {
+	relayTest(t, []string{"RESPONSE_MODE=response"}, func(t *testing.T, r *relay) {
+		stream := r.listen("ci", features...)
+		const n = streamsAtOnce - 10
+		told := map[string]<-chan outcome{}
+		var body strings.Builder
+		for i := range n {
+			c := r.posted("ci", "{}")
+			id := stream.next(t, i+1).id
+			told[id] = c
+			body.WriteString(reportOf(newID(newReplica()), Answer{Status: 200}) + reportOf(id, Answer{Status: 400 + i, Body: []byte(id)}) + reportOf(newID(r.opts.Replica), Answer{Err: answerTimeout}))
 		}
-		if got := <-told; got.status != 204 {
-			t.Errorf("the provider got %+v", got)
-		}
-		if n := r.reports.Used(); n != 0 {
-			t.Errorf("%d bytes are counted at the end", n)
+		r.ask("POST", "/subscribe/ci/responses", body.String(), "X-Relay-Client", stream.client).is(t, 204, "")
+		for i, e := range stream.got("message") {
+			(<-told[e.id]).is(t, 400+i, e.id)
 		}
 	})
 }
 
-// TestManyReports: one request ends as many held requests as it reports on, in
-// either mode, and the rest of it is taken whatever stands between.
-func TestManyReports(t *testing.T) {
-	for _, mode := range []string{modeStatus, modeResponse} {
-		relayTest(t, nil, []string{"RESPONSE_MODE=" + mode}, func(t *testing.T, r *relay) {
-			stream := listen(t, r.rt, streamURL, append([]string{"X-Relay-Client", "c"}, features...)...)
-			const n = 50
-			told := map[string]<-chan outcome{}
-			var body strings.Builder
-			for i := range n {
-				c := r.posted()
-				id := stream.next(t, i+1).id
-				told[id] = c
-				answer := Answer{Status: 200 + i, Body: []byte(id)}
-				if answer.Status == http.StatusNoContent {
-					answer.Body = nil
-				}
-				body.WriteString(reportOf(newID(newReplica()), Answer{Status: 200}) + reportOf(id, answer) + reportOf(newID(r.opts.Replica), Answer{Err: answerTimeout}))
-			}
-			got := post(t.Context(), r.rt, "POST", reportsURL, body.String(), "X-Relay-Client", "c")
-			if got.status != 204 || got.body != "" {
-				t.Errorf("got %+v", got)
-			}
-			statuses := map[int]bool{}
-			for id, c := range told {
-				a := <-c
-				if statuses[a.status] = true; mode == modeResponse && a.status != 204 && a.body != id || mode == modeStatus && a.body != "" {
-					t.Errorf("the sender of %s got %+v", id, a)
-				}
-			}
-			if len(statuses) != n || !statuses[200] || !statuses[200+n-1] {
-				t.Errorf("senders got %v", statuses)
-			}
-		})
-	}
-}
-
 // TestAnswersCount: an answer counts while its request is held.
 func TestAnswersCount(t *testing.T) {
-	relayTest(t, nil, nil, func(t *testing.T, r *relay) {
-		one := listen(t, r.rt, streamURL, "X-Relay-Features", "respond", "X-Relay-Client", "one")
-		two := listen(t, r.rt, streamURL, "X-Relay-Features", "respond", "X-Relay-Client", "two")
-		told := r.posted()
+	relayTest(t, []string{"RESPONSE_MODE=response"}, func(t *testing.T, r *relay) {
+		one, two := r.listen("ci", features...), r.listen("ci", features...)
+		told := r.posted("ci", "{}")
 		id := one.next(t, 1).id
 		empty := r.Held().Bytes
-		for _, tt := range []struct {
-			body string
-			more int64
-		}{{strings.Repeat("x", 5000), 5000}, {strings.Repeat("x", 7000), 5000}} { // the first failure is as good as the second
-			if status := r.report(id, "one", Answer{Status: 500, Body: []byte(tt.body)}); status != 204 {
-				t.Fatalf("status %d", status)
-			}
-			if n := r.Held().Bytes; n-empty != tt.more {
-				t.Errorf("%d bytes are counted for an answer of %d", n-empty, len(tt.body))
-			}
+		for _, size := range []int{5000, 7000} { // the first failure is as good as the second
+			r.report(one, id, Answer{Status: 500, Body: make([]byte, size)})
+			expect(t, "bytes that are counted", r.Held().Bytes-empty, 5000)
 		}
-		if status := r.report(two.next(t, 1).id, "two", Answer{Status: 201}); status != 204 {
-			t.Fatalf("status %d", status)
-		}
-		if got := <-told; got.status != 201 {
-			t.Errorf("got %+v", got)
-		}
-		synctest.Wait()
-		if n := r.Held().Bytes; n != 0 {
-			t.Errorf("%d bytes are counted at the end", n)
-		}
+		r.report(two, id, Answer{Status: 201})
+		(<-told).is(t, 201, "")
 	})
 }
 
 // Streams.
 
 // TestStreamBytes holds a stream to the letter, for each kind of reader: legacy
-// clients end for good at anything else. Over HTTP/1.1 every write is a chunk.
+// clients end for good at anything else. What waits together is one write, and
+// over HTTP/1.1 one chunk: those who ask for whole chunks, as Python's requests,
+// see every event the moment it comes.
 func TestStreamBytes(t *testing.T) {
 	const legacy = "data: {\"headers\":{\"content-length\":\"3\"},\"originalUrl\":\"/webhooks/ci\",\"path\":\"/webhooks/ci\",\"query\":{},\"body\":\"a\\nb\",\"timestamp\":1700000000000}\n\n"
 	const message = "event: webhook\ndata: POST /webhooks/ci HTTP/1.1\ndata: Content-Length: 3\ndata: X-Relay-Time: 1700000000000\ndata: X-Relay-Respond: accept\ndata:\ndata: a\ndata: b\n\n"
+	const ready, heartbeat = "id: 0\nevent: ready\ndata: {\"heartbeatInterval\":5000}\n\n", "event: heartbeat\ndata: {}\n\n"
 	for name, tt := range map[string]struct{ version, features, event string }{
 		"legacy":               {"1.1", "", legacy},
 		"other features":       {"1.1", "X-Relay-Features: respond, https, drain\r\n", legacy},
-		"HTTP":                 {"1.1", "X-Relay-Features: http\r\n", message},
 		"HTTP, among others":   {"1.1", "X-Relay-Features: new,http\r\nX-Relay-Features: other\r\n", message},
 		"legacy over HTTP/1.0": {"1.0", "", legacy},
 		"HTTP over HTTP/1.0":   {"1.0", "X-Relay-Features: http\r\n", message},
 	} {
 		t.Run(name, func(t *testing.T) {
 			rigTest(t, nil, func(t *testing.T, p *pipes, r *rig) {
-				conn := p.connect(t)
-				got := make(chan string)
-				go func() {
-					b, _ := io.ReadAll(conn)
-					got <- string(b)
-				}()
+				conn, chunked := p.connect(t), tt.version == "1.1"
+				buf := make([]byte, 1<<20)
+				next := func() string { // of the writes, which a pipe keeps apart
+					n, _ := conn.Read(buf)
+					return string(buf[:n])
+				}
+				form := func(blocks ...string) string {
+					all := strings.Join(blocks, "")
+					if chunked {
+						all = fmt.Sprintf("%08x\r\n%s\r\n", len(all), all)
+					}
+					return all
+				}
+				publish := func(id string, body []byte) {
+					r.hub.Publish(t.Context(), eventOf("ci", &Webhook{ID: id, Method: "POST", Path: "/webhooks/ci", Body: body, Time: wireTime, Mode: modeAccept}))
+					synctest.Wait()
+				}
 				io.WriteString(conn, "GET /subscribe/ci HTTP/"+tt.version+"\r\nHost: relay\r\nAccept: text/event-stream\r\n"+tt.features+"\r\n")
+				head := "HTTP/1.1 200 OK\r\nConnection: close\r\nDate: Sat, 01 Jan 2000 00:00:00 GMT\r\n" +
+					"Content-Type: text/event-stream\r\nCache-Control: no-cache, no-transform\r\nX-Accel-Buffering: no\r\n"
+				if chunked {
+					head += "Transfer-Encoding: chunked\r\n"
+				}
+				expect(t, "head", next(), head+"\r\n"+form(ready))
+				publish("r-1", []byte("a\nb"))
+				expect(t, "event", next(), form("id: r-1\n"+tt.event))
+				for _, id := range []string{"r-2", "r-3", "r-4"} { // nobody reads, so that the first one's write lasts
+					publish(id, []byte("a\nb"))
+				}
+				time.Sleep(5 * time.Second)
 				synctest.Wait()
-				r.hub.Publish(t.Context(), eventOf("ci", &Webhook{ID: "r-1", Method: "POST", Path: "/webhooks/ci", Body: []byte("a\nb"), Time: wireTime, Mode: modeAccept}))
-				time.Sleep(12 * time.Second)
+				expect(t, "the first of several", next(), form("id: r-2\n"+tt.event))
+				expect(t, "what waited", next(), form("id: r-3\n"+tt.event, "id: r-4\n"+tt.event, heartbeat))
+				expect(t, "heartbeat", next(), form(heartbeat))
+				for i := range 41 {
+					publish(fmt.Sprint("r-", i), bytes.Repeat([]byte("x"), burst/16))
+				}
+				writes := 0
+				for events := 0; events < 41; writes++ {
+					write := next()
+					events += strings.Count(write, "id: ")
+					if chunked && !regexp.MustCompile(`^[0-9a-f]{8}\r\n(?s:[^\r]*)\n\n\r\n$`).MatchString(write) {
+						t.Errorf("more than one chunk, or less, in %.100q", write)
+					}
+				}
+				expect(t, "writes of three bursts, behind one", writes, 4)
 				for _, sub := range r.hub.Subscribers() {
 					r.hub.Finish(sub, errShutdown)
 				}
-				var want strings.Builder
-				want.WriteString("HTTP/1.1 200 OK\r\nConnection: close\r\nDate: Sat, 01 Jan 2000 00:00:00 GMT\r\n" +
-					"Content-Type: text/event-stream\r\nCache-Control: no-cache, no-transform\r\nX-Accel-Buffering: no\r\n")
-				chunked := tt.version == "1.1"
-				if chunked {
-					want.WriteString("Transfer-Encoding: chunked\r\n")
-				}
-				want.WriteString("\r\n")
-				for _, block := range []string{"id: 0\nevent: ready\ndata: {\"heartbeatInterval\":5000}\n\n", "id: r-1\n" + tt.event, "event: heartbeat\ndata: {}\n\n", "event: heartbeat\ndata: {}\n\n"} {
-					if chunked {
-						block = fmt.Sprintf("%08x\r\n%s\r\n", len(block), block)
-					}
-					want.WriteString(block)
-				}
-				if chunked {
-					want.WriteString("0\r\n\r\n")
-				}
-				if s := <-got; s != want.String() {
-					t.Errorf("got\n%q\nwant\n%q", s, want.String())
-				}
+				expect(t, "end", next(), map[bool]string{true: "0\r\n\r\n"}[chunked])
 			})
 		})
 	}
@@ -995,182 +1037,17 @@ func TestStreamBytes(t *testing.T) {
 // TestLastChunk: a stream that ends in order is complete, and any other is seen
 // to be cut.
 func TestLastChunk(t *testing.T) {
-	for _, tt := range []struct {
-		reason   error
-		complete bool
-	}{{errShutdown, true}, {errStreamAge, true}, {errRevoked, false}, {errStuck, false}, {errReplaced, false}, {errOverdue, false}} {
+	for reason, complete := range map[error]bool{errShutdown: true, errStreamAge: true, errRevoked: false, errStuck: false, errReplaced: false, errOverdue: false} {
 		rigTest(t, nil, func(t *testing.T, p *pipes, r *rig) {
 			resp := unread(t, p.transport(t, false))
-			ended := make(chan error)
-			go func() {
-				_, err := io.Copy(io.Discard, resp.Body)
-				ended <- err
-			}()
-			synctest.Wait()
-			for _, sub := range r.hub.Subscribers() {
-				if tt.complete {
-					r.hub.Finish(sub, tt.reason)
-				} else {
-					r.hub.Leave(sub, tt.reason)
-				}
+			end := r.hub.Leave
+			if complete {
+				end = r.hub.Finish
 			}
-			if err := <-ended; (err == nil) != tt.complete {
-				t.Errorf("%v: the stream ends with %v", tt.reason, err)
+			time.AfterFunc(time.Second, func() { end(r.hub.Subscribers()[0], reason) })
+			if _, err := io.Copy(io.Discard, resp.Body); (err == nil) != complete {
+				t.Errorf("%v: the stream ends with %v", reason, err)
 			}
-		})
-	}
-}
-
-// TestWholeChunks reads as programs do that ask for a whole chunk at a time
-// (Python's requests): they see every event the moment it comes, none waits for
-// the next.
-func TestWholeChunks(t *testing.T) {
-	for features, name := range map[string]string{"": "message", "X-Relay-Features: http\r\n": "webhook"} {
-		rigTest(t, nil, func(t *testing.T, p *pipes, r *rig) {
-			rt := p.transport(t, false)
-			conn := p.connect(t)
-			chunks := make(chan string)
-			go func() { // ends with the stream
-				defer close(chunks)
-				b := bufio.NewReader(conn)
-				for line := ""; line != "\r\n"; {
-					line, _ = b.ReadString('\n')
-				}
-				for {
-					size, err := b.ReadString('\n')
-					if err != nil {
-						return
-					}
-					n, err := strconv.ParseUint(strings.TrimSuffix(size, "\r\n"), 16, 31)
-					if err != nil {
-						t.Errorf("size of a chunk: %v", err)
-						return
-					}
-					chunk := make([]byte, n+2)
-					if _, err := io.ReadFull(b, chunk); err != nil || string(chunk[n:]) != "\r\n" {
-						t.Errorf("chunk %q, %v", chunk, err)
-						return
-					}
-					chunks <- string(chunk[:n])
-				}
-			}()
-			io.WriteString(conn, "GET /subscribe/ci HTTP/1.1\r\nHost: relay\r\n"+features+"\r\n")
-			next := func(want ...string) {
-				t.Helper()
-				select {
-				case chunk := <-chunks:
-					var names []string
-					for _, e := range byTheBook([]byte(chunk)) {
-						names = append(names, e.name)
-					}
-					if !slices.Equal(names, want) || !strings.HasSuffix(chunk, "\n\n") {
-						t.Errorf("a chunk holds %q, want %q", names, want)
-					}
-				case <-time.After(time.Millisecond):
-					t.Fatalf("no chunk with %q", want)
-				}
-			}
-			next("ready")
-			for range 3 {
-				if got := post(t.Context(), rt, "POST", hooksURL, strings.Repeat("line\n", 100)); got.status != 200 {
-					t.Fatal(got)
-				}
-				next(name)
-			}
-			for range 4 { // while nobody takes the first, the second is being written
-				post(t.Context(), rt, "POST", hooksURL, everyByte)
-				synctest.Wait()
-			}
-			next(name)
-			next(name)
-			next(name, name)
-			time.Sleep(5 * time.Second)
-			next("heartbeat")
-			for _, sub := range r.hub.Subscribers() {
-				r.hub.Finish(sub, errShutdown)
-			}
-			if chunk := <-chunks; chunk != "" {
-				t.Errorf("the last chunk holds %q", chunk)
-			}
-			if _, more := <-chunks; more {
-				t.Error("the last chunk was not the last")
-			}
-		})
-	}
-}
-
-// countingListener counts what is written to its connections.
-type countingListener struct {
-	*pipes
-	writes atomic.Int64
-}
-
-func (l *countingListener) Accept() (net.Conn, error) {
-	conn, err := l.pipes.Accept()
-	return countingConn{conn, &l.writes}, err
-}
-
-type countingConn struct {
-	net.Conn
-	writes *atomic.Int64
-}
-
-func (c countingConn) Write(p []byte) (int, error) {
-	c.writes.Add(1)
-	return c.Conn.Write(p)
-}
-
-// TestBurstIsOneWrite: events that wait together leave in one write, in their
-// order, and heartbeats with them; only what is more than a burst takes another.
-func TestBurstIsOneWrite(t *testing.T) {
-	for _, tt := range []struct {
-		name         string
-		events, body int
-		writes       int64
-	}{
-		{"a few", 3, 100, 1},
-		{"many", 200, 100, 1},
-		{"more than a burst", 40, burst / 16, 3},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			inBubble(t, func(t *testing.T) {
-				l := &countingListener{pipes: newPipes()}
-				r := newRig(t, l)
-				conn, err := l.dial(t.Context(), "", "")
-				if err != nil {
-					t.Fatal(err)
-				}
-				io.WriteString(conn, "GET /subscribe/ci HTTP/1.1\r\nHost: relay\r\n\r\n")
-				readStreamHead(t, conn)
-				deliver := func(n int) {
-					event := eventOf("ci", &Webhook{ID: strconv.Itoa(n), Method: "POST", Path: "/webhooks/ci", Body: bytes.Repeat([]byte("x"), tt.body)})
-					r.hub.Publish(t.Context(), event)
-				}
-				deliver(0) // nobody reads, so its write lasts
-				synctest.Wait()
-				before := l.writes.Load()
-				for n := range tt.events {
-					deliver(n + 1)
-				}
-				time.Sleep(7 * time.Second) // a heartbeat waits as well
-				var raw bytes.Buffer
-				got := newParser(httputil.NewChunkedReader(io.TeeReader(conn, &raw)))
-				for n := range tt.events + 1 {
-					if m, err := got.next(); err != nil || m.id != strconv.Itoa(n) {
-						t.Fatalf("event %d: %q, %v", n, m.id, err)
-					}
-				}
-				if m, err := got.next(); err != nil || m.name != "heartbeat" {
-					t.Fatalf("%q, %v, want the heartbeat", m.name, err)
-				}
-				synctest.Wait()
-				if n := l.writes.Load() - before; n != tt.writes {
-					t.Errorf("%d events took %d writes, want %d", tt.events, n, tt.writes)
-				}
-				if n := len(regexp.MustCompile("(^|\n\r\n)[0-9a-f]{8}\r\n").FindAllIndex(raw.Bytes(), -1)); n != int(tt.writes)+1 {
-					t.Errorf("%d chunks, want one a write", n)
-				}
-			})
 		})
 	}
 }
@@ -1178,31 +1055,26 @@ func TestBurstIsOneWrite(t *testing.T) {
 // TestHeartbeat checks that heartbeats come at every interval, whatever else
 // is sent, for longer than any timeout of the server.
 func TestHeartbeat(t *testing.T) {
-	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
-		newRig(t, p, "SERVER_HEARTBEAT_INTERVAL=2s")
-		l := listen(t, rt, streamURL)
+	relayTest(t, []string{"SERVER_HEARTBEAT_INTERVAL=2s"}, func(t *testing.T, r *relay) {
+		l := r.listen("ci")
 		begin := time.Now()
-		if kind := l.resp.Header.Get("Content-Type"); kind != "text/event-stream" || l.resp.Header.Get("X-Accel-Buffering") != "no" || l.resp.Header.Get("Cache-Control") != "no-cache, no-transform" {
-			t.Errorf("header of the stream: %v", l.resp.Header)
+		for _, f := range streamHeader {
+			expect(t, f[0], l.resp.Header.Get(f[0]), f[1])
 		}
 		for range 200 {
 			time.Sleep(1500 * time.Millisecond)
-			if r := post(t.Context(), rt, "POST", hooksURL, "x"); r.status != 200 {
-				t.Fatalf("webhook: %+v", r)
-			}
+			r.post("ci", "x").is(t, 200, "")
 		}
 		time.Sleep(time.Second)
-		beats := l.got("heartbeat")
-		if len(beats) != 150 {
-			t.Errorf("%d heartbeats in 300 s, want 150", len(beats))
-		}
+		beats, ready := l.got("heartbeat"), l.got("ready")
+		expect(t, "heartbeats in 300 s, and webhooks", []int{len(beats), len(l.got("message"))}, []int{150, 200})
 		for i, e := range beats {
 			if at := e.at.Sub(begin); at != time.Duration(i+1)*2*time.Second || e.data != "{}" {
 				t.Fatalf("heartbeat %d after %s with %q", i, at, e.data)
 			}
 		}
-		if n, ready := len(l.got("message")), l.got("ready"); n != 200 || len(ready) != 1 || ready[0].data != `{"heartbeatInterval":2000}` {
-			t.Errorf("%d webhooks, ready %v", n, ready)
+		if len(ready) != 1 || ready[0].data != `{"heartbeatInterval":2000}` {
+			t.Errorf("ready %v", ready)
 		}
 	})
 }
@@ -1210,21 +1082,17 @@ func TestHeartbeat(t *testing.T) {
 // TestStreamMaxAge checks that a stream of full age is asked to move and closed
 // one handler timeout later, and that only those are asked who asked for it.
 func TestStreamMaxAge(t *testing.T) {
-	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
-		newRig(t, p, "SERVER_STREAM_MAX_AGE=60s")
+	relayTest(t, []string{"SERVER_STREAM_MAX_AGE=60s"}, func(t *testing.T, r *relay) {
 		begin := time.Now()
-		ours, legacy := listen(t, rt, streamURL, features...), listen(t, rt, streamURL)
-		end := ours.endedAt(t)
-		drains := ours.got("drain")
+		ours, legacy := r.listen("ci", features...), r.listen("ci")
+		end, drains := ours.endedAt(t), ours.got("drain")
 		if len(drains) != 1 || drains[0].data != "{}" {
 			t.Fatalf("drain %v", drains)
 		}
 		if at := drains[0].at.Sub(begin); at < 54*time.Second || at > time.Minute {
 			t.Errorf("drain after %s, want a minute less a tenth at most", at)
 		}
-		if left := end.Sub(drains[0].at); left != 10*time.Second {
-			t.Errorf("closed %s after drain, want the handler timeout", left)
-		}
+		expect(t, "closed after drain, by the handler timeout", end.Sub(drains[0].at), 10*time.Second)
 		if age := legacy.endedAt(t).Sub(begin); age < 64*time.Second || age > 70*time.Second || len(legacy.got("drain")) > 0 {
 			t.Errorf("legacy stream closed after %s with %v", age, legacy.got("drain"))
 		}
@@ -1233,45 +1101,23 @@ func TestStreamMaxAge(t *testing.T) {
 
 // TestBusyStreamOfAge: a stream whose queue is never empty ends at its age, too.
 func TestBusyStreamOfAge(t *testing.T) {
-	rigTest(t, []string{"SERVER_STREAM_MAX_AGE=60s", "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=10s"}, func(t *testing.T, p *pipes, r *rig) {
-		conn := p.connect(t)
-		begin := time.Now()
-		go io.WriteString(conn, "GET /subscribe/ci HTTP/1.1\r\nHost: relay\r\n\r\n")
-		var ended atomic.Bool
-		go func() { // ends with the stream
-			for !ended.Load() {
+	rigTest(t, []string{"SERVER_STREAM_MAX_AGE=60s"}, func(t *testing.T, p *pipes, r *rig) {
+		conn, begin := p.connect(t), time.Now()
+		io.WriteString(conn, "GET /subscribe/ci HTTP/1.1\r\nHost: relay\r\n\r\n")
+		stop := running(t, func(ctx context.Context) {
+			for ; ctx.Err() == nil; time.Sleep(200 * time.Millisecond) {
 				r.hub.Deliver(eventOf("ci", &Webhook{ID: "r-1", Method: "POST", Path: "/webhooks/ci", Body: make([]byte, 8<<10)}))
-				time.Sleep(200 * time.Millisecond)
 			}
-		}()
-		b := make([]byte, 1024)
-		var err error
-		for err == nil {
+		})
+		for b, err := make([]byte, 1024), error(nil); err == nil; time.Sleep(20 * time.Millisecond) {
 			_, err = conn.Read(b)
-			time.Sleep(20 * time.Millisecond)
 		}
-		ended.Store(true)
 		if took := time.Since(begin); took < 60*time.Second || took > 81*time.Second {
 			t.Errorf("ended after %s", took)
 		}
+		stop()
 		if got := r.log.lines("subscriber gone"); len(got) != 1 || got[0]["reason"] != errOverdue.Error() {
 			t.Errorf("logged %v", got)
-		}
-	})
-}
-
-// TestDisconnect checks that the hub notices at once when a peer goes.
-func TestDisconnect(t *testing.T) {
-	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
-		r := newRig(t, p)
-		l := listen(t, rt, streamURL)
-		if subscribers, channels := r.hub.Count(); subscribers != 1 || channels != 1 {
-			t.Fatalf("%d subscribers on %d channels", subscribers, channels)
-		}
-		l.close()
-		synctest.Wait()
-		if subscribers, channels := r.hub.Count(); subscribers != 0 || channels != 0 {
-			t.Errorf("%d subscribers on %d channels stay", subscribers, channels)
 		}
 	})
 }
@@ -1279,18 +1125,17 @@ func TestDisconnect(t *testing.T) {
 // TestChattySubscriber checks that a subscriber which sends without end after
 // its request is cut, and one that sends a little is not.
 func TestChattySubscriber(t *testing.T) {
-	t.Parallel()
-	l := loopback(t)
-	r := newRig(t, l)
-	conn := connect(t, l.Addr().String())
-	io.WriteString(conn, "GET /subscribe/ci HTTP/1.1\r\nHost: relay\r\n\r\nhello")
-	readStreamHead(t, conn)
-	io.WriteString(conn, "a little more")
-	if n, _ := r.hub.Count(); n != 1 {
-		t.Fatalf("%d subscribers", n)
-	}
-	io.WriteString(conn, strings.Repeat("x", 2*chatterLimit))
-	eventually(t, "cut", func() bool { n, _ := r.hub.Count(); return n == 0 })
+	rigTest(t, nil, func(t *testing.T, p *pipes, r *rig) {
+		conn := p.connect(t)
+		go io.Copy(io.Discard, conn)
+		io.WriteString(conn, "GET /subscribe/ci HTTP/1.1\r\nHost: relay\r\n\r\nhello")
+		io.WriteString(conn, strings.Repeat("x", chatterLimit-5))
+		synctest.Wait()
+		expect(t, "streams after a little", r.streamCount(), 1)
+		io.WriteString(conn, strings.Repeat("x", 20))
+		synctest.Wait()
+		expect(t, "streams after more", r.streamCount(), 0)
+	})
 }
 
 // TestEviction ends streams whose peer has stopped reading in the midst of an
@@ -1298,67 +1143,48 @@ func TestChattySubscriber(t *testing.T) {
 // once, by the write's own deadline, at shutdown. The write that hangs then
 // must not outlive its subscriber.
 func TestEviction(t *testing.T) {
-	event := eventOf("ci", &Webhook{ID: "r-1", Method: "POST", Path: "/webhooks/ci", Body: bytes.Repeat([]byte{0xff}, 10<<20)})
-	tests := []struct {
+	for _, tt := range []struct {
 		name   string
-		do     func(r *rig)
+		queued bool // before the stream has begun
+		do     func(r *relay)
 		within time.Duration
-		reason error
+		reason error // nil: any
 	}{
-		{"token revoked", func(r *rig) { leaveAll(r.hub, errRevoked) }, 0, errRevoked},
-		{"write hangs", func(*rig) {}, writeTimeout * 3 / 2, nil},
-		{"shutdown", func(r *rig) { go r.Shutdown() }, 10*time.Second - reserve/2, errOverdue},
-	}
-	stall := func(t *testing.T, p *pipes, rt *http.Transport, queued bool, do func(*rig), within time.Duration, reason error) {
-		r := newRig(t, p, "SERVER_SUBSCRIBER_BUFFER=32mb")
-		if queued { // before the stream has begun: not until its channel is live
-			r.hub.Watch = func(string) {}
-			go func() {
+		{"token revoked in the first write", true, func(r *relay) { leaveAll(r.hub, errRevoked) }, 0, errRevoked},
+		{"token revoked", false, func(r *relay) { leaveAll(r.hub, errRevoked) }, 0, errRevoked},
+		{"first write hangs", true, func(*relay) {}, writeTimeout * 3 / 2, nil},
+		{"write hangs", false, func(*relay) {}, writeTimeout * 3 / 2, nil},
+		{"shutdown in the first write", true, func(r *relay) { go r.Shutdown() }, 10*time.Second - reserve/2, errOverdue},
+		{"shutdown", false, func(r *relay) { go r.Shutdown() }, 10*time.Second - reserve/2, errOverdue},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			relayTest(t, []string{"SERVER_SUBSCRIBER_BUFFER=32mb"}, func(t *testing.T, r *relay) {
+				event := eventOf("ci", &Webhook{ID: "r-1", Method: "POST", Path: "/webhooks/ci", Body: bytes.Repeat([]byte{0xff}, 10<<20)})
+				defer event.release()
+				if tt.queued { // not until its channel is live
+					r.hub.Watch = func(string) {}
+					go func() {
+						synctest.Wait()
+						r.hub.Deliver(event)
+						r.hub.Confirm("ci")
+					}()
+				}
+				io.ReadFull(unread(t, r.rt).Body, make([]byte, 8))
 				synctest.Wait()
-				r.hub.Deliver(event)
-				r.hub.Confirm("ci")
-			}()
-		}
-		ctx, cancel := context.WithCancel(t.Context())
-		defer cancel()
-		req, _ := http.NewRequestWithContext(ctx, "GET", streamURL, nil)
-		resp, err := rt.RoundTrip(req)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer resp.Body.Close()
-		io.ReadFull(resp.Body, make([]byte, 8))
-		synctest.Wait()
-		if !queued {
-			r.hub.Deliver(event)
-			synctest.Wait()
-		}
-		begin := time.Now()
-		do(r)
-		select {
-		case <-done(&r.streams):
-		case <-time.After(time.Hour):
-			t.Fatal("the stream does not end")
-		}
-		if took := time.Since(begin); took != within {
-			t.Errorf("ended after %s, want %s", took, within)
-		}
-		if n, _ := r.hub.Count(); n != 0 {
-			t.Errorf("%d subscribers stay", n)
-		}
-		gone := r.log.lines("subscriber gone")
-		if len(gone) != 1 || reason != nil && gone[0]["reason"] != reason.Error() {
-			t.Errorf("logged %v, want %v", gone, reason)
-		}
-	}
-	for _, tt := range tests {
-		for place, queued := range map[string]bool{"in the first write": true, "later": false} {
-			t.Run(tt.name+" "+place, func(t *testing.T) {
-				bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
-					stall(t, p, rt, queued, tt.do, tt.within, tt.reason)
-				})
+				if !tt.queued {
+					r.hub.Deliver(event)
+					synctest.Wait()
+				}
+				begin := time.Now()
+				tt.do(r)
+				<-done(&r.streams)
+				expect(t, "ended after", time.Since(begin), tt.within)
+				expect(t, "streams", r.streamCount(), 0)
+				if gone := r.log.lines("subscriber gone"); len(gone) != 1 || tt.reason != nil && gone[0]["reason"] != tt.reason.Error() {
+					t.Errorf("logged %v, want %v", gone, tt.reason)
+				}
 			})
-		}
+		})
 	}
 }
 
@@ -1366,22 +1192,16 @@ func TestEviction(t *testing.T) {
 // at their own pace: the memory of an event goes to the next one only after
 // every stream has written it.
 func TestEventMemoryIsNotShared(t *testing.T) {
-	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
-		newRig(t, p)
-		var streams []*listener
-		for range 2 {
-			streams = append(streams, listen(t, rt, streamURL), listen(t, rt, streamURL, features...))
-		}
-		unread(t, rt) // stalled
+	relayTest(t, nil, func(t *testing.T, r *relay) {
+		streams := []*listener{r.listen("ci"), r.listen("ci", features...), r.listen("ci"), r.listen("ci", features...)}
+		unread(t, r.rt) // stalled
 		const senders, webhooks = 8, 25
 		var sent sync.WaitGroup
 		for sender := range senders {
 			sent.Go(func() {
 				for n := range webhooks {
 					name := fmt.Sprintf("%d-%d;", sender, n)
-					if r := post(t.Context(), rt, "POST", "http://relay/webhooks/ci/"+name, strings.Repeat(name, 1000)); r.status != 200 {
-						t.Errorf("webhook %s: %+v", name, r)
-					}
+					r.post("ci/"+name, strings.Repeat(name, 1000)).is(t, 200, "")
 				}
 			})
 		}
@@ -1392,161 +1212,29 @@ func TestEventMemoryIsNotShared(t *testing.T) {
 			for _, e := range l.got("message") {
 				w := e.webhook(t)
 				name := strings.TrimPrefix(w.Path, "/webhooks/ci/")
-				if e.id != w.ID || string(w.Body) != strings.Repeat(name, 1000) {
+				if arrived[name] = true; e.id != w.ID || string(w.Body) != strings.Repeat(name, 1000) {
 					t.Fatalf("event %q of %s has another one's bytes", w.ID, name)
 				}
-				arrived[name] = true
 			}
-			if len(arrived) != senders*webhooks {
-				t.Errorf("%d webhooks arrived", len(arrived))
-			}
+			expect(t, "webhooks that arrived", len(arrived), senders*webhooks)
 		}
 	})
 }
 
-// frameHTTP2 is one frame of RFC 9113 section 4.1.
-func frameHTTP2(kind, flags byte, stream uint32, payload []byte) []byte {
-	b := []byte{byte(len(payload) >> 16), byte(len(payload) >> 8), byte(len(payload)), kind, flags}
-	return append(binary.BigEndian.AppendUint32(b, stream), payload...)
+// frameHTTP2 is one frame of RFC 9113 section 4.1, of stream 1 or of the connection.
+func frameHTTP2(kind, flags, stream byte, payload string) string {
+	n := len(payload)
+	return string([]byte{byte(n >> 16), byte(n >> 8), byte(n), kind, flags, 0, 0, 0, stream}) + payload
 }
 
-// openHTTP2 speaks HTTP/2 by hand: it sends one request with the end of its
-// stream, whatever is in it, and then reads until stop comes.
-func openHTTP2(t *testing.T, p *pipes, method, path, stop string) net.Conn {
-	t.Helper()
-	conn := p.connect(t)
-	var fields []byte // literals without indexing (RFC 7541 section 6.2.2)
-	for _, s := range []string{":method", method, ":scheme", "http", ":path", path, ":authority", "relay.test"} {
-		if strings.HasPrefix(s, ":") {
-			fields = append(fields, 0)
-		}
-		fields = append(append(fields, byte(len(s))), s...)
-	}
-	go func() { // ends with the connection
-		io.WriteString(conn, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
-		conn.Write(frameHTTP2(4, 0, 0, []byte{0, 4, 0x7f, 0xff, 0xff, 0xff})) // no flow control to speak of
-		conn.Write(frameHTTP2(8, 0, 0, []byte{0x7f, 0xff, 0, 0}))
-		conn.Write(frameHTTP2(1, 5, 1, fields))
-	}()
-	var got []byte
-	for b := make([]byte, 1024); !bytes.Contains(got, []byte(stop)); {
-		n, err := conn.Read(b)
-		if err != nil {
-			t.Fatalf("%v after %q", err, got)
-		}
-		got = append(got, b[:n]...)
-	}
-	return conn
-}
-
-// http2 is an HTTP/2 connection by hand, for what http.Transport would not send.
-type http2 struct {
-	conn net.Conn
-	over chan struct{} // closed at the end of the connection
-
-	mu       sync.Mutex
-	settings map[uint16]uint32 // guarded by mu, like all below; the server's
-	streams  map[uint32]*http2Stream
-}
-
-// http2Stream is one request and what became of it. The mutex of its http2
-// guards it until done is closed, and after that until the connection is.
-type http2Stream struct {
-	done   chan struct{} // closed with the end of the answer, or the first event of a stream
-	status int           // 200; 0: what the body says
-	body   []byte
-	reset  int // error code, -1 for none
-}
-
-// outcome is the status, which the relay's own errors repeat in the body; 0
-// when there was none.
-func (s *http2Stream) outcome() int {
-	if m := errorStatus.FindSubmatch(s.body); m != nil {
-		status, _ := strconv.Atoi(string(m[1]))
-		return status
-	}
-	return s.status
-}
-
+// errorStatus is the status that an error repeats in its body.
 var errorStatus = regexp.MustCompile(`(?:"statusCode":|HTTP Error )(\d+)`)
 
-// newHTTP2 begins to speak on conn.
-func newHTTP2(conn net.Conn) *http2 {
-	h := &http2{conn: conn, over: make(chan struct{}), settings: map[uint16]uint32{}, streams: map[uint32]*http2Stream{}}
-	go h.read()
-	io.WriteString(conn, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
-	conn.Write(frameHTTP2(4, 0, 0, nil))
-	return h
-}
-
-// close ends the connection and waits for its reader.
-func (h *http2) close() {
-	h.conn.Close()
-	<-h.over
-}
-
-// read collects what the server says until the connection ends.
-func (h *http2) read() {
-	defer func() {
-		h.mu.Lock()
-		defer h.mu.Unlock()
-		for _, s := range h.streams {
-			s.end()
-		}
-		close(h.over)
-	}()
-	r := bufio.NewReader(h.conn)
-	for head := make([]byte, 9); ; {
-		if _, err := io.ReadFull(r, head); err != nil {
-			return
-		}
-		payload := make([]byte, int(head[0])<<16|int(head[1])<<8|int(head[2]))
-		if _, err := io.ReadFull(r, payload); err != nil {
-			return
-		}
-		kind, flags := head[3], head[4]
-		if kind == 4 && flags&1 == 0 {
-			h.conn.Write(frameHTTP2(4, 1, 0, nil))
-		}
-		h.mu.Lock()
-		s := h.streams[binary.BigEndian.Uint32(head[5:])]
-		switch {
-		case kind == 4:
-			for ; len(payload) >= 6; payload = payload[6:] {
-				h.settings[binary.BigEndian.Uint16(payload)] = binary.BigEndian.Uint32(payload[2:])
-			}
-		case s == nil:
-		case kind == 0:
-			if s.body = append(s.body, payload...); bytes.Contains(s.body, []byte("event: ready\n")) {
-				s.end()
-			}
-		case kind == 1:
-			if len(payload) > 0 && payload[0] == 0x88 { // RFC 7541 appendix A
-				s.status = 200
-			}
-		case kind == 3 && len(payload) == 4:
-			s.reset = int(binary.BigEndian.Uint32(payload))
-			s.end()
-		}
-		if s != nil && kind <= 1 && flags&1 != 0 {
-			s.end()
-		}
-		h.mu.Unlock()
-	}
-}
-
-func (s *http2Stream) end() {
-	if !isClosed(s.done) {
-		close(s.done)
-	}
-}
-
-// open begins a request with pairs of names and values; end says that it has no body.
-func (h *http2) open(stream uint32, end bool, pairs ...string) *http2Stream {
-	s := &http2Stream{done: make(chan struct{}), reset: -1}
-	h.mu.Lock()
-	h.streams[stream] = s
-	h.mu.Unlock()
+// askHTTP2 speaks HTTP/2 by hand, for what http.Transport would not send: one
+// request, of names and values by turns, whose body ends there or never. It reads
+// until the answer ends, or has the first event of a stream. Status 0: there is no
+// answer.
+func askHTTP2(conn net.Conn, end bool, pairs ...string) (status int, body string) {
 	var fields []byte // literals without indexing (RFC 7541 section 6.2.2)
 	for i, text := range pairs {
 		if i%2 == 0 {
@@ -1564,17 +1252,34 @@ func (h *http2) open(stream uint32, end bool, pairs ...string) *http2Stream {
 		}
 		fields = append(fields, text...)
 	}
-	flags := byte(4)
-	if end {
-		flags |= 1
+	flags := map[bool]byte{false: 4, true: 5}[end]
+	settings := frameHTTP2(4, 0, 0, "\x00\x04\x7f\xff\xff\xff") + frameHTTP2(8, 0, 0, "\x7f\xff\x00\x00")        // no flow control to speak of
+	go io.WriteString(conn, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"+settings+frameHTTP2(1, flags, 1, string(fields))) // ends with the connection
+	for head, r := make([]byte, 9), bufio.NewReader(conn); ; {
+		if _, err := io.ReadFull(r, head); err != nil {
+			break
+		}
+		payload := make([]byte, int(head[0])<<16|int(head[1])<<8|int(head[2]))
+		if _, err := io.ReadFull(r, payload); err != nil {
+			break
+		}
+		kind, ended := head[3], head[4]&1 != 0
+		switch {
+		case head[8] != 1:
+			continue
+		case kind == 0:
+			body += string(payload)
+		case kind == 1 && payload[0] == 0x88: // RFC 7541 appendix A
+			status = 200
+		}
+		if kind == 3 || ended || strings.Contains(body, "event: ready\n") {
+			break
+		}
 	}
-	h.conn.Write(frameHTTP2(1, flags, stream, fields)) // an end of the connection shows to who reads
-	if isClosed(h.over) {
-		h.mu.Lock()
-		s.end()
-		h.mu.Unlock()
+	if m := errorStatus.FindStringSubmatch(body); m != nil {
+		status, _ = strconv.Atoi(m[1])
 	}
-	return s
+	return status, body
 }
 
 // asked is a request as pairs of names and values.
@@ -1588,210 +1293,83 @@ func TestUnreadHTTP2(t *testing.T) {
 	for name, tt := range map[string]struct {
 		do     func(*rig)
 		within time.Duration
-	}{
-		"evicted":  {func(r *rig) { leaveAll(r.hub, errRevoked) }, writeTimeout},
-		"shutdown": {func(r *rig) { r.Shutdown() }, 10 * time.Second},
-	} {
+	}{"evicted": {func(r *rig) { leaveAll(r.hub, errRevoked) }, writeTimeout}, "shutdown": {func(r *rig) { r.Shutdown() }, 10 * time.Second}} {
 		t.Run(name, func(t *testing.T) {
 			rigTest(t, nil, func(t *testing.T, p *pipes, r *rig) {
-				conn := openHTTP2(t, p, "GET", "/subscribe/ci", "event: ready\n")
+				conn := p.connect(t)
 				defer conn.Close()
-				synctest.Wait()
+				askHTTP2(conn, true, asked("GET", "/subscribe/ci")...)
 				r.hub.Deliver(eventOf("ci", &Webhook{ID: "r-1", Method: "POST", Path: "/webhooks/ci", Body: make([]byte, 1<<20)}))
 				synctest.Wait()
 				begin := time.Now()
-				tt.do(r)
-				if took := time.Since(begin); took > tt.within {
-					t.Errorf("took %s, want %s", took, tt.within)
+				if tt.do(r); time.Since(begin) > tt.within {
+					t.Errorf("took %s, want %s", time.Since(begin), tt.within)
 				}
 				if name == "shutdown" {
 					conn.Close() // as the caller of Shutdown does
 				}
-				<-done(&r.streams)
-				if took := time.Since(begin); took > tt.within+time.Second {
-					t.Errorf("the stream ended after %s, want %s", took, tt.within)
+				if <-done(&r.streams); time.Since(begin) > tt.within+time.Second {
+					t.Errorf("the stream ended after %s, want %s", time.Since(begin), tt.within)
 				}
 			})
 		})
 	}
 }
 
-// TestStreamsAtOnce: an HTTP/2 connection has so many requests under way and
-// no more, each of them counts before its body has come, and all of it is given
-// back with the connection.
+// TestStreamsAtOnce: an HTTP/2 connection has so many requests under way and no
+// more: whoever has more opens another.
 func TestStreamsAtOnce(t *testing.T) {
-	rigTest(t, nil, func(t *testing.T, p *pipes, r *rig) {
-		h := newHTTP2(p.connect(t))
-		synctest.Wait()
-		const more = 10
-		var streams []*http2Stream
-		for i := range streamsAtOnce + more {
-			streams = append(streams, h.open(uint32(2*i+1), false, asked("POST", "/webhooks/ci")...))
-		}
-		synctest.Wait()
-		if size := r.budget.Used(); size != streamsAtOnce*requestCost {
-			t.Errorf("requests under way count for %d bytes, want %d", size, streamsAtOnce*requestCost)
-		}
-		h.mu.Lock()
-		if n := h.settings[3]; n != streamsAtOnce { // SETTINGS_MAX_CONCURRENT_STREAMS
-			t.Errorf("%d streams are announced, want %d", n, streamsAtOnce)
-		}
-		h.mu.Unlock()
-		for i, s := range streams {
-			if isClosed(s.done) != (i >= streamsAtOnce) {
-				t.Errorf("request %d has ended: %t", i, isClosed(s.done))
-			}
-		}
-		h.conn.Write(frameHTTP2(0, 1, 1, nil)) // the first one comes to its end, and makes place for another
-		<-streams[0].done
-		last := h.open(1001, true, asked("POST", "/webhooks/ci")...)
-		<-last.done
-		h.close()
-		if streams[0].outcome() != 200 || last.outcome() != 200 {
-			t.Errorf("the first got %d, one that came in its place %d", streams[0].outcome(), last.outcome())
-		}
-		for _, s := range streams[streamsAtOnce:] {
-			if s.reset != 1 { // PROTOCOL_ERROR: it had been told
-				t.Errorf("one too many was reset with %d", s.reset)
-			}
-		}
-		time.Sleep(2 * time.Minute) // two were accepted by a fresh server
-		if n := r.budget.Used(); n != 0 {
-			t.Errorf("%d bytes are counted at the end", n)
-		}
-	})
-}
-
-// TestRequestsCost: what a request takes besides its bytes counts, whether it
-// has come to its end or not, and is held or not; above the channel's share of the
-// budget there is 503 at once.
-func TestRequestsCost(t *testing.T) {
-	const fit = 10
-	const held = requestCost + holdCost + 400 // a request and its event
-	budget := func(each int) string { return fmt.Sprintf("SERVER_HELD_BUFFER=%d", 2*(fit*each+requestCost/2)) }
-	check := func(t *testing.T, r *rig, under int, reason int64) {
-		t.Helper()
-		synctest.Wait()
-		if n := r.budget.Used(); n < int64(under)*requestCost || n > int64(under)*held {
-			t.Errorf("%d bytes are counted for %d requests", n, under)
-		}
-		if n := r.Refused["budget"].Load(); n != reason {
-			t.Errorf("%d refused for the budget, want %d", n, reason)
-		}
-	}
-	t.Run("unfinished HTTP1", func(t *testing.T) {
-		rigTest(t, []string{budget(requestCost)}, func(t *testing.T, p *pipes, r *rig) {
-			var conns []net.Conn
-			for range fit {
-				conn := p.connect(t)
-				io.WriteString(conn, "POST /webhooks/ci HTTP/1.1\r\nHost: relay\r\nContent-Length: 9\r\n\r\n")
-				conns = append(conns, conn)
-			}
-			check(t, r, fit, 0)
-			wantUnavailable(t, post(t.Context(), p.transport(t, false), "POST", hooksURL, ""), "too many requests wait")
-			check(t, r, fit, 1)
-			for _, conn := range conns {
-				conn.Close()
-			}
+	rigTest(t, []string{"RESPONSE_MODE=status"}, func(t *testing.T, p *pipes, r *rig) {
+		rt := p.transport(t, true)
+		told := make(chan outcome)
+		for n := range streamsAtOnce + 1 {
+			go func() { told <- post(t.Context(), rt, "POST", hooksURL, "") }()
 			synctest.Wait()
-			if n := r.budget.Used(); n != 0 {
-				t.Errorf("%d bytes are counted at the end", n)
-			}
-		})
-	})
-	t.Run("unfinished HTTP2", func(t *testing.T) {
-		rigTest(t, []string{budget(requestCost)}, func(t *testing.T, p *pipes, r *rig) {
-			h := newHTTP2(p.connect(t))
-			var streams []*http2Stream
-			for i := range 2 * fit {
-				streams = append(streams, h.open(uint32(2*i+1), false, asked("POST", "/webhooks/ci")...))
-				synctest.Wait()
-			}
-			check(t, r, fit, fit)
-			h.close()
-			for i, s := range streams {
-				if want := map[bool]int{true: 503}[i >= fit]; s.outcome() != want {
-					t.Errorf("request %d: status %d, want %d", i, s.outcome(), want)
-				}
-			}
-			synctest.Wait()
-			if n := r.budget.Used(); n != 0 {
-				t.Errorf("%d bytes are counted at the end", n)
-			}
-		})
-	})
-	t.Run("held", func(t *testing.T) {
-		bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
-			r := newRig(t, p, budget(held), "RESPONSE_MODE=status")
-			told := make(chan outcome, fit)
-			for range fit {
-				go func() { told <- post(t.Context(), rt, "POST", hooksURL, "") }()
-			}
-			check(t, r, fit, 0)
-			if n, size := heldBy(r.Server); n != fit || size < fit*requestCost {
-				t.Errorf("%d requests of %d bytes are held", n, size)
-			}
-			begin := time.Now()
-			a := post(t.Context(), rt, "POST", hooksURL, "")
-			wantUnavailable(t, a, "too many requests wait")
-			if a.at != begin {
-				t.Errorf("told after %s", a.at.Sub(begin))
-			}
-			for range fit {
-				<-told
-			}
-			check(t, r, 0, 1)
-		})
+			expect(t, "requests, and connections", []int{r.Held().Webhooks, len(p.open)}, []int{n + 1, 1 + n/streamsAtOnce})
+		}
+		for range streamsAtOnce + 1 {
+			(<-told).refused(t, 503, "nobody connected")
+		}
 	})
 }
 
 // TestHeaderBounds: a header has so many bytes and so many values, in either
 // protocol; above that it is 431, before anything is kept of it.
 func TestHeaderBounds(t *testing.T) {
-	many := func(n int) (pairs []string) {
-		for range n {
-			pairs = append(pairs, "x-a", "")
-		}
-		return pairs
-	}
+	many := func(n int) []string { return slices.Repeat([]string{"x-a", ""}, n) }
+	long := func(n int) string { return strings.Repeat("x", n) }
 	for _, tt := range []struct {
-		name     string
-		pairs    []string
-		h1, h2   int
-		relaysOn string // "": net/http's own answer, which is not counted
+		name   string
+		pairs  []string
+		h1, h2 int
+		ours   int64 // refused by the relay, not by net/http
 	}{
-		{"as many values as may be", many(fieldLimit), 200, 431, ""}, // HTTP/2 counts 32 bytes more for each
-		{"one value too many", many(fieldLimit + 1), 431, 431, "size"},
-		{"values of HTTP/2", many(400), 200, 200, ""},
-		{"a long value", []string{"x-a", strings.Repeat("x", headerLimit-1<<10)}, 200, 200, ""},
-		{"a value too long", []string{"x-a", strings.Repeat("x", headerLimit+8<<10)}, 431, 0, ""}, // ends the connection, as it cannot be decoded
-		{"several values too long", []string{"x-a", strings.Repeat("x", headerLimit/2+4<<10), "x-b", strings.Repeat("x", headerLimit/2+4<<10)}, 431, 431, ""},
-		{"a name too long", []string{strings.Repeat("x", headerLimit+8<<10), "1"}, 431, 0, ""},
+		{"as many values as may be", many(fieldLimit), 200, 431, 0}, // HTTP/2 counts 32 bytes more for each
+		{"one value too many", many(fieldLimit + 1), 431, 431, 1},
+		{"values of HTTP/2", many(400), 200, 200, 0},
+		{"a long value", []string{"x-a", long(headerLimit - 1<<10)}, 200, 200, 0},
+		{"a value too long", []string{"x-a", long(headerLimit + 8<<10)}, 431, 0, 0}, // ends the connection, as it cannot be decoded
+		{"several values too long", []string{"x-a", long(headerLimit/2 + 4<<10), "x-b", long(headerLimit/2 + 4<<10)}, 431, 431, 0},
+		{"a name too long", []string{long(headerLimit + 8<<10), "1"}, 431, 0, 0},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			rigTest(t, nil, func(t *testing.T, p *pipes, r *rig) {
-				h := newHTTP2(p.connect(t))
-				s := h.open(1, true, asked("POST", "/webhooks/ci", tt.pairs...)...)
-				<-s.done
-				h.close()
-				if got := s.outcome(); got != tt.h2 {
-					t.Errorf("HTTP/2: status %d, want %d; %q, reset %d", got, tt.h2, s.body, s.reset)
+				conn := p.connect(t)
+				got, body := askHTTP2(conn, true, asked("POST", "/webhooks/ci", tt.pairs...)...)
+				conn.Close()
+				if got != tt.h2 {
+					t.Errorf("HTTP/2: status %d, want %d; %q", got, tt.h2, body)
 				}
 				var lines strings.Builder
 				for i := 0; i < len(tt.pairs); i += 2 {
 					lines.WriteString(tt.pairs[i] + ": " + tt.pairs[i+1] + "\r\n")
 				}
-				conn := p.connect(t)
+				conn = p.connect(t)
 				go io.WriteString(conn, "POST /webhooks/ci HTTP/1.1\r\nHost: relay\r\n"+lines.String()+"\r\n") // it may not be read to its end
-				resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+				resp := must(http.ReadResponse(bufio.NewReader(conn), nil))
 				conn.Close()
-				if err != nil || resp.StatusCode != tt.h1 {
-					t.Errorf("HTTP/1: %v, %v, want %d", resp, err, tt.h1)
-				}
-				synctest.Wait()
-				if n := r.Refused["size"].Load(); n != map[string]int64{"size": 1}[tt.relaysOn] {
-					t.Errorf("%d refused for their size", n)
-				}
+				expect(t, "HTTP/1: status", resp.StatusCode, tt.h1)
+				expect(t, "refused for their size", r.Refused["size"].Load(), tt.ours)
 			})
 		})
 	}
@@ -1802,35 +1380,26 @@ func TestHeaderBounds(t *testing.T) {
 func TestSubscriberWithBody(t *testing.T) {
 	rigTest(t, nil, func(t *testing.T, p *pipes, r *rig) {
 		want := relayError(400, "no body expected")
-		h := newHTTP2(p.connect(t))
-		announced := h.open(1, false, asked("GET", "/subscribe/ci", "content-length", "5")...)
-		open := h.open(3, false, asked("GET", "/subscribe/ci/")...)
-		<-announced.done
-		<-open.done
-		bare := h.open(5, true, asked("GET", "/subscribe/ci/")...)
-		<-bare.done // with its first event
-		h.close()
-		for name, s := range map[string]*http2Stream{"with its length": announced, "without an end": open} {
-			if s.outcome() != 400 || string(s.body) != want {
-				t.Errorf("HTTP/2 %s: %d %q", name, s.outcome(), s.body)
+		for _, more := range [][]string{{"content-length", "5"}, nil} {
+			if status, body := askHTTP2(p.connect(t), false, asked("GET", "/subscribe/ci", more...)...); status != 400 || body != want {
+				t.Errorf("HTTP/2 with %v and no end: %d %q", more, status, body)
 			}
 		}
-		if bare.outcome() != 200 {
-			t.Errorf("HTTP/2 without a body: %d %q", bare.outcome(), bare.body)
+		if status, body := askHTTP2(p.connect(t), true, asked("GET", "/subscribe/ci/")...); status != 200 {
+			t.Errorf("HTTP/2 without a body: %d %q", status, body)
 		}
+		p.cut(false)
 		for _, framing := range []string{"Content-Length: 5\r\n\r\nhello", "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"} {
 			conn := p.connect(t)
-			time.AfterFunc(time.Minute, func() { conn.Close() }) // a stream has no end
 			go io.WriteString(conn, "GET /subscribe/ci HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n"+framing)
+			conn.SetReadDeadline(time.Now().Add(time.Minute)) // a stream has no end
 			answer, _ := io.ReadAll(conn)
 			if !bytes.HasPrefix(answer, []byte("HTTP/1.1 400 ")) || !bytes.HasSuffix(answer, []byte(want)) {
 				t.Errorf("%q: got %q", framing, answer)
 			}
 		}
 		synctest.Wait()
-		if n, _ := r.hub.Count(); n != 0 || r.Rejected["body"].Load() != 4 || total(r.Rejected) != 4 {
-			t.Errorf("%d streams, %d refused for their body, of %d", n, r.Rejected["body"].Load(), total(r.Rejected))
-		}
+		expect(t, "streams", r.streamCount(), 0)
 	})
 }
 
@@ -1838,31 +1407,27 @@ func TestSubscriberWithBody(t *testing.T) {
 // token would be refused by every client.
 func TestMethodsOverHTTP2(t *testing.T) {
 	rigTest(t, nil, func(t *testing.T, p *pipes, r *rig) {
-		for _, method := range []string{"GE T", "PO\xffST", `P"OST`} {
-			openHTTP2(t, p, method, "/webhooks/ci", relayError(400, "invalid method")).Close()
+		for i, method := range []string{"GE T", "PO\xffST", `P"OST`} {
+			if _, body := askHTTP2(p.connect(t), true, asked(method, "/webhooks/ci")...); body != relayError(400, "invalid method") {
+				t.Errorf("%q got %q", method, body)
+			}
+			expect(t, "lines", len(r.log.lines("webhook refused")), i+1)
 		}
-		if n, told := r.Refused["method"].Load(), len(r.log.lines("webhook refused")); n != 3 || told != 3 {
-			t.Errorf("%d refused, %d lines", n, told)
-		}
+		p.cut(false)
 	})
 }
 
-// TestSubscriberLimits checks that overload is 503: legacy clients end for good
-// at 429.
+// TestSubscriberLimits: a stream that ends makes place for another.
 func TestSubscriberLimits(t *testing.T) {
 	for _, limit := range []string{"SERVER_MAX_SUBSCRIBERS=2", "SERVER_MAX_SUBSCRIBERS_PER_ADDRESS=2"} {
 		t.Run(limit, func(t *testing.T) {
-			bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
-				r := newRig(t, p, limit)
-				first := listen(t, rt, streamURL)
-				listen(t, rt, otherURL)
-				wantUnavailable(t, post(t.Context(), rt, "GET", streamURL, ""), "too many subscribers")
+			relayTest(t, []string{limit}, func(t *testing.T, r *relay) {
+				first := r.listen("ci")
+				r.listen("other")
+				r.ask("GET", "/subscribe/ci/", "").refused(t, 503, "too many subscribers")
 				first.close()
 				synctest.Wait()
-				listen(t, rt, streamURL)
-				if n := r.Rejected["limit"].Load(); n != 1 || total(r.Rejected) != 1 {
-					t.Errorf("%d refused for the limit, of %d", n, total(r.Rejected))
-				}
+				r.listen("ci")
 			})
 		})
 	}
@@ -1873,20 +1438,12 @@ func TestSubscriberLimits(t *testing.T) {
 // that nobody answers, senders and subscribers that come too late. It goes on
 // taking webhooks until the last stream has ended.
 func TestShutdown(t *testing.T) {
-	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
-		r := newRig(t, p, "RESPONSE_MODE=accept, held=status", "RESPONSE_TIMEOUT=1m")
-		ours, legacy := listen(t, rt, streamURL, features...), listen(t, rt, streamURL)
-		held := listen(t, rt, "http://relay.test/subscribe/held/", features...)
-		answers := make(chan outcome, 2)
-		for range 2 {
-			go func() { answers <- post(t.Context(), rt, "POST", "http://relay.test/webhooks/held", "") }()
-		}
-		synctest.Wait()
-		if r := post(t.Context(), rt, "POST", hooksURL, "last"); r.status != 200 {
-			t.Fatalf("webhook: %+v", r)
-		}
-		begin := time.Now()
-		over := make(chan time.Duration)
+	relayTest(t, []string{"RESPONSE_MODE=accept, held=status", "RESPONSE_TIMEOUT=1m"}, func(t *testing.T, r *relay) {
+		ours, legacy, held := r.listen("ci", features...), r.listen("ci"), r.listen("held", features...)
+		answered := r.posted("held", "")
+		unanswered := r.posted("held", "")
+		r.post("ci", "last").is(t, 200, "")
+		begin, over := time.Now(), make(chan time.Duration)
 		go func() {
 			r.Shutdown()
 			over <- time.Since(begin)
@@ -1895,30 +1452,19 @@ func TestShutdown(t *testing.T) {
 		if r.Check(t.Context()) == nil {
 			t.Error("ready while shutting down")
 		}
-		for name, l := range map[string]*listener{"ours": ours, "held": held} {
-			if drains := l.got("drain"); len(drains) != 1 {
-				t.Errorf("%s: drain %v", name, drains)
-			}
-		}
-		wantUnavailable(t, post(t.Context(), rt, "GET", streamURL, ""), "shutting down")
-		if r := post(t.Context(), rt, "POST", hooksURL, "late"); r.status != 200 {
-			t.Errorf("webhook while there are streams: %+v", r)
-		}
+		expect(t, "drains: ours, held, legacy", []int{len(ours.got("drain")), len(held.got("drain")), len(legacy.got("drain"))}, []int{1, 1, 0})
+		r.ask("GET", "/subscribe/ci/", "").refused(t, 503, "shutting down")
+		r.post("ci", "late").is(t, 200, "")
 		synctest.Wait()
 
 		// The report of a client is taken to the end.
 		for _, event := range ours.got("message") {
-			if got := ours.report(t, rt, event.id, Answer{Status: 202}); got != 204 {
-				t.Errorf("report: status %d", got)
-			}
+			r.report(ours, event.id, Answer{Status: 202})
 		}
-		report := post(t.Context(), rt, "POST", "http://relay.test/subscribe/held/responses", reportOf(held.got("message")[0].id, Answer{Status: 201}), "X-Relay-Client", held.client)
-		if report.status != 204 {
-			t.Errorf("report: %+v", report)
-		}
-		if a := <-answers; a.status != 201 || a.at.Sub(begin) != 2*time.Second {
-			t.Errorf("answered request: %+v after %s", a, a.at.Sub(begin))
-		}
+		r.ask("POST", "/subscribe/held/responses", reportOf(held.got("message")[0].id, Answer{Status: 201}), "X-Relay-Client", held.client).is(t, 204, "")
+		first := <-answered
+		first.is(t, 201, "")
+		expect(t, "answered after", first.at.Sub(begin), 2*time.Second)
 		for name, l := range map[string]*listener{"ours": ours, "legacy": legacy, "held": held} {
 			if took := l.endedAt(t).Sub(begin); took > moveJitter+moveTime {
 				t.Errorf("%s ended after %s", name, took)
@@ -1928,57 +1474,46 @@ func TestShutdown(t *testing.T) {
 			}
 		}
 		time.Sleep(100 * time.Millisecond)
-		wantUnavailable(t, post(t.Context(), rt, "POST", hooksURL, "too late"), "shutting down")
-		wantUnavailable(t, post(t.Context(), rt, "POST", "http://relay.test/webhooks/held", "too late"), "shutting down")
-		a := <-answers
-		wantUnavailable(t, a, "shutting down")
-		if took := a.at.Sub(begin); took != 9*time.Second {
-			t.Errorf("unanswered request ended after %s, want what leaves a second for the streams", took)
-		}
+		r.post("ci", "too late").refused(t, 503, "shutting down")
+		r.post("held", "too late").refused(t, 503, "shutting down")
+		last := <-unanswered
+		last.refused(t, 503, "shutting down")
+		expect(t, "the unanswered ended after what leaves a second for the streams", last.at.Sub(begin), 9*time.Second)
 		if took := <-over; took > 10*time.Second {
 			t.Errorf("shutdown took %s", took)
 		}
-		if len(legacy.got("drain")) > 0 {
-			t.Error("a legacy client was asked to move")
-		}
-		if n := total(r.Lost); n != 0 {
-			t.Errorf("%d webhooks were lost", n)
-		}
+		expect(t, "lost", total(r.Lost), 0)
 	})
 }
 
 // TestDrain checks that a server which is about to end works on, and sends
 // keep-alive senders to another replica.
 func TestDrain(t *testing.T) {
-	t.Parallel()
-	l := loopback(t)
-	r := newRig(t, l)
-	const request = "POST /webhooks/ci HTTP/1.1\r\nHost: relay\r\n\r\n"
-	if answer := exchange(t, l.Addr().String(), request); !strings.HasPrefix(answer, "HTTP/1.1 200") || strings.Contains(answer, "close") || r.Check(t.Context()) != nil {
-		t.Errorf("before: %q", answer)
-	}
-	r.Drain()
-	if answer := exchange(t, l.Addr().String(), request); !strings.HasPrefix(answer, "HTTP/1.1 200") || !strings.Contains(answer, "Connection: close") || r.Check(t.Context()) == nil {
-		t.Errorf("draining: %q", answer)
-	}
+	rigTest(t, nil, func(t *testing.T, p *pipes, r *rig) {
+		rt := p.transport(t, false)
+		for _, draining := range []bool{false, true} {
+			if draining {
+				r.Drain()
+			}
+			resp := must(rt.RoundTrip(must(requestOf(t.Context(), "POST", hooksURL, nil))))
+			if resp.StatusCode != 200 || resp.Close != draining || (r.Check(t.Context()) == nil) == draining {
+				t.Errorf("draining %t: %+v", draining, resp)
+			}
+		}
+	})
 }
 
 // TestShutdownMoves checks that a server whose clients have moved ends at once
 // and does not sit out its patience.
 func TestShutdownMoves(t *testing.T) {
-	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
-		r := newRig(t, p)
-		l := listen(t, rt, streamURL, features...)
-		begin := time.Now()
+	relayTest(t, nil, func(t *testing.T, r *relay) {
+		l, begin := r.listen("ci", features...), time.Now()
 		go func() {
-			for len(l.got("drain")) == 0 {
-				time.Sleep(10 * time.Millisecond)
-			}
+			eventually(t, "drain", func() bool { return len(l.got("drain")) > 0 })
 			l.close()
 		}()
-		r.Shutdown()
-		if took := time.Since(begin); took > moveJitter+100*time.Millisecond {
-			t.Errorf("shutdown took %s", took)
+		if r.Shutdown(); time.Since(begin) > moveJitter+100*time.Millisecond {
+			t.Errorf("shutdown took %s", time.Since(begin))
 		}
 	})
 }
@@ -1988,31 +1523,27 @@ func TestShutdownMoves(t *testing.T) {
 // of the handler timeout to follow.
 func TestDrainIsSpread(t *testing.T) {
 	for timeout, jitter := range map[string]time.Duration{"10s": moveJitter, "1s": 125 * time.Millisecond} {
-		t.Run(timeout, func(t *testing.T) {
-			bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
-				r := newRig(t, p, "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT="+timeout)
-				var streams []*listener
-				for range 40 {
-					streams = append(streams, listen(t, rt, streamURL, features...))
+		relayTest(t, []string{"HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=" + timeout}, func(t *testing.T, r *relay) {
+			var streams []*listener
+			for range 40 {
+				streams = append(streams, r.listen("ci", features...))
+			}
+			synctest.Wait()
+			begin := time.Now()
+			r.Shutdown()
+			var asked []time.Duration
+			for _, l := range streams {
+				l.endedAt(t)
+				for _, drain := range l.got("drain") {
+					asked = append(asked, drain.at.Sub(begin))
 				}
-				synctest.Wait()
-				begin := time.Now()
-				r.Shutdown()
-				var asked []time.Duration
-				for _, l := range streams {
-					l.endedAt(t)
-					drains := l.got("drain")
-					if len(drains) != 1 {
-						t.Fatalf("drain %v", drains)
-					}
-					asked = append(asked, drains[0].at.Sub(begin))
-				}
-				slices.Sort(asked)
-				first, last := asked[0], asked[len(asked)-1]
-				if n := len(slices.Compact(asked)); last > jitter || last-first < jitter/2 || n < 20 {
-					t.Errorf("asked at %d instants between %s and %s, want them spread over %s", n, first, last, jitter)
-				}
-			})
+			}
+			expect(t, "drains", len(asked), len(streams))
+			slices.Sort(asked)
+			first, last := asked[0], asked[len(asked)-1]
+			if n := len(slices.Compact(asked)); last > jitter || last-first < jitter/2 || n < 20 {
+				t.Errorf("asked at %d instants between %s and %s, want them spread over %s", n, first, last, jitter)
+			}
 		})
 	}
 }
@@ -2035,9 +1566,7 @@ func TestNginx(t *testing.T) {
 		config += " " + kind + "_temp_path " + kind + ";\n"
 	}
 	config += " server { listen " + front + "; location / { proxy_pass http://" + server.addr + "; } }\n}\n"
-	if err := os.WriteFile(filepath.Join(dir, "nginx.conf"), []byte(config), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	replace(t, filepath.Join(dir, "nginx.conf"), []byte(config))
 	log := &logBuffer{}
 	cmd := exec.Command(path, "-p", dir, "-c", "nginx.conf", "-e", "stderr")
 	cmd.Stderr = log
@@ -2063,9 +1592,7 @@ func TestNginx(t *testing.T) {
 	stream := listen(t, transport, "http://"+front+"/subscribe/ci/")
 	eventually(t, "ready", func() bool { return len(stream.got("ready")) == 1 })
 	body := strings.Repeat("0123456789abcdef", 4096) // more than nginx keeps in memory
-	if r := post(t.Context(), transport, "POST", "http://"+front+"/webhooks/ci/a%2Fb?x=%zz", body, "X-Custom", "1"); r.status != 200 {
-		t.Fatalf("webhook: %+v", r)
-	}
+	post(t.Context(), transport, "POST", "http://"+front+"/webhooks/ci/a%2Fb?x=%zz", body, "X-Custom", "1").is(t, 200, "")
 	w := stream.next(t, 1).webhook(t)
 	if w.Path != "/webhooks/ci/a%2Fb" || w.Query != "?x=%zz" || string(w.Body) != body {
 		t.Errorf("got %s%s with %d bytes", w.Path, w.Query, len(w.Body))
@@ -2077,11 +1604,19 @@ func TestNginx(t *testing.T) {
 	<-stream.done
 }
 
+// wantUnavailable checks a 503: it has a message and tells when to come back.
+func wantUnavailable(t *testing.T, r outcome, message string) {
+	t.Helper()
+	if r.err != nil || r.status != 503 || r.body != relayError(503, message) || r.header.Get("Retry-After") != "5" || r.header.Get("Content-Type") != "application/json" {
+		t.Errorf("got %+v, want 503 %q with Retry-After", r, message)
+	}
+}
+
 // Response modes. The provider's open request is the only queue.
 
-// relay is a whole relay in a bubble: server, target, and as many clients as a
+// oldRelay is a whole relay in a bubble: server, target, and as many clients as a
 // test starts, on channel ci.
-type relay struct {
+type oldRelay struct {
 	*rig
 	t      *testing.T
 	server *pipes
@@ -2091,11 +1626,11 @@ type relay struct {
 
 // relayTest runs f with a relay in a bubble; answer is the target's. The
 // response mode is response, unless env says otherwise.
-func relayTest(t *testing.T, answer func(recorded) string, env []string, f func(*testing.T, *relay)) {
+func oldRelayTest(t *testing.T, answer func(recorded) string, env []string, f func(*testing.T, *oldRelay)) {
 	t.Helper()
 	inBubble(t, func(t *testing.T) {
 		p := newPipes()
-		r := &relay{t: t, server: p, rt: p.transport(t, false)}
+		r := &oldRelay{t: t, server: p, rt: p.transport(t, false)}
 		r.rig = newRig(t, p, append([]string{"RESPONSE_MODE=response"}, env...)...)
 		if answer == nil {
 			answer = func(recorded) string { return ok200 }
@@ -2117,7 +1652,7 @@ type end struct {
 }
 
 // client starts a client whose connections are its own. It ends with the test.
-func (r *relay) client(env ...string) *end {
+func (r *oldRelay) client(env ...string) *end {
 	r.t.Helper()
 	e := &end{source: newPipes(), target: newPipes()}
 	e.Client = newClientOf(r.t, streamURL, "http://target.test", env...)
@@ -2162,11 +1697,11 @@ func (r *relay) client(env ...string) *end {
 }
 
 // post is one webhook; go posts one and gives the outcome later.
-func (r *relay) post(headers ...string) outcome {
+func (r *oldRelay) post(headers ...string) outcome {
 	return post(r.t.Context(), r.rt, "POST", hooksURL, "{}", headers...)
 }
 
-func (r *relay) posted() <-chan outcome {
+func (r *oldRelay) posted() <-chan outcome {
 	c := make(chan outcome, 1)
 	go func() { c <- r.post() }()
 	synctest.Wait()
@@ -2175,7 +1710,7 @@ func (r *relay) posted() <-chan outcome {
 
 // report is what a client that is not ours reports of an event; name is its
 // X-Relay-Client.
-func (r *relay) report(id, name string, a Answer) int {
+func (r *oldRelay) report(id, name string, a Answer) int {
 	r.t.Helper()
 	return post(r.t.Context(), r.rt, "POST", reportsURL, reportOf(id, a), "X-Relay-Client", name).status
 }
@@ -2237,7 +1772,7 @@ func TestModes(t *testing.T) {
 			if tt.mode == others {
 				others = "response"
 			}
-			relayTest(t, answer, []string{"RESPONSE_MODE=" + others + ", ci=" + tt.mode}, func(t *testing.T, r *relay) {
+			oldRelayTest(t, answer, []string{"RESPONSE_MODE=" + others + ", ci=" + tt.mode}, func(t *testing.T, r *oldRelay) {
 				over = make(chan struct{})
 				defer close(over)
 				c := r.client()
@@ -2304,7 +1839,7 @@ func TestPrivateHeaders(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			lines := slices.Concat(dropped, forBrowsers, kept, tt.more)
-			relayTest(t, func(recorded) string { return says(200, "x", lines...) }, nil, func(t *testing.T, r *relay) {
+			oldRelayTest(t, func(recorded) string { return says(200, "x", lines...) }, nil, func(t *testing.T, r *oldRelay) {
 				r.client()
 				got := r.post(tt.request...)
 				if got.status != 200 || got.body != "x" {
@@ -2335,7 +1870,7 @@ func TestPrivateHeaders(t *testing.T) {
 		})
 	}
 	t.Run("a report of anybody", func(t *testing.T) {
-		relayTest(t, nil, nil, func(t *testing.T, r *relay) {
+		oldRelayTest(t, nil, nil, func(t *testing.T, r *oldRelay) {
 			client := listen(t, r.rt, streamURL, "X-Relay-Features", "respond", "X-Relay-Client", "c")
 			told := r.posted()
 			report := Answer{Status: 200, Headers: []Header{
@@ -2417,9 +1952,9 @@ func TestRefusalsAreTold(t *testing.T) {
 		{"limit", "GET", streamURL, "", token, false, nil, nil, 503, stream, "too many subscribers", "limit"},
 		{"channel of a subscriber", "GET", "http://relay.test/subscribe/c%40i", "", token, false, nil, nil, 400, stream, "invalid channel", "channel"},
 		{"method of a subscriber", "PUT", streamURL, "", token, false, nil, nil, 405, stream, "method not allowed", "method"},
-		{"body of a subscriber", "GET", otherURL, "canary", token, false, nil, nil, 400, stream, "no body expected", "body"},
-		{"shutdown of a subscriber", "GET", otherURL, "", token, false, ended, nil, 503, stream, "shutting down", "shutdown"},
-		{"never live", "GET", otherURL, "", token, false, kept, nil, 503, stream, "bus unavailable", "bus"},
+		{"body of a subscriber", "GET", streamURL, "canary", token, false, nil, nil, 400, stream, "no body expected", "body"},
+		{"shutdown of a subscriber", "GET", streamURL, "", token, false, ended, nil, 503, stream, "shutting down", "shutdown"},
+		{"never live", "GET", streamURL, "", token, false, kept, nil, 503, stream, "bus unavailable", "bus"},
 		{"token of a report", "POST", reportsURL, "canary", []string{"X-Auth-Token", "canary"}, false, nil, nil, 401, report, "missing or wrong token", "token"},
 		{"address of a report", "POST", reportsURL, "canary", elsewhere, false, nil, nil, 403, report, "address not allowed", "address"},
 		{"method of a report", "GET", reportsURL, "", token, false, nil, nil, 405, stream, "method not allowed", "method"},
@@ -2559,7 +2094,7 @@ func TestCountedOnce(t *testing.T) {
 		"POST /webhooks/left":          `outcome="lost",reason="no_client"`,
 		"POST /webhooks/unknown":       `outcome="lost",reason="unknown_channel"`,
 	}
-	relayTest(t, answer, []string{"RESPONSE_MODE=accept, ci=response, lone=status"}, func(t *testing.T, r *relay) {
+	oldRelayTest(t, answer, []string{"RESPONSE_MODE=accept, ci=response, lone=status"}, func(t *testing.T, r *oldRelay) {
 		r.client()
 		listen(t, r.rt, "http://relay.test/subscribe/read")
 		once := listen(t, r.rt, "http://relay.test/subscribe/left", features...)
@@ -2625,7 +2160,7 @@ func TestHeadAnswer(t *testing.T) {
 		}
 		return says(200, "hello")
 	}
-	relayTest(t, answer, nil, func(t *testing.T, r *relay) {
+	oldRelayTest(t, answer, nil, func(t *testing.T, r *oldRelay) {
 		r.client()
 		for range 2 {
 			if got := post(t.Context(), r.rt, "HEAD", hooksURL, ""); got.status != 200 || got.body != "" || got.header.Get("X-Of") != "target" {
@@ -2641,7 +2176,7 @@ func TestHeadAnswer(t *testing.T) {
 // TestHeldForClient checks that a request which comes before any client is
 // delivered the moment one is ready, and that it ends in time when none comes.
 func TestHeldForClient(t *testing.T) {
-	relayTest(t, nil, nil, func(t *testing.T, r *relay) {
+	oldRelayTest(t, nil, nil, func(t *testing.T, r *oldRelay) {
 		answer := r.posted()
 		if n, size := heldBy(r.Server); n != 1 || size < 100 {
 			t.Errorf("%d requests of %d bytes are held", n, size)
@@ -2714,7 +2249,7 @@ func TestAnswerIsNotRead(t *testing.T) {
 // TestStreamEndsBeforeAnswer checks that the event goes to the next client,
 // with the same id, as it was: its time tells how old it is.
 func TestStreamEndsBeforeAnswer(t *testing.T) {
-	relayTest(t, nil, nil, func(t *testing.T, r *relay) {
+	oldRelayTest(t, nil, nil, func(t *testing.T, r *oldRelay) {
 		first := listen(t, r.rt, streamURL, features...)
 		answer := r.posted()
 		time.Sleep(2 * time.Second)
@@ -2905,7 +2440,7 @@ func TestReportedWhileBusBreaks(t *testing.T) {
 // TestClientDuplicate checks that a client which has forwarded an event, and
 // whose report was lost with its stream, answers from memory.
 func TestClientDuplicate(t *testing.T) {
-	relayTest(t, nil, nil, func(t *testing.T, r *relay) {
+	oldRelayTest(t, nil, nil, func(t *testing.T, r *oldRelay) {
 		work := make(chan string)
 		r.target.answer = func(recorded) string { return <-work }
 		c := r.client()
@@ -2950,7 +2485,7 @@ func TestSeveralSubscribers(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			relayTest(t, nil, []string{"RESPONSE_MODE=status"}, func(t *testing.T, r *relay) {
+			oldRelayTest(t, nil, []string{"RESPONSE_MODE=status"}, func(t *testing.T, r *oldRelay) {
 				begin := time.Now()
 				var clients []*listener
 				names := []string{"a", "b", "c"}
@@ -2983,7 +2518,7 @@ func TestSeveralSubscribers(t *testing.T) {
 // counts, and that one which can is waited for.
 func TestLegacySubscribers(t *testing.T) {
 	for _, mode := range []string{"status", "response"} {
-		relayTest(t, nil, []string{"RESPONSE_MODE=" + mode}, func(t *testing.T, r *relay) {
+		oldRelayTest(t, nil, []string{"RESPONSE_MODE=" + mode}, func(t *testing.T, r *oldRelay) {
 			legacy := listen(t, r.rt, streamURL)
 			begin := time.Now()
 			if a := r.post(); a.status != 200 || a.body != "" || a.at != begin {
@@ -3096,7 +2631,7 @@ func goroutines() (n int, stacks []byte) {
 // TestReports is what a report may be and what not. Nothing of a refused one
 // reaches the sender.
 func TestReports(t *testing.T) {
-	relayTest(t, nil, []string{"AUTH_TOKENS_FILE=" + tokensFile(t, "ci secret\nother else\n")}, func(t *testing.T, r *relay) {
+	oldRelayTest(t, nil, []string{"AUTH_TOKENS_FILE=" + tokensFile(t, "ci secret\nother else\n")}, func(t *testing.T, r *oldRelay) {
 		stream := listen(t, r.rt, streamURL, append([]string{"X-Auth-Token", "secret", "X-Relay-Client", "ours"}, features...)...)
 		answer := r.posted()
 		id := stream.next(t, 1).id
@@ -3156,7 +2691,7 @@ func TestReports(t *testing.T) {
 // TestHeldBudget checks that what is held is bounded over all senders, and that
 // one that ends makes space for the next.
 func TestHeldBudget(t *testing.T) {
-	relayTest(t, nil, []string{"SERVER_HELD_BUFFER=72kb"}, func(t *testing.T, r *relay) {
+	oldRelayTest(t, nil, []string{"SERVER_HELD_BUFFER=72kb"}, func(t *testing.T, r *oldRelay) {
 		body := strings.Repeat("x", 3000)
 		first := make(chan outcome, 1)
 		go func() { first <- post(t.Context(), r.rt, "POST", hooksURL, body) }()
@@ -3259,7 +2794,7 @@ func TestHandshakes(t *testing.T) {
 					return says(200, `{"type":1}`, "Content-Type: application/json")
 				}
 			}
-			relayTest(t, tt.target, nil, func(t *testing.T, r *relay) {
+			oldRelayTest(t, tt.target, nil, func(t *testing.T, r *oldRelay) {
 				r.client()
 				headers := tt.headers
 				if tt.kind != "" {
