@@ -30,7 +30,6 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"net/netip"
-	"net/textproto"
 	"net/url"
 	"os"
 	"os/exec"
@@ -1604,126 +1603,21 @@ func TestNginx(t *testing.T) {
 	<-stream.done
 }
 
-// wantUnavailable checks a 503: it has a message and tells when to come back.
-func wantUnavailable(t *testing.T, r outcome, message string) {
-	t.Helper()
-	if r.err != nil || r.status != 503 || r.body != relayError(503, message) || r.header.Get("Retry-After") != "5" || r.header.Get("Content-Type") != "application/json" {
-		t.Errorf("got %+v, want 503 %q with Retry-After", r, message)
-	}
-}
-
 // Response modes. The provider's open request is the only queue.
-
-// oldRelay is a whole relay in a bubble: server, target, and as many clients as a
-// test starts, on channel ci.
-type oldRelay struct {
-	*rig
-	t      *testing.T
-	server *pipes
-	target *target
-	rt     *http.Transport // of the providers
-}
-
-// relayTest runs f with a relay in a bubble; answer is the target's. The
-// response mode is response, unless env says otherwise.
-func oldRelayTest(t *testing.T, answer func(recorded) string, env []string, f func(*testing.T, *oldRelay)) {
-	t.Helper()
-	inBubble(t, func(t *testing.T) {
-		p := newPipes()
-		r := &oldRelay{t: t, server: p, rt: p.transport(t, false)}
-		r.rig = newRig(t, p, append([]string{"RESPONSE_MODE=response"}, env...)...)
-		if answer == nil {
-			answer = func(recorded) string { return ok200 }
-		}
-		r.target = &target{got: make(chan recorded, 1000), answer: answer}
-		f(t, r)
-		time.Sleep(2 * takenDelay)
-		if n, size := heldBy(r.Server); n != 0 || size != 0 {
-			t.Errorf("%d requests of %d bytes stay held", n, size)
-		}
-	})
-}
-
-// end is one running client and the connections that it has.
-type end struct {
-	*Client
-	source, target *pipes
-	stop           func()
-}
-
-// client starts a client whose connections are its own. It ends with the test.
-func (r *oldRelay) client(env ...string) *end {
-	r.t.Helper()
-	e := &end{source: newPipes(), target: newPipes()}
-	e.Client = newClientOf(r.t, streamURL, "http://target.test", env...)
-	e.Client.source.Proxy, e.Client.target.Proxy = nil, nil
-	e.Client.source.DialContext, e.Client.target.DialContext = e.source.dial, e.target.dial
-	var wg sync.WaitGroup
-	pass := func(from *pipes, to func(net.Conn)) {
-		wg.Go(func() {
-			for {
-				conn, err := from.Accept()
-				if err != nil {
-					return
-				}
-				wg.Go(func() { to(conn) })
-			}
-		})
-	}
-	pass(e.source, func(conn net.Conn) {
-		select {
-		case r.server.conns <- conn:
-		case <-r.server.done:
-		}
-	})
-	pass(e.target, func(conn net.Conn) {
-		defer conn.Close()
-		r.target.serve(conn)
-	})
-	stop := running(r.t, e.Run)
-	e.stop = sync.OnceFunc(func() {
-		stop()
-		e.source.Close()
-		e.target.Close()
-		e.source.cut(true)
-		e.target.cut(true)
-		wg.Wait()
-	})
-	r.t.Cleanup(e.stop)
-	for e.Check(r.t.Context()) != nil {
-		time.Sleep(time.Millisecond)
-	}
-	return e
-}
-
-// post is one webhook; go posts one and gives the outcome later.
-func (r *oldRelay) post(headers ...string) outcome {
-	return post(r.t.Context(), r.rt, "POST", hooksURL, "{}", headers...)
-}
-
-func (r *oldRelay) posted() <-chan outcome {
-	c := make(chan outcome, 1)
-	go func() { c <- r.post() }()
-	synctest.Wait()
-	return c
-}
-
-// report is what a client that is not ours reports of an event; name is its
-// X-Relay-Client.
-func (r *oldRelay) report(id, name string, a Answer) int {
-	r.t.Helper()
-	return post(r.t.Context(), r.rt, "POST", reportsURL, reportOf(id, a), "X-Relay-Client", name).status
-}
 
 // says is a raw answer of a target with a body.
 func says(status int, body string, headers ...string) string {
 	return fmt.Sprintf("HTTP/1.1 %d X\r\n%s\r\nContent-Length: %d\r\n\r\n%s", status, strings.Join(append(headers, "X-Of: target"), "\r\n"), len(body), body)
 }
 
+// always is a target that says the same to everybody.
+func always(answer string) func(recorded) string { return func(recorded) string { return answer } }
+
 // TestModes is what a provider is told in each mode for what the target says.
 func TestModes(t *testing.T) {
-	plain := says(201, "hello", "Content-Type: text/plain", "Date: then")
-	tests := []struct {
+	plain, large := says(201, "hello", "Content-Type: text/plain", "Date: then"), strings.Repeat("x", answerLimit)
+	const unreachable, json = "target unreachable", "Content-Type:application/json"
+	for _, tt := range []struct {
 		name, mode, answer string // the target's raw answer; empty: it is down
 		status             int
 		body               string
@@ -1732,7 +1626,6 @@ func TestModes(t *testing.T) {
 		{"accept", "accept", says(500, "oops"), 200, "", "X-Of Content-Type"},
 		{"status", "status", plain, 201, "", "X-Of Content-Type"},
 		{"status of a failure", "status", says(404, "no"), 404, "", "X-Of"},
-		{"status of gone", "status", says(410, "no"), 410, "", "X-Of"},
 		{"status of a server error", "status", says(500, "no"), 500, "", "X-Of"},
 		{"response", "response", plain, 201, "hello", "Content-Type:text/plain X-Of:target Date:then"},
 		{"response of a failure", "response", says(422, "no"), 422, "no", "X-Of:target"},
@@ -1746,44 +1639,38 @@ func TestModes(t *testing.T) {
 		{"no content", "response", "HTTP/1.1 204 No Content\r\nX-Of: target\r\n\r\n", 204, "", "X-Of:target Content-Length Content-Type"},
 		{"not modified", "response", "HTTP/1.1 304 Not Modified\r\nETag: e\r\n\r\n", 304, "", "Etag:e Content-Length"},
 		{"no content, status", "status", "HTTP/1.1 204 No Content\r\n\r\n", 204, "", "Content-Length"},
+		{"HEAD", "response", "HTTP/1.1 200 OK\r\nX-Of: target\r\nContent-Length: 5\r\n\r\n", 200, "", "X-Of:target Content-Length"},
 		{"redirect", "response", says(302, "", "Location: https://elsewhere.example/"), 302, "", "Location:https://elsewhere.example/"},
 		{"after 1xx", "response", "HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" + plain, 201, "hello", "Link"},
-		{"largest body", "response", says(200, strings.Repeat("x", answerLimit)), 200, strings.Repeat("x", answerLimit), "X-Of:target"},
-		{"body above the cap", "response", says(200, strings.Repeat("x", answerLimit+1)), 200, "", "X-Of:target Content-Length:0"},
-		{"no HTTP", "response", "hello\r\n\r\n", 502, relayError(502, "target unreachable"), "Content-Type:application/json"},
-		{"101", "response", "HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", 502, relayError(502, "target unreachable"), "Upgrade"},
-		{"down", "response", "", 502, relayError(502, "target unreachable"), "Content-Type:application/json"},
-		{"down, status", "status", "", 502, relayError(502, "target unreachable"), "Content-Type:application/json"},
+		{"largest body", "response", says(200, large), 200, large, "X-Of:target"},
+		{"body above the cap", "response", says(200, large+"x"), 200, "", "X-Of:target Content-Length:0"},
+		{"no HTTP", "response", "hello\r\n\r\n", 502, relayError(502, unreachable), json},
+		{"101", "response", "HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", 502, relayError(502, unreachable), "Upgrade"},
+		{"down", "response", "", 502, relayError(502, unreachable), json},
+		{"down, status", "status", "", 502, relayError(502, unreachable), json},
 		{"down, accept", "accept", "", 200, "", ""},
 		{"overloaded", "response", says(503, "later", "Retry-After: 1"), 503, "later", "Retry-After:1 X-Of:target"},
-		{"silent", "response", "silent", 504, relayError(504, "no answer in time"), "Content-Type:application/json"},
-		{"silent, status", "status", "silent", 504, relayError(504, "no answer in time"), ""},
-	}
-	for _, tt := range tests {
+		{"silent", "response", "silent", 504, relayError(504, "no answer in time"), json},
+		{"silent, status", "status", "silent", 504, relayError(504, "no answer in time"), json},
+	} {
 		t.Run(tt.name, func(t *testing.T) {
-			over := make(chan struct{})
-			answer := func(recorded) string {
-				if tt.answer == "silent" {
-					<-over
-				}
-				return tt.answer
-			}
-			others := "accept" // the mode is the channel's own
-			if tt.mode == others {
-				others = "response"
-			}
-			oldRelayTest(t, answer, []string{"RESPONSE_MODE=" + others + ", ci=" + tt.mode}, func(t *testing.T, r *oldRelay) {
-				over = make(chan struct{})
-				defer close(over)
-				c := r.client()
+			others := map[bool]string{true: "response", false: "accept"}[tt.mode == "accept"] // the mode is the channel's own
+			relayTest(t, []string{"RESPONSE_MODE=" + others + ", ci=" + tt.mode}, func(t *testing.T, r *relay) {
+				r.client(func(recorded) string {
+					if tt.answer == "silent" {
+						time.Sleep(time.Minute)
+					}
+					return tt.answer
+				})
 				if tt.answer == "" {
-					c.target.cut(true)
+					r.inner.cut(true)
 				}
-				begin := time.Now()
-				got := r.post()
-				if got.err != nil || got.status != tt.status || got.body != tt.body {
-					t.Errorf("got %d %.200q %v, want %d %.200q", got.status, got.body, got.err, tt.status, tt.body)
+				begin, method := time.Now(), "POST"
+				if tt.name == "HEAD" {
+					method = tt.name
 				}
+				got := r.ask(method, "/webhooks/ci", "{}")
+				got.is(t, tt.status, tt.body)
 				if took := time.Since(begin); took > 9*time.Second {
 					t.Errorf("took %s", took)
 				}
@@ -1792,9 +1679,7 @@ func TestModes(t *testing.T) {
 				}
 				for field := range strings.FieldsSeq(tt.headers) {
 					name, value, _ := strings.Cut(field, ":")
-					if have := strings.Join(got.header[name], ","); have != value {
-						t.Errorf("%s is %q, want %q", name, have, value)
-					}
+					expect(t, name, strings.Join(got.header[name], ","), value)
 				}
 			})
 		})
@@ -1802,96 +1687,58 @@ func TestModes(t *testing.T) {
 }
 
 // TestPrivateHeaders: in response mode nothing of an answer speaks to the
-// relay's proxy or changes a browser's mind about the relay's host; what it says
-// to the provider is kept as it is.
+// relay's proxy or changes a browser's mind about the relay's host, whoever
+// reports it and however it is spelt; what it says to the provider is kept.
 func TestPrivateHeaders(t *testing.T) {
-	dropped := []string{
-		"X-Accel-Redirect: /internal/x", "X-Accel-Buffering: no", "X-Accel-Expires: 1", "X-Accel-Limit-Rate: 1", "X-Accel-Charset: utf-8", "x-ACCEL-anything: 1",
-		"X-Sendfile: /etc/passwd", "X-Sendfile-Type: x", "x-sendfile-temporary: 1",
-		"Strict-Transport-Security: max-age=1", "Clear-Site-Data: \"*\"", "Alt-Svc: h3=\":1\"", "Service-Worker-Allowed: /", "Refresh: 0; url=http://evil.example/",
-	}
-	forBrowsers := []string{
-		"Access-Control-Allow-Origin: https://a.example", "Access-Control-Allow-Credentials: true", "Access-Control-Allow-Headers: x", "Access-Control-Allow-Methods: POST",
-		"Access-Control-Expose-Headers: x", "Access-Control-Max-Age: 1",
-	}
-	kept := []string{
-		"Content-Type: text/html", "Location: /x", "ETag: \"e\"", "Vary: Origin", "Www-Authenticate: Basic", "Content-Security-Policy: default-src 'none'", "X-Accelerate: 1",
-		"X-Send: 1", "Strict-Transport: 1", "Alt-Svc-Other: 1", "Access-Controlled: 1", "Content-Disposition: attachment",
-	}
-	names := func(lines []string) (names []string) {
-		for _, line := range lines {
-			name, _, _ := strings.Cut(line, ":")
-			names = append(names, textproto.CanonicalMIMEHeaderKey(name))
-		}
-		return names
-	}
+	const dropped = "X-Accel-Redirect x-ACCEL-anything X-Sendfile x-sendfile-type Strict-Transport-Security Clear-Site-Data Alt-Svc Service-Worker-Allowed refresh "
+	const browsers = "Access-Control-Allow-Origin ACCESS-control-max-age Access-Control-Expose-Headers "
+	const kept = "Content-Type Location Etag Vary Www-Authenticate Content-Security-Policy X-Accelerate X-Send Strict-Transport Alt-Svc-Other Access-Controlled "
 	for _, tt := range []struct {
-		name          string
-		more, request []string
-		browser       bool
-		cache         string
+		more   string
+		origin []string
+		want   string // and its own
+		cache  string
 	}{
-		{"least", nil, nil, false, "no-store"},
-		{"for a browser", nil, []string{"Origin", "https://a.example"}, true, "no-store"},
-		{"for a browser that says null", nil, []string{"Origin", "null"}, true, "no-store"},
-		{"Cache-Control of the target", []string{"Cache-Control: max-age=60", "Cache-Control: public"}, nil, false, "max-age=60, public"},
-		{"nosniff of the target", []string{"X-Content-Type-Options: sniff", "X-Content-Type-Options: nosniff"}, nil, false, "no-store"},
+		{"", nil, kept, "no-store"},
+		{"", []string{"Origin", "https://a.example"}, kept + browsers, "no-store"},
+		{"", []string{"Origin", "null"}, kept + browsers, "no-store"},
+		{"Cache-Control X-Content-Type-Options", nil, kept, "1"},
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			lines := slices.Concat(dropped, forBrowsers, kept, tt.more)
-			oldRelayTest(t, func(recorded) string { return says(200, "x", lines...) }, nil, func(t *testing.T, r *oldRelay) {
-				r.client()
-				got := r.post(tt.request...)
-				if got.status != 200 || got.body != "x" {
-					t.Fatalf("got %+v", got)
-				}
-				for _, name := range names(dropped) {
-					if got.header[name] != nil {
-						t.Errorf("%s: %q", name, got.header[name])
-					}
-				}
-				for _, name := range names(forBrowsers) {
-					if (got.header[name] != nil) != tt.browser {
-						t.Errorf("%s: %q", name, got.header[name])
-					}
-				}
-				for _, name := range names(kept) {
-					if got.header[name] == nil {
-						t.Errorf("%s is missing", name)
-					}
-				}
-				if options := got.header["X-Content-Type-Options"]; !slices.Equal(options, []string{"nosniff"}) {
-					t.Errorf("X-Content-Type-Options: %q", options)
-				}
-				if cache := strings.Join(got.header["Cache-Control"], ", "); cache != tt.cache {
-					t.Errorf("Cache-Control: %q, want %q", cache, tt.cache)
-				}
-			})
+		relayTest(t, []string{"RESPONSE_MODE=response"}, func(t *testing.T, r *relay) {
+			client := r.listen("ci", features...)
+			told := r.posted("ci", "{}", tt.origin...)
+			answer, want := Answer{Status: 200}, http.Header{"Cache-Control": {tt.cache}, "X-Content-Type-Options": {"nosniff"}}
+			for name := range strings.FieldsSeq(dropped + browsers + kept + tt.more) {
+				answer.Headers = append(answer.Headers, Header{name, []string{"1"}})
+			}
+			for name := range strings.FieldsSeq(tt.want) {
+				want.Set(name, "1")
+			}
+			r.report(client, client.next(t, 1).id, answer)
+			got := (<-told).header
+			for _, name := range []string{"Date", "Content-Length", "X-Relay-Event-Id"} {
+				want[name] = got[name]
+			}
+			expect(t, "header", got, want)
 		})
 	}
-	t.Run("a report of anybody", func(t *testing.T) {
-		oldRelayTest(t, nil, nil, func(t *testing.T, r *oldRelay) {
-			client := listen(t, r.rt, streamURL, "X-Relay-Features", "respond", "X-Relay-Client", "c")
-			told := r.posted()
-			report := Answer{Status: 200, Headers: []Header{
-				{"X-Accel-Redirect", []string{"/x"}}, {"refresh", []string{"0"}}, {"ACCESS-control-allow-origin", []string{"*"}}, {"X-Ok", []string{"1"}},
-			}}
-			if status := r.report(client.next(t, 1).id, "c", report); status != 204 {
-				t.Fatalf("status %d", status)
-			}
-			got := <-told
-			if got.header.Get("X-Ok") != "1" || got.header["X-Accel-Redirect"] != nil || got.header["Refresh"] != nil || got.header["Access-Control-Allow-Origin"] != nil {
-				t.Errorf("got %+v", got)
-			}
-		})
-	})
 }
 
-// brokenBus takes nothing.
-type brokenBus struct{ *Hub }
+// stubBus is a hub that publishes in another way; with err, nothing is sent over it.
+type stubBus struct {
+	*Hub
+	publish func(context.Context, *Event) (int, error)
+	err     error
+}
 
-func (brokenBus) Publish(context.Context, *Event) (int, error) { return 0, errors.New("broken") }
-func (brokenBus) Send(context.Context, Signal) (int, error)    { return 0, errors.New("broken") }
+func (b stubBus) Publish(ctx context.Context, e *Event) (int, error) { return b.publish(ctx, e) }
+
+func (b stubBus) Send(ctx context.Context, sig Signal) (int, error) {
+	if b.err != nil {
+		return 0, b.err
+	}
+	return b.Hub.Send(ctx, sig)
+}
 
 // outcomes is what r counts of webhooks, and of subscribers that it refuses, by the
 // labels.
@@ -1912,153 +1759,127 @@ func TestRefusalsAreTold(t *testing.T) {
 	const (
 		hook, report, stream = "WARN webhook refused", "WARN report refused", "WARN subscriber refused"
 		misled, browsed      = "WARN request refused", "INFO request refused"
+		reports              = "/subscribe/ci/responses"
 	)
 	token, elsewhere := []string{"X-Auth-Token", "secret"}, []string{"X-Auth-Token", "secret", "X-Forwarded-For", "198.51.100.1"}
-	many := slices.Repeat([]string{"X-Many", "canary"}, fieldLimit+1)
-	full := func(r *rig) *Budget { return r.budget }
+	many, said := slices.Repeat([]string{"X-Many", "canary"}, fieldLimit+1), reportOf(testID, Answer{Status: 200})
 	ended := func(r *rig) { r.Shutdown() }
 	wait := func(r *rig) { time.Sleep(time.Minute) }
 	kept := func(r *rig) { r.hub.Watch = func(string) {} } // nothing becomes live by itself
 	for _, tt := range []struct {
-		name              string
-		method, url, body string
-		headers           []string
-		chunked           bool // the size of the body is not announced
-		before            func(*rig)
-		full              func(*rig) *Budget
-		status            int
-		line, reason      string
-		label             string // of the metric
+		name               string
+		method, path, body string
+		headers            []string
+		before             func(*rig)
+		status             int
+		line, reason       string
+		label              string // of the metric
 	}{
-		{"address", "POST", hooksURL, "", elsewhere, false, nil, nil, 403, hook, "address not allowed", "address"},
-		{"signature", "POST", "http://relay.test/webhooks/signed", "canary", []string{"X-Gitea-Signature", "canary"}, false, nil, nil, 401, hook, "missing or wrong signature", "signature"},
-		{"size, announced", "POST", hooksURL, strings.Repeat("canary", 200), nil, false, nil, nil, 413, hook, "payload too large", "size"},
-		{"size, found", "POST", hooksURL, strings.Repeat("canary", 200), nil, true, nil, nil, 413, hook, "payload too large", "size"},
-		{"values", "POST", hooksURL, "", many, false, nil, nil, 431, hook, "too many header fields", "size"},
-		{"dots", "POST", hooksURL + "/%2e%2e", "", nil, false, nil, nil, 400, hook, "invalid path", "path"},
-		{"channel", "POST", "http://relay.test/webhooks/c%40i", "", nil, false, nil, nil, 400, hook, "invalid channel", "channel"},
-		{"budget", "POST", hooksURL, "canary", nil, false, nil, full, 503, hook, "too many requests wait", "budget"},
-		{"bus", "POST", "http://relay.test/webhooks/broken", "canary", nil, false, nil, nil, 503, hook, "bus unavailable", "bus"},
-		{"shutdown", "POST", hooksURL, "canary", nil, false, ended, nil, 503, hook, "shutting down", "shutdown"},
-		{"nobody", "POST", "http://relay.test/webhooks/waits", "canary", nil, false, nil, nil, 503, hook, "nobody connected", "nobody"},
-		{"misspelled", "POST", "http://relay.test/webhook/ci", "canary", nil, false, nil, nil, 404, misled, "not found", "path"},
-		{"misspelled, at a browser", "GET", "http://relay.test/webhook/ci", "", nil, false, nil, nil, 404, browsed, "not found", "path"},
-		{"no path", "POST", "http://relay.test/", "canary", nil, false, nil, nil, 405, misled, "method not allowed", "method"},
-		{"no channel", "PUT", "http://relay.test/webhooks", "canary", nil, false, nil, nil, 404, misled, "not found", "path"},
+		{"address", "POST", "/webhooks/ci", "", elsewhere, nil, 403, hook, "address not allowed", "address"},
+		{"signature", "POST", "/webhooks/signed", "canary", []string{"X-Gitea-Signature", "canary"}, nil, 401, hook, "missing or wrong signature", "signature"},
+		{"size, announced", "POST", "/webhooks/ci", strings.Repeat("canary", 200), nil, nil, 413, hook, "payload too large", "size"},
+		{"size, found", "POST", "/webhooks/ci", strings.Repeat("canary", 200), nil, nil, 413, hook, "payload too large", "size"},
+		{"values", "POST", "/webhooks/ci", "", many, nil, 431, hook, "too many header fields", "size"},
+		{"dots", "POST", "/webhooks/ci/%2e%2e", "", nil, nil, 400, hook, "invalid path", "path"},
+		{"channel", "POST", "/webhooks/c%40i", "", nil, nil, 400, hook, "invalid channel", "channel"},
+		{"budget", "POST", "/webhooks/ci", "canary", nil, nil, 503, hook, "too many requests wait", "budget"},
+		{"bus", "POST", "/webhooks/broken", "canary", nil, nil, 503, hook, "bus unavailable", "bus"},
+		{"shutdown", "POST", "/webhooks/ci", "canary", nil, ended, 503, hook, "shutting down", "shutdown"},
+		{"nobody", "POST", "/webhooks/waits", "canary", nil, nil, 503, hook, "nobody connected", "nobody"},
+		{"misspelled", "POST", "/webhook/ci", "canary", nil, nil, 404, misled, "not found", "path"},
+		{"misspelled, at a browser", "GET", "/webhook/ci", "", nil, nil, 404, browsed, "not found", "path"},
+		{"no path", "POST", "/", "canary", nil, nil, 405, misled, "method not allowed", "method"},
+		{"no channel", "PUT", "/webhooks", "canary", nil, nil, 404, misled, "not found", "path"},
 
-		{"token", "GET", streamURL, "", nil, false, nil, nil, 401, stream, "missing or wrong token", "token"},
-		{"wrong token", "GET", streamURL, "", []string{"Authorization", "Bearer canary"}, false, nil, nil, 401, stream, "missing or wrong token", "token"},
-		{"address of a subscriber", "GET", streamURL, "", elsewhere, false, nil, nil, 403, stream, "address not allowed", "address"},
-		{"limit", "GET", streamURL, "", token, false, nil, nil, 503, stream, "too many subscribers", "limit"},
-		{"channel of a subscriber", "GET", "http://relay.test/subscribe/c%40i", "", token, false, nil, nil, 400, stream, "invalid channel", "channel"},
-		{"method of a subscriber", "PUT", streamURL, "", token, false, nil, nil, 405, stream, "method not allowed", "method"},
-		{"body of a subscriber", "GET", streamURL, "canary", token, false, nil, nil, 400, stream, "no body expected", "body"},
-		{"shutdown of a subscriber", "GET", streamURL, "", token, false, ended, nil, 503, stream, "shutting down", "shutdown"},
-		{"never live", "GET", streamURL, "", token, false, kept, nil, 503, stream, "bus unavailable", "bus"},
-		{"token of a report", "POST", reportsURL, "canary", []string{"X-Auth-Token", "canary"}, false, nil, nil, 401, report, "missing or wrong token", "token"},
-		{"address of a report", "POST", reportsURL, "canary", elsewhere, false, nil, nil, 403, report, "address not allowed", "address"},
-		{"method of a report", "GET", reportsURL, "", token, false, nil, nil, 405, stream, "method not allowed", "method"},
-		{"malformed report", "POST", reportsURL, "canary", token, false, nil, nil, 400, report, "invalid report", "body"},
-		{"budget of reports", "POST", reportsURL, reportOf(testID, Answer{Status: 200}), token, false, nil, func(r *rig) *Budget { return r.reports }, 503, report, "too many requests wait", "budget"},
-		{"bus of a report", "POST", reportsURL, reportOf("ELSEWHEREAAAA-AAAAAAAAAAAAAAAAAAAAAAAAAA", Answer{Status: 200}), token, false, nil, nil, 503, report, "bus unavailable", "bus"},
+		{"token", "GET", "/subscribe/ci/", "", nil, nil, 401, stream, "missing or wrong token", "token"},
+		{"wrong token", "GET", "/subscribe/ci/", "", []string{"Authorization", "Bearer canary"}, nil, 401, stream, "missing or wrong token", "token"},
+		{"address of a subscriber", "GET", "/subscribe/ci/", "", elsewhere, nil, 403, stream, "address not allowed", "address"},
+		{"limit", "GET", "/subscribe/ci/", "", token, nil, 503, stream, "too many subscribers", "limit"},
+		{"channel of a subscriber", "GET", "/subscribe/c%40i", "", token, nil, 400, stream, "invalid channel", "channel"},
+		{"method of a subscriber", "PUT", "/subscribe/ci/", "", token, nil, 405, stream, "method not allowed", "method"},
+		{"body of a subscriber", "GET", "/subscribe/other/", "canary", token, nil, 400, stream, "no body expected", "body"},
+		{"shutdown of a subscriber", "GET", "/subscribe/other/", "", token, ended, 503, stream, "shutting down", "shutdown"},
+		{"never live", "GET", "/subscribe/other/", "", token, kept, 503, stream, "bus unavailable", "bus"},
+		{"token of a report", "POST", reports, "canary", []string{"X-Auth-Token", "canary"}, nil, 401, report, "missing or wrong token", "token"},
+		{"address of a report", "POST", reports, "canary", elsewhere, nil, 403, report, "address not allowed", "address"},
+		{"method of a report", "GET", reports, "", token, nil, 405, stream, "method not allowed", "method"},
+		{"malformed report", "POST", reports, "canary", token, nil, 400, report, "invalid report", "body"},
+		{"budget of reports", "POST", reports, said, token, nil, 503, report, "too many requests wait", "budget"},
+		{"bus of a report", "POST", reports, strings.Replace(said, testReplica, "ELSEWHEREAAAA", 1), token, nil, 503, report, "bus unavailable", "bus"},
 
-		{"accepted", "POST", hooksURL, "canary", nil, false, nil, nil, 200, "INFO webhook accepted", "", "accepted"},
-		{"answered", "POST", "http://relay.test/webhooks/answers", "canary", nil, false, nil, nil, 200, "INFO webhook answered", "", "answered"},
-		{"unknown", "POST", "http://relay.test/webhooks/unknown", "canary", nil, false, wait, nil, 200, "WARN webhook lost", "unknown_channel", "unknown_channel"},
-		{"report", "POST", reportsURL, reportOf(testID, Answer{Status: 200}), token, false, nil, nil, 204, "", "", ""},
-		{"probe", "GET", "http://relay.test/", "", nil, false, nil, nil, 200, "", "", ""},
+		{"accepted", "POST", "/webhooks/ci", "canary", nil, nil, 200, "INFO webhook accepted", "", "accepted"},
+		{"answered", "POST", "/webhooks/answers", "canary", nil, nil, 200, "INFO webhook answered", "", "answered"},
+		{"unknown", "POST", "/webhooks/unknown", "canary", nil, wait, 200, "WARN webhook lost", "unknown_channel", "unknown_channel"},
+		{"report", "POST", reports, said, token, nil, 204, "", "", ""},
+		{"probe", "GET", "/", "", nil, nil, 200, "", "", ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
-				if tt.name == "values" && !rt.Protocols.HTTP1() {
+			around := func(h *Hub) Bus {
+				if tt.label != "bus" {
+					return h
+				}
+				broken := errors.New("broken")
+				return stubBus{h, func(context.Context, *Event) (int, error) { return 0, broken }, broken}
+			}
+			relayOn(t, around, []string{"AUTH_TOKEN=secret", "SERVER_MAX_SUBSCRIBERS=4", "SUBSCRIBE_ALLOWED_IPS=192.0.2.0/24", "WEBHOOKS_ALLOWED_IPS=192.0.2.0/24",
+				"TRUSTED_PROXIES=192.0.2.1", "SERVER_MAX_PAYLOAD_SIZE_LIMIT=1kb", "RESPONSE_MODE=accept, waits=status, answers=status",
+				"WEBHOOK_SECRETS_FILE=" + tokensFile(t, "signed gitea hunter2\n")}, func(t *testing.T, r *relay) {
+				if tt.name == "values" && !r.rt.Protocols.HTTP1() {
 					return // HTTP/2 counts 32 bytes more for each: they are too large before they are too many
 				}
-				r := newRigOn(t, p, func(h *Hub) Bus {
-					if tt.label == "bus" && tt.before == nil {
-						return brokenBus{h}
-					}
-					return h
-				}, "AUTH_TOKEN=secret", "SERVER_MAX_SUBSCRIBERS=4", "SUBSCRIBE_ALLOWED_IPS=192.0.2.0/24", "WEBHOOKS_ALLOWED_IPS=192.0.2.0/24",
-					"TRUSTED_PROXIES=192.0.2.1", "SERVER_MAX_PAYLOAD_SIZE_LIMIT=1kb", "RESPONSE_MODE=accept, waits=status, answers=status", "WEBHOOK_SECRETS_FILE="+tokensFile(t, "signed gitea hunter2\n"))
 				for _, channel := range []string{"ci", "ci", "answers"} { // half of the subscribers are of one channel
-					listen(t, rt, "http://relay.test/subscribe/"+channel, token...)
+					r.listen(channel, token...)
 				}
 				if tt.before != nil {
-					tt.before(r)
+					tt.before(r.rig)
 				}
-				if tt.full != nil {
-					all, _ := tt.full(r).claim("other", 0)
-					all.add(tt.full(r).Limit)
-					defer all.end()
+				if tt.label == "budget" {
+					for _, b := range []*Budget{r.budget, r.reports} {
+						all, _ := b.claim("other", 0)
+						all.add(b.Limit)
+						defer all.end()
+					}
 				}
-				before := r.outcomes()
-				if len(before) != 2+len(lostReasons)+len(webhookReasons)+len(subscriberReasons) {
-					t.Fatalf("counted are %v", before)
-				}
-				want := map[string]int{}
-				switch _, what, _ := strings.Cut(tt.line, " "); what {
+				level, what, _ := strings.Cut(tt.line, " ")
+				want := r.outcomes()
+				expect(t, "labels", len(want), 2+len(lostReasons)+len(webhookReasons)+len(subscriberReasons))
+				switch what {
 				case "webhook accepted", "webhook answered":
-					want[fmt.Sprintf(`webhooks_total{outcome=%q,reason=""}`, tt.label)] = 1
+					want[fmt.Sprintf(`webhooks_total{outcome=%q,reason=""}`, tt.label)]++
 				case "webhook lost", "webhook refused", "request refused":
-					outcome := strings.Fields(what)[1]
-					want[fmt.Sprintf(`webhooks_total{outcome=%q,reason=%q}`, outcome, tt.label)] = 1
+					want[fmt.Sprintf(`webhooks_total{outcome=%q,reason=%q}`, strings.Fields(what)[1], tt.label)]++
 				case "subscriber refused", "report refused":
-					want[fmt.Sprintf(`subscribers_refused_total{reason=%q}`, tt.label)] = 1
+					want[fmt.Sprintf(`subscribers_refused_total{reason=%q}`, tt.label)]++
 				}
 				synctest.Wait()
 				begin := len(r.log.String())
 				var body io.Reader = strings.NewReader(tt.body)
-				if tt.chunked {
+				if tt.name == "size, found" {
 					body = io.MultiReader(body) // whose length nobody knows
 				}
-				req := must(requestOf(t.Context(), tt.method, tt.url+"?q=canary", body, append(tt.headers, "User-Agent", "canary")...))
-				resp, err := rt.RoundTrip(req)
-				if err != nil {
-					t.Fatal(err)
-				}
+				req := must(requestOf(t.Context(), tt.method, "http://relay.test"+tt.path+"?q=canary", body, append(tt.headers, "User-Agent", "canary")...))
+				resp := must(r.rt.RoundTrip(req))
 				resp.Body.Close()
 				synctest.Wait()
-				counted := r.outcomes()
-				maps.DeleteFunc(counted, func(name string, n int) bool {
-					counted[name] -= before[name]
-					return n == before[name]
-				})
-				if resp.StatusCode != tt.status || !maps.Equal(counted, want) {
-					t.Errorf("status %d, counted %v, want %d and %v", resp.StatusCode, counted, tt.status, want)
-				}
-				var lines []map[string]any
-				for line := range strings.Lines(r.log.String()[begin:]) {
-					var record map[string]any
-					if err := json.Unmarshal([]byte(line), &record); err != nil {
-						t.Fatal(err)
-					}
-					lines = append(lines, record)
-				}
+				expect(t, "status", resp.StatusCode, tt.status)
+				expect(t, "counted", r.outcomes(), want)
 				if strings.Contains(r.log.String(), "canary") {
 					t.Errorf("the log tells too much:\n%s", r.log)
 				}
+				said := strings.TrimSuffix(r.log.String()[begin:], "\n")
 				if tt.line == "" {
-					if len(lines) > 0 {
-						t.Errorf("logged %v, want nothing", lines)
-					}
+					expect(t, "logged", said, "")
 					return
 				}
-				if len(lines) != 1 {
-					t.Fatalf("logged %v, want one line", lines)
+				var line map[string]any
+				if err := json.Unmarshal([]byte(said), &line); err != nil {
+					t.Fatalf("logged %s, want one line", said)
 				}
-				line := lines[0]
-				if got := fmt.Sprint(line["level"], " ", line["msg"]); got != tt.line || tt.reason != "" && line["reason"] != tt.reason || line["status"] != float64(tt.status) {
-					t.Errorf("logged %v, want %s because %s, with %d", line, tt.line, tt.reason, tt.status)
-				}
-				addr := "192.0.2.1"
-				if strings.HasPrefix(tt.name, "address") {
-					addr = "198.51.100.1"
-				}
-				if strings.HasSuffix(tt.line, "refused") && line["addr"] != addr {
-					t.Errorf("logged %v, want the address %s", line, addr)
-				}
-				if path := req.URL.EscapedPath(); strings.HasPrefix(tt.line, hook[:12]) && (line["path"] != path || line["method"] != tt.method) {
-					t.Errorf("logged %v, want %s %s", line, tt.method, path)
+				addr := map[bool]string{true: "198.51.100.1", false: "192.0.2.1"}[strings.HasPrefix(tt.name, "address")]
+				if line["level"] != level || line["msg"] != what || tt.reason != "" && line["reason"] != tt.reason || line["status"] != float64(tt.status) ||
+					strings.HasSuffix(what, "refused") && line["addr"] != addr ||
+					strings.HasPrefix(what, "webhook") && (line["path"] != tt.path || line["method"] != tt.method) {
+					t.Errorf("logged %v", line)
 				}
 			})
 		})
@@ -2094,30 +1915,25 @@ func TestCountedOnce(t *testing.T) {
 		"POST /webhooks/left":          `outcome="lost",reason="no_client"`,
 		"POST /webhooks/unknown":       `outcome="lost",reason="unknown_channel"`,
 	}
-	oldRelayTest(t, answer, []string{"RESPONSE_MODE=accept, ci=response, lone=status"}, func(t *testing.T, r *oldRelay) {
-		r.client()
-		listen(t, r.rt, "http://relay.test/subscribe/read")
-		once := listen(t, r.rt, "http://relay.test/subscribe/left", features...)
+	relayTest(t, []string{"RESPONSE_MODE=accept, ci=response, lone=status"}, func(t *testing.T, r *relay) {
+		r.client(answer)
+		r.listen("read")
+		once := r.listen("left", features...)
 		time.Sleep(2 * time.Minute) // from now on it knows which channels there are
-		once.close()
-		<-once.done
-
-		want := map[string]int{}
+		once.leave()
+		want, names := r.outcomes(), slices.Sorted(maps.Keys(kinds))
 		var senders sync.WaitGroup
-		names := slices.Sorted(maps.Keys(kinds))
-		const webhooks = 500
-		for range webhooks {
+		for range 500 {
 			kind := names[mathrand.IntN(len(names))]
 			if kind == "POST /webhooks/left" && time.Since(once.ended) > time.Minute {
 				kind = "POST /webhooks/unknown"
 			}
 			want["webhooks_total{"+kinds[kind]+"}"]++
 			senders.Go(func() {
-				ctx := t.Context()
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
 				if strings.HasSuffix(kind, "?bye") {
-					var cancel context.CancelFunc
-					ctx, cancel = context.WithTimeout(ctx, time.Second)
-					defer cancel()
+					time.AfterFunc(time.Second, cancel)
 				}
 				method, path, _ := strings.Cut(kind, " ")
 				post(ctx, r.rt, method, "http://relay.test"+path, "{}")
@@ -2126,122 +1942,67 @@ func TestCountedOnce(t *testing.T) {
 		}
 		senders.Wait()
 		time.Sleep(2 * time.Minute) // what nobody comes for
-		got, sum := r.outcomes(), 0
-		for name, n := range got {
-			if sum += n; n != want[name] {
-				t.Errorf("%s is counted %d times, want %d", name, n, want[name])
-			}
-		}
-		if sum != webhooks {
-			t.Errorf("%d webhooks are counted, %d were sent", sum, webhooks)
-		}
+		expect(t, "counted", r.outcomes(), want)
 	})
 }
 
-// TestEveryGuessIsCounted: the log is bounded, what is counted is not.
-func TestEveryGuessIsCounted(t *testing.T) {
-	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
-		r := newRig(t, p, "AUTH_TOKEN=secret")
-		for range 1000 {
-			post(t.Context(), rt, "GET", streamURL, "", "X-Auth-Token", "guess")
-		}
-		if n, logged := r.Rejected["token"].Load(), len(r.log.lines("subscriber refused")); n != 1000 || total(r.Rejected) != n || logged != hushLines {
-			t.Errorf("%d of %d are counted for their token, %d logged", n, total(r.Rejected), logged)
-		}
-	})
-}
-
-// TestHeadAnswer checks that a HEAD webhook gets headers without a body, on a
-// connection that stays usable.
-func TestHeadAnswer(t *testing.T) {
-	answer := func(r recorded) string {
-		if strings.HasPrefix(r.line, "HEAD") {
-			return "HTTP/1.1 200 OK\r\nX-Of: target\r\nContent-Length: 5\r\n\r\n"
-		}
-		return says(200, "hello")
-	}
-	oldRelayTest(t, answer, nil, func(t *testing.T, r *oldRelay) {
-		r.client()
-		for range 2 {
-			if got := post(t.Context(), r.rt, "HEAD", hooksURL, ""); got.status != 200 || got.body != "" || got.header.Get("X-Of") != "target" {
-				t.Errorf("HEAD got %+v", got)
-			}
-			if got := r.post(); got.body != "hello" {
-				t.Errorf("POST got %+v", got)
-			}
-		}
-	})
-}
-
-// TestHeldForClient checks that a request which comes before any client is
-// delivered the moment one is ready, and that it ends in time when none comes.
-func TestHeldForClient(t *testing.T) {
-	oldRelayTest(t, nil, nil, func(t *testing.T, r *oldRelay) {
-		answer := r.posted()
-		if n, size := heldBy(r.Server); n != 1 || size < 100 {
-			t.Errorf("%d requests of %d bytes are held", n, size)
-		}
-		time.Sleep(3 * time.Second)
-		begin := time.Now()
-		r.client()
-		if a := <-answer; a.status != 200 || a.at.Sub(begin) > 50*time.Millisecond {
-			t.Errorf("got %+v after %s", a, a.at.Sub(begin))
-		}
-	})
-	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
-		newRig(t, p, "RESPONSE_MODE=status", "RESPONSE_TIMEOUT=2500, ci=14m") // longer than any deadline of net/http
+// TestResponseTimeout: a request that nobody comes for ends in its channel's time,
+// also when that is longer than any deadline of net/http.
+func TestResponseTimeout(t *testing.T) {
+	relayTest(t, []string{"RESPONSE_MODE=status", "RESPONSE_TIMEOUT=2500, ci=14m"}, func(t *testing.T, r *relay) {
 		for channel, timeout := range map[string]time.Duration{"ci": 14 * time.Minute, "other": 2500 * time.Millisecond} {
 			begin := time.Now()
-			a := post(t.Context(), rt, "POST", "http://relay.test/webhooks/"+channel, "{}")
-			wantUnavailable(t, a, "nobody connected")
-			if took := a.at.Sub(begin); took != timeout {
-				t.Errorf("%s took %s", channel, took)
-			}
+			a := r.post(channel, "{}")
+			a.refused(t, 503, "nobody connected")
+			expect(t, channel, a.at.Sub(begin), timeout)
 		}
 	})
+}
+
+// TestHeldForClient: a request that comes before any client is delivered the moment
+// one is ready. To be given it is all that a legacy one can tell, which is 200.
+func TestHeldForClient(t *testing.T) {
+	for _, headers := range [][]string{nil, features} {
+		relayTest(t, []string{"RESPONSE_MODE=response", "RESPONSE_TIMEOUT=1m"}, func(t *testing.T, r *relay) {
+			told := r.posted("ci", strings.Repeat("x", 2<<20))
+			time.Sleep(5 * time.Second)
+			begin, want := time.Now(), 200
+			l := r.listen("ci", headers...)
+			synctest.Wait()
+			if headers != nil {
+				want = 418
+				r.report(l, l.got("message")[0].id, Answer{Status: want})
+			}
+			a := <-told
+			a.is(t, want, "")
+			expect(t, "answered after", a.at.Sub(begin), 0)
+			if events := l.got("message"); len(events) != 1 || len(events[0].webhook(t).Body) != 2<<20 {
+				t.Errorf("%d events", len(events))
+			}
+		})
+	}
 }
 
 // TestAnswerIsNotRead: a provider that does not take its answer is cut soon
 // after its time, however much of that was left when the answer came.
 func TestAnswerIsNotRead(t *testing.T) {
 	for timeout, after := range map[time.Duration]time.Duration{20 * time.Second: time.Second, 5 * time.Minute: 280 * time.Second} {
-		t.Run(timeout.String(), func(t *testing.T) {
-			bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
-				r := newRig(t, p, "RESPONSE_MODE=response", "RESPONSE_TIMEOUT="+timeout.String())
-				rt.HTTP2 = &http.HTTP2Config{MaxReceiveBufferPerStream: 64 << 10} // less than the answer has
-				stream := listen(t, rt, streamURL, features...)
-				begin := time.Now()
-				answers := make(chan *http.Response)
-				go func() {
-					req, _ := http.NewRequest("POST", hooksURL, strings.NewReader("{}"))
-					resp, err := rt.RoundTrip(req)
-					if err != nil {
-						t.Error(err)
-					}
-					answers <- resp
-				}()
-				synctest.Wait()
-				time.Sleep(after)
-				report := Answer{Status: 200, Body: make([]byte, answerLimit)}
-				if got := stream.report(t, rt, stream.next(t, 1).id, report); got != 204 {
-					t.Fatalf("report: status %d", got)
-				}
-				resp := <-answers
-				if resp == nil || resp.StatusCode != 200 {
-					t.Fatalf("got %+v", resp)
-				}
-				defer resp.Body.Close()
-				select {
-				case <-done(&r.requests):
-				case <-time.After(time.Hour):
-				}
-				if took := time.Since(begin); took != timeout+replyTimeout {
-					t.Errorf("ended after %s, want %s", took, timeout+replyTimeout)
-				}
-				if n, err := io.Copy(io.Discard, resp.Body); err == nil {
-					t.Errorf("%d bytes of the answer were there in the end", n)
-				}
-			})
+		relayTest(t, []string{"RESPONSE_MODE=response", "RESPONSE_TIMEOUT=" + timeout.String()}, func(t *testing.T, r *relay) {
+			r.rt.HTTP2 = &http.HTTP2Config{MaxReceiveBufferPerStream: 64 << 10} // less than the answer has
+			stream, begin := r.listen("ci", features...), time.Now()
+			answers := make(chan *http.Response)
+			go func() {
+				answers <- must(r.rt.RoundTrip(must(requestOf(context.Background(), "POST", hooksURL, strings.NewReader("{}")))))
+			}()
+			time.Sleep(after)
+			r.report(stream, stream.next(t, 1).id, Answer{Status: 200, Body: make([]byte, answerLimit)})
+			resp := <-answers
+			defer resp.Body.Close()
+			<-done(&r.requests)
+			expect(t, "ended after", time.Since(begin), timeout+replyTimeout)
+			if n, err := io.Copy(io.Discard, resp.Body); err == nil {
+				t.Errorf("%d bytes of the answer were there in the end", n)
+			}
 		})
 	}
 }
@@ -2249,81 +2010,54 @@ func TestAnswerIsNotRead(t *testing.T) {
 // TestStreamEndsBeforeAnswer checks that the event goes to the next client,
 // with the same id, as it was: its time tells how old it is.
 func TestStreamEndsBeforeAnswer(t *testing.T) {
-	oldRelayTest(t, nil, nil, func(t *testing.T, r *oldRelay) {
-		first := listen(t, r.rt, streamURL, features...)
-		answer := r.posted()
+	relayTest(t, []string{"RESPONSE_MODE=response"}, func(t *testing.T, r *relay) {
+		first := r.listen("ci", features...)
+		told := r.posted("ci", "{}")
 		time.Sleep(2 * time.Second)
 		first.close()
 		time.Sleep(2 * time.Second)
-		second := listen(t, r.rt, streamURL, features...)
-		synctest.Wait()
+		second := r.listen("ci", features...)
 		one, two := first.next(t, 1), second.next(t, 1)
 		if w := two.webhook(t); one.id != two.id || one.data != two.data || w.Mode != modeResponse || w.Timeout != 9*time.Second {
 			t.Errorf("first %q, then %q", one.data, two.data)
 		}
-		if status := r.report(two.id, "b", Answer{Status: 202}); status != 204 {
-			t.Errorf("report got %d", status)
-		}
-		if a := <-answer; a.status != 202 {
-			t.Errorf("got %+v", a)
-		}
-		if n := len(second.got("message")); n != 1 {
-			t.Errorf("%d deliveries to the second", n)
-		}
+		r.report(second, two.id, Answer{Status: 202})
+		(<-told).is(t, 202, "")
+		expect(t, "deliveries to the second", len(second.got("message")), 1)
 	})
 }
 
 // TestHeldAreMoreThanTheQueue has a stream become ready that takes held webhooks
 // more slowly than they come, and more of them than its queue: it is not
-// evicted for them, and gets all. One whose client cannot answer gets each once.
+// evicted for them, and gets each once, whether its client can answer or not.
 func TestHeldAreMoreThanTheQueue(t *testing.T) {
-	t.Run("responds", func(t *testing.T) { testHeldAreMoreThanTheQueue(t, "http, respond", 204) })
-	t.Run("legacy", func(t *testing.T) { testHeldAreMoreThanTheQueue(t, "", 200) })
-}
-
-func testHeldAreMoreThanTheQueue(t *testing.T, feature string, status int) {
-	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
-		r := newRig(t, p, "RESPONSE_MODE=status", "RESPONSE_TIMEOUT=60s", "SERVER_SUBSCRIBER_BUFFER=64kb")
-		const n = 40
-		told := make(chan outcome, n)
-		for range n {
-			go func() {
-				told <- post(t.Context(), rt, "POST", "http://relay.test/webhooks/ci", strings.Repeat("x", 16<<10))
-			}()
-		}
-		synctest.Wait()
-		var headers []string
-		if feature != "" {
-			headers = []string{"X-Relay-Features", feature, "X-Relay-Client", "ours"}
-		}
-		events := newParser(slowly{unread(t, rt, headers...).Body})
-		arrived := map[string]int{}
-		for begin := time.Now(); len(arrived) < n; {
-			m, err := events.next()
-			if err != nil || time.Since(begin) > time.Minute {
-				t.Fatalf("after %d webhooks: %v", len(arrived), err)
+	for _, headers := range [][]string{nil, {"X-Relay-Features", "http, respond", "X-Relay-Client", "ours"}} {
+		relayTest(t, []string{"RESPONSE_MODE=status", "RESPONSE_TIMEOUT=60s", "SERVER_SUBSCRIBER_BUFFER=64kb"}, func(t *testing.T, r *relay) {
+			const n = 40
+			told := map[<-chan outcome]bool{}
+			for range n {
+				told[r.posted("ci", strings.Repeat("x", 16<<10))] = true
 			}
-			if m.name != "message" && m.name != "webhook" {
-				continue
-			}
-			if arrived[m.id]++; arrived[m.id] > 1 {
-				t.Errorf("%s arrived again", m.id)
-			}
-			if feature != "" {
-				if r := post(t.Context(), rt, "POST", reportsURL, reportOf(m.id, Answer{Status: 204}), "X-Relay-Client", "ours"); r.status != 204 {
-					t.Errorf("report: %+v", r)
+			events, arrived := newParser(slowly{unread(t, r.rt, headers...).Body}), map[string]bool{}
+			for begin := time.Now(); len(arrived) < n; {
+				m, err := events.next()
+				again := arrived[m.id] && m.name != "heartbeat"
+				if err != nil || time.Since(begin) > time.Minute || again {
+					t.Fatalf("after %d webhooks: %q, %v", len(arrived), m.id, err)
+				}
+				if m.name == "message" || m.name == "webhook" {
+					arrived[m.id] = true
+				}
+				if m.name == "webhook" {
+					r.ask("POST", "/subscribe/ci/responses", reportOf(m.id, Answer{Status: 204}), "X-Relay-Client", "ours").is(t, 204, "")
 				}
 			}
-		}
-		for range n {
-			if r := <-told; r.status != status {
-				t.Errorf("sender got %+v", r)
+			for c := range told {
+				(<-c).is(t, map[bool]int{true: 200, false: 204}[headers == nil], "")
 			}
-		}
-		if n := r.hub.Evicted.Load(); n != 0 {
-			t.Errorf("%d evicted", n)
-		}
-	})
+			expect(t, "evicted", r.hub.Evicted.Load(), 0)
+		})
+	}
 }
 
 // slowly is a reader that takes a while for little.
@@ -2334,105 +2068,71 @@ func (s slowly) Read(p []byte) (int, error) {
 	return s.Reader.Read(p[:min(len(p), 4<<10)])
 }
 
-// busyBus is a hub that may take nothing.
-type busyBus struct {
-	*Hub
-	busy atomic.Bool
-}
-
-func (b *busyBus) Publish(ctx context.Context, e *Event) (int, error) {
-	if b.busy.Load() {
-		return 0, errors.New("busy")
-	}
-	return b.Hub.Publish(ctx, e)
-}
-
 // TestHeldWhileBusIsBusy: a bus that did not take a held event, and says nothing
 // when it would, is asked again.
 func TestHeldWhileBusIsBusy(t *testing.T) {
-	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
-		var bus *busyBus
-		newRigOn(t, p, func(h *Hub) Bus {
-			bus = &busyBus{Hub: h}
-			return bus
-		}, "RESPONSE_MODE=status")
-		told := make(chan outcome, 1)
-		go func() { told <- post(t.Context(), rt, "POST", hooksURL, "x") }()
-		synctest.Wait()
-		bus.busy.Store(true)
-		l := listen(t, rt, streamURL, features...)
+	var busy atomic.Bool
+	around := func(h *Hub) Bus {
+		return stubBus{h, func(ctx context.Context, e *Event) (int, error) {
+			if busy.Load() {
+				return 0, errors.New("busy")
+			}
+			return h.Publish(ctx, e)
+		}, nil}
+	}
+	relayOn(t, around, []string{"RESPONSE_MODE=status"}, func(t *testing.T, r *relay) {
+		told := r.posted("ci", "x")
+		busy.Store(true)
+		l := r.listen("ci", features...)
 		time.Sleep(3 * time.Second)
-		if n := len(l.got("message")); n != 0 {
-			t.Fatalf("%d events while the bus is busy", n)
-		}
-		bus.busy.Store(false)
+		expect(t, "events while the bus is busy", len(l.got("message")), 0)
+		busy.Store(false)
 		freed := time.Now()
 		e := l.next(t, 1)
 		if d := e.at.Sub(freed); d > retryInterval+lookInterval {
 			t.Errorf("delivered after %s", d)
 		}
-		l.report(t, rt, e.id, Answer{Status: 204})
-		if a := <-told; a.status != 204 {
-			t.Errorf("sender got %+v", a)
-		}
+		r.report(l, e.id, Answer{Status: 204})
+		(<-told).is(t, 204, "")
 	})
-}
-
-// breakingBus hands on what it is given, and breaks before it can say so.
-type breakingBus struct {
-	*Hub
-	breaks chan struct{}
-}
-
-func (b *breakingBus) Publish(ctx context.Context, e *Event) (int, error) {
-	b.Hub.Publish(ctx, e)
-	<-b.breaks
-	return 0, errors.New("broken")
 }
 
 // TestReportedWhileBusBreaks: a webhook that a client has reported on has arrived,
 // whatever the bus says of it later; to send it again would be to deliver it twice.
 func TestReportedWhileBusBreaks(t *testing.T) {
 	for _, tt := range []struct {
-		mode            string
-		report, told    int // 0: none
-		outcome, reason string
+		mode         string
+		report, told int // 0: none
+		outcome      string
 	}{
-		{"accept", 202, 200, "accepted", ""},
-		{"status", 201, 201, "answered", ""},
-		{"status", 500, 500, "answered", ""},
-		{"accept", 0, 200, "accepted", ""}, // a client has it, and says so later
+		{"accept", 202, 200, "accepted"},
+		{"status", 201, 201, "answered"},
+		{"status", 500, 500, "answered"},
+		{"accept", 0, 200, "accepted"}, // a client has it, and says so later
 	} {
-		t.Run(fmt.Sprint(tt.mode, " ", tt.report), func(t *testing.T) {
-			bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
-				bus := &breakingBus{breaks: make(chan struct{})}
-				r := newRigOn(t, p, func(h *Hub) Bus {
-					bus.Hub = h
-					return bus
-				}, "RESPONSE_MODE="+tt.mode)
-				client := listen(t, rt, streamURL, features...)
-				told := make(chan outcome, 1)
-				go func() { told <- post(t.Context(), rt, "POST", hooksURL, "{}") }()
-				synctest.Wait()
-				id := client.next(t, 1).id
-				if tt.report != 0 {
-					client.report(t, rt, id, Answer{Status: tt.report})
-				}
-				synctest.Wait()
-				close(bus.breaks)
-				if got := <-told; got.status != tt.told {
-					t.Errorf("the sender is told %d, want %d", got.status, tt.told)
-				}
-				client.report(t, rt, id, Answer{Status: 202})
-				synctest.Wait()
-				counts := r.outcomes()
-				if n := counts[fmt.Sprintf("webhooks_total{outcome=%q,reason=%q}", tt.outcome, tt.reason)]; n != 1 || total(r.Refused)+total(r.Lost) != 0 {
-					t.Errorf("counted %v, want one %s", counts, tt.outcome)
-				}
-				if n, size := heldBy(r.Server); n != 0 || size != 0 || r.strange != 0 {
-					t.Errorf("%d webhooks, %d bytes, %d of strangers are held at the end", n, size, r.strange)
-				}
-			})
+		var breaks chan struct{}
+		around := func(h *Hub) Bus {
+			breaks = make(chan struct{})
+			return stubBus{h, func(ctx context.Context, e *Event) (int, error) {
+				h.Publish(ctx, e)
+				<-breaks
+				return 0, errors.New("broken")
+			}, nil}
+		}
+		relayOn(t, around, []string{"RESPONSE_MODE=" + tt.mode}, func(t *testing.T, r *relay) {
+			client := r.listen("ci", features...)
+			told := r.posted("ci", "{}")
+			id := client.next(t, 1).id
+			if tt.report != 0 {
+				r.report(client, id, Answer{Status: tt.report})
+			}
+			close(breaks)
+			(<-told).is(t, tt.told, "")
+			r.report(client, id, Answer{Status: 202})
+			synctest.Wait()
+			expect(t, "counted", r.outcomes()[fmt.Sprintf("webhooks_total{outcome=%q,reason=\"\"}", tt.outcome)], 1)
+			expect(t, "refused and lost", total(r.Refused)+total(r.Lost), 0)
+			expect(t, "held", r.Held().Webhooks, 0)
 		})
 	}
 }
@@ -2440,26 +2140,17 @@ func TestReportedWhileBusBreaks(t *testing.T) {
 // TestClientDuplicate checks that a client which has forwarded an event, and
 // whose report was lost with its stream, answers from memory.
 func TestClientDuplicate(t *testing.T) {
-	oldRelayTest(t, nil, nil, func(t *testing.T, r *oldRelay) {
+	relayTest(t, []string{"RESPONSE_MODE=response"}, func(t *testing.T, r *relay) {
 		work := make(chan string)
-		r.target.answer = func(recorded) string { return <-work }
-		c := r.client()
-		answer := r.posted()
+		r.client(func(recorded) string { return <-work })
+		told := r.posted("ci", "{}")
 		<-r.target.got
-		c.source.cut(false) // the stream; the target's connection lives
+		r.stream.cut(false) // the target's connection lives
 		time.Sleep(5 * time.Second)
-		if n, _ := r.hub.Count(); n != 1 {
-			t.Fatalf("%d subscribers", n)
-		}
+		expect(t, "streams", r.streamCount(), 1)
 		work <- says(200, "once")
-		if a := <-answer; a.status != 200 || a.body != "once" {
-			t.Errorf("got %+v", a)
-		}
-		select {
-		case again := <-r.target.got:
-			t.Errorf("the target got %q again", again.line)
-		default:
-		}
+		(<-told).is(t, 200, "once")
+		expect(t, "more requests at the target", len(r.target.got), 0)
 	})
 }
 
@@ -2467,7 +2158,7 @@ func TestClientDuplicate(t *testing.T) {
 // the first success at once, otherwise the best failure after the last answer.
 func TestSeveralSubscribers(t *testing.T) {
 	gone := Answer{} // instead of a report
-	tests := []struct {
+	for _, tt := range []struct {
 		name    string
 		reports []Answer // by client, one a second
 		status  int
@@ -2482,29 +2173,21 @@ func TestSeveralSubscribers(t *testing.T) {
 		{"one goes, and may come back", []Answer{{Status: 500}, {Status: 404}, gone}, 404, 9 * time.Second},
 		{"success after one goes", []Answer{gone, {Status: 404}, {Status: 200}}, 200, 3 * time.Second},
 		{"all go", []Answer{gone, gone, gone}, 504, 9 * time.Second},
-	}
-	for _, tt := range tests {
+	} {
 		t.Run(tt.name, func(t *testing.T) {
-			oldRelayTest(t, nil, []string{"RESPONSE_MODE=status"}, func(t *testing.T, r *oldRelay) {
-				begin := time.Now()
-				var clients []*listener
-				names := []string{"a", "b", "c"}
-				for _, name := range names {
-					clients = append(clients, listen(t, r.rt, streamURL, append([]string{"X-Relay-Client", name}, features...)...))
-				}
-				answer := r.posted()
+			relayTest(t, []string{"RESPONSE_MODE=status"}, func(t *testing.T, r *relay) {
+				begin, clients := time.Now(), []*listener{r.listen("ci", features...), r.listen("ci", features...), r.listen("ci", features...)}
+				told := r.posted("ci", "{}")
 				for i, report := range tt.reports {
 					time.Sleep(time.Second)
 					if report.rank() == 0 {
 						clients[i].close()
-					} else if status := r.report(clients[i].next(t, 1).id, names[i], report); status != 204 {
-						t.Errorf("report %+v got %d", report, status)
+					} else {
+						r.report(clients[i], clients[i].next(t, 1).id, report)
 					}
 				}
-				a := <-answer
-				if a.status != tt.status {
-					t.Errorf("got %d, want %d", a.status, tt.status)
-				}
+				a := <-told
+				expect(t, "status", a.status, tt.status)
 				at(t, "answer", a.at.Sub(begin), tt.after)
 				if a.header.Get("X-Of") != "" || a.status < 300 && a.body != "" {
 					t.Errorf("got %+v, want the status alone", a)
@@ -2514,296 +2197,139 @@ func TestSeveralSubscribers(t *testing.T) {
 	}
 }
 
-// TestLegacySubscribers checks that for a client which cannot answer written
-// counts, and that one which can is waited for.
-func TestLegacySubscribers(t *testing.T) {
-	for _, mode := range []string{"status", "response"} {
-		oldRelayTest(t, nil, []string{"RESPONSE_MODE=" + mode}, func(t *testing.T, r *oldRelay) {
-			legacy := listen(t, r.rt, streamURL)
-			begin := time.Now()
-			if a := r.post(); a.status != 200 || a.body != "" || a.at != begin {
-				t.Errorf("%s with a legacy client alone: %+v", mode, a)
-			}
-			synctest.Wait()
-			if n := len(legacy.got("message")); n != 1 {
-				t.Errorf("%d events", n)
-			}
-			ours := listen(t, r.rt, streamURL, append([]string{"X-Relay-Client", "ours"}, features...)...)
-			answer := r.posted()
-			time.Sleep(time.Second)
-			select {
-			case a := <-answer:
-				t.Errorf("%s was answered by a legacy client where ours is to answer: %+v", mode, a)
-			default:
-				r.report(ours.next(t, 1).id, "ours", Answer{Status: 418})
-				if a := <-answer; a.status != 418 {
-					t.Errorf("%s with both: %+v", mode, a)
-				}
-			}
-		})
-	}
-}
-
-// TestHeldForLegacyClient: a sender that waits for any client is told 200 when
-// a legacy one is given its webhook, which is all that such a client can tell.
-func TestHeldForLegacyClient(t *testing.T) {
-	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
-		newRig(t, p, "RESPONSE_MODE=status", "RESPONSE_TIMEOUT=1m")
-		answer := make(chan outcome, 1)
-		go func() {
-			answer <- post(t.Context(), rt, "POST", hooksURL, strings.Repeat("x", 2<<20))
-		}()
-		time.Sleep(5 * time.Second)
-		begin := time.Now()
-		l := listen(t, rt, streamURL)
-		if a := <-answer; a.status != 200 || a.body != "" || a.at != begin {
-			t.Errorf("got %+v after %s", a, a.at.Sub(begin))
-		}
-		synctest.Wait()
-		if events := l.got("message"); len(events) != 1 || len(events[0].webhook(t).Body) != 2<<20 {
-			t.Errorf("%d events", len(events))
-		}
-	})
-}
-
 // TestSenderHangsUp checks that a hold ends with its sender and leaves nothing,
 // not even its body.
 func TestSenderHangsUp(t *testing.T) {
-	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
-		r := newRig(t, p, "RESPONSE_MODE=response", "RESPONSE_TIMEOUT=10m")
-		stream := listen(t, rt, streamURL, features...)
-		synctest.Wait()
-		idle, _ := goroutines()
+	relayTest(t, []string{"RESPONSE_MODE=response", "RESPONSE_TIMEOUT=10m"}, func(t *testing.T, r *relay) {
+		stream := r.listen("ci", features...)
 		ctx, hangUp := context.WithCancel(t.Context())
-		gone := make(chan outcome)
 		for range 20 {
-			go func() { gone <- post(ctx, rt, "POST", hooksURL, strings.Repeat("x", 100<<10)) }()
+			go post(ctx, r.rt, "POST", hooksURL, strings.Repeat("x", 100<<10))
 		}
 		synctest.Wait()
 		if n, size := heldBy(r.Server); n != 20 || size < 20*100<<10 {
 			t.Errorf("%d requests of %d bytes are held", n, size)
 		}
-		var frames []weak.Pointer[byte]
+		var bodies []weak.Pointer[byte]
 		r.mu.Lock()
 		for _, h := range r.holds {
-			frames = append(frames, weak.Make(&h.event.wire[0]))
+			bodies = append(bodies, weak.Make(&h.event.wire[0]))
 		}
 		r.mu.Unlock()
 		hangUp()
-		for range 20 {
-			<-gone
-		}
 		synctest.Wait()
 		if n, size := heldBy(r.Server); n != 0 || size != 0 {
 			t.Errorf("%d requests of %d bytes stay held", n, size)
 		}
-		if got := stream.report(t, rt, stream.got("message")[0].id, Answer{Status: 200}); got != 204 {
-			t.Errorf("a report to nobody got %d", got)
-		}
+		r.report(stream, stream.got("message")[0].id, Answer{Status: 200}) // to nobody
 		runtime.GC()
 		runtime.GC() // net/http pools what it wrote last, and a pool outlives one
-		stay := 0
-		for _, frame := range frames {
-			if frame.Value() != nil {
-				stay++
-			}
-		}
-		if stay > 2 { // which net/http may have in its hands once more
-			t.Errorf("%d events of %d stay in memory", stay, len(frames))
-		}
-		rt.CloseIdleConnections()
-		time.Sleep(time.Second)
-		if n, stacks := goroutines(); n > idle {
-			t.Errorf("%d goroutines, %d before:\n%s", n, idle, stacks)
+		bodies = slices.DeleteFunc(bodies, func(body weak.Pointer[byte]) bool { return body.Value() == nil })
+		if len(bodies) > 2 { // which net/http may have in its hands once more
+			t.Errorf("%d events stay in memory", len(bodies))
 		}
 	})
 }
 
-// goroutines counts those of this bubble.
-func goroutines() (n int, stacks []byte) {
-	stacks = make([]byte, 1<<20)
-	stacks = stacks[:runtime.Stack(stacks, true)]
-	_, rest, _ := bytes.Cut(stacks, []byte("synctest")) // the caller's comes first
-	bubble, _, _ := bytes.Cut(rest, []byte("]"))
-	return bytes.Count(stacks, append(bubble, ']')), stacks
-}
-
-// TestReports is what a report may be and what not. Nothing of a refused one
-// reaches the sender.
+// TestReports: what is refused of a report, and what is not for this sender, does
+// not reach him. TestReportsOfOthers has the forms.
 func TestReports(t *testing.T) {
-	oldRelayTest(t, nil, []string{"AUTH_TOKENS_FILE=" + tokensFile(t, "ci secret\nother else\n")}, func(t *testing.T, r *oldRelay) {
-		stream := listen(t, r.rt, streamURL, append([]string{"X-Auth-Token", "secret", "X-Relay-Client", "ours"}, features...)...)
-		answer := r.posted()
+	relayTest(t, []string{"RESPONSE_MODE=response", "AUTH_TOKENS_FILE=" + tokensFile(t, "ci secret\nother else\n")}, func(t *testing.T, r *relay) {
+		stream := r.listen("ci", append([]string{"X-Auth-Token", "secret"}, features...)...)
+		told := r.posted("ci", "{}")
 		id := stream.next(t, 1).id
 		ok := reportOf(id, Answer{Status: 200, Headers: []Header{{"X-A", []string{"1"}}}, Body: []byte("answered")})
-		of := func(id string) string { return strings.Replace(ok, stream.next(t, 1).id, id, 1) }
-		other := id[:len(id)-1] + string("AB"[strings.Count(id[len(id)-1:], "A")])
-		tests := []struct {
+		of := func(other string) string { return strings.Replace(ok, id, other, 1) }
+		other, elsewhere := of(testID), of("ELSEWHEREAAAA"+id[13:])
+		const malformed, denied = "invalid report", "missing or wrong token"
+		for _, tt := range []struct {
 			name, channel, token, body string
 			status                     int
 			message                    string
 		}{
-			{"another id", "ci", "secret", of(other), 204, ""},
-			{"id of another replica", "ci", "secret", of("ELSEWHEREAAAA" + id[13:]), 204, ""},
-			{"id of nobody", "ci", "secret", of("elsewhere-" + id), 400, "invalid report"},
-			{"id that is none", "ci", "secret", of("a b"), 400, "invalid report"},
-			{"no id", "ci", "secret", of(""), 400, "invalid report"},
+			{"another id", "ci", "secret", other, 204, ""},
+			{"id of another replica", "ci", "secret", elsewhere, 204, ""},
+			{"id of nobody", "ci", "secret", of("elsewhere-" + id), 400, malformed},
 			{"wrong channel", "other", "else", ok, 204, ""},
-			{"wrong token", "ci", "else", ok, 401, "missing or wrong token"},
-			{"no token", "ci", "", ok, 401, "missing or wrong token"},
-			{"no HTTP", "ci", "secret", "status=200", 400, "invalid report"},
-			{"empty", "ci", "secret", "", 400, "invalid report"},
-			{"a request", "ci", "secret", strings.Replace(ok, "HTTP/1.1 200 OK", "POST / HTTP/1.1", 1), 400, "invalid report"},
-			{"status below", "ci", "secret", strings.Replace(ok, "200", "199", 1), 400, "invalid report"},
-			{"status 101", "ci", "secret", strings.Replace(ok, "200", "101", 1), 400, "invalid report"},
-			{"status above", "ci", "secret", strings.Replace(ok, "200", "600", 1), 400, "invalid report"},
-			{"unknown error", "ci", "secret", strings.Replace(ok, "X-A: 1", "X-Relay-Error: canary", 1), 400, "invalid report"},
-			{"header with a control character", "ci", "secret", strings.Replace(ok, "X-A: 1", "X-A: 1\x00", 1), 400, "invalid report"},
-			{"header name that is none", "ci", "secret", strings.Replace(ok, "X-A", "X A", 1), 400, "invalid report"},
-			{"too many fields", "ci", "secret", strings.Replace(ok, "X-A: 1\r\n", strings.Repeat("X-A: 1\r\n", fieldLimit+ownFields+1), 1), 400, "invalid report"},
-			{"a head of 65 KiB", "ci", "secret", strings.Replace(ok, "X-A: 1", "X-A: "+strings.Repeat("v", 65<<10), 1), 400, "invalid report"},
-			{"a body of 1 MiB and a byte", "ci", "secret", reportOf(id, Answer{Status: 200, Body: make([]byte, answerLimit+1)}), 400, "invalid report"},
-			{"cut", "ci", "secret", ok[:len(ok)-1], 400, "invalid report"},
-			{"too large together", "ci", "secret", strings.Repeat(reportOf(other, Answer{Status: 200, Body: make([]byte, answerLimit)}), 4) + ok, 400, "invalid report"},
-			{"right, behind others", "ci", "secret", of(other) + of("ELSEWHEREAAAA"+id[13:]) + ok + of(other), 204, ""},
+			{"wrong token", "ci", "else", ok, 401, denied},
+			{"no token", "ci", "", ok, 401, denied},
+			{"no HTTP", "ci", "secret", "status=200", 400, malformed},
+			{"empty", "ci", "secret", "", 400, malformed},
+			{"a body of 1 MiB and a byte", "ci", "secret", reportOf(id, Answer{Status: 200, Body: make([]byte, answerLimit+1)}), 400, malformed},
+			{"cut", "ci", "secret", ok[:len(ok)-1], 400, malformed},
+			{"too large together", "ci", "secret", strings.Repeat(reportOf(testID, Answer{Status: 200, Body: make([]byte, answerLimit)}), 4) + ok, 400, malformed},
+			{"right, behind others", "ci", "secret", other + elsewhere + ok + other, 204, ""},
 			{"right, but late", "ci", "secret", ok, 204, ""},
-		}
-		for _, tt := range tests {
-			got := post(t.Context(), r.rt, "POST", "http://relay.test/subscribe/"+tt.channel+"/responses", tt.body, "Authorization", "Bearer "+tt.token, "X-Relay-Client", "ours")
-			want := ""
+		} {
+			got := r.ask("POST", "/subscribe/"+tt.channel+"/responses", tt.body, "Authorization", "Bearer "+tt.token, "X-Relay-Client", stream.client)
 			if tt.message != "" {
-				want = relayError(tt.status, tt.message)
-			}
-			if got.status != tt.status || got.body != want {
-				t.Errorf("%s: got %d %s %v", tt.name, got.status, got.body, got.err)
+				got.refused(t, tt.status, tt.message)
+			} else {
+				got.is(t, tt.status, "")
 			}
 			synctest.Wait()
-			if n := r.Held().Webhooks; n != 1 && !strings.HasPrefix(tt.name, "right") {
-				t.Fatalf("%s: the sender is answered", tt.name)
-			}
+			expect(t, tt.name+": held", r.Held().Webhooks, map[bool]int{false: 1}[strings.HasPrefix(tt.name, "right")])
 		}
-		if a := <-answer; a.status != 200 || a.body != "answered" || a.header.Get("X-A") != "1" {
-			t.Errorf("the sender got %+v", a)
-		}
+		a := <-told
+		a.is(t, 200, "answered")
+		expect(t, "X-A", a.header.Get("X-A"), "1")
 	})
-}
-
-// TestHeldBudget checks that what is held is bounded over all senders, and that
-// one that ends makes space for the next.
-func TestHeldBudget(t *testing.T) {
-	oldRelayTest(t, nil, []string{"SERVER_HELD_BUFFER=72kb"}, func(t *testing.T, r *oldRelay) {
-		body := strings.Repeat("x", 3000)
-		first := make(chan outcome, 1)
-		go func() { first <- post(t.Context(), r.rt, "POST", hooksURL, body) }()
-		synctest.Wait()
-		begin := time.Now()
-		a := post(t.Context(), r.rt, "POST", hooksURL, body)
-		wantUnavailable(t, a, "too many requests wait")
-		if a.at != begin {
-			t.Errorf("took %s", a.at.Sub(begin))
-		}
-		<-first
-		r.client()
-		if a := post(t.Context(), r.rt, "POST", hooksURL, body); a.status != 200 {
-			t.Errorf("got %+v after the first had ended", a)
-		}
-	})
-}
-
-// conversation is one webhook, what its target says, and what the sender is to
-// hear.
-type conversation struct {
-	name, method, query, kind, body string
-	headers                         []string
-	target                          func(recorded) string
-	status                          int
-	wantKind, want                  string
 }
 
 // query is that of the request target.
 func (r recorded) query() url.Values {
-	u, _ := url.ParseRequestURI(strings.Fields(r.line)[1])
-	return u.Query()
-}
-
-// handshakes need the target's answer, and nothing that changes from test to test.
-var handshakes = []conversation{
-	{ // https://api.slack.com/events/url_verification
-		"slack", "POST", "", "application/json", `{"token":"t","challenge":"3eZbrw1aBm2rZgRNFdxV2595E9CY3gmdALWMmHkvFXO7tYXAYM8P","type":"url_verification"}`, nil,
-		func(r recorded) string {
-			var m struct{ Challenge, Type string }
-			if json.Unmarshal(r.body, &m) != nil || m.Type != "url_verification" {
-				return says(400, "")
-			}
-			return says(200, m.Challenge, "Content-Type: text/plain")
-		}, 200, "text/plain", "3eZbrw1aBm2rZgRNFdxV2595E9CY3gmdALWMmHkvFXO7tYXAYM8P",
-	},
-	{ // https://developers.facebook.com/docs/graph-api/webhooks/getting-started
-		"meta", "GET", "?hub.mode=subscribe&hub.challenge=1158201444&hub.verify_token=meatyhamhock", "", "", nil,
-		func(r recorded) string {
-			if q := r.query(); q.Get("hub.mode") == "subscribe" && q.Get("hub.verify_token") == "meatyhamhock" {
-				return says(200, q.Get("hub.challenge"))
-			}
-			return says(403, "")
-		}, 200, "", "1158201444",
-	},
-	{ // https://learn.microsoft.com/graph/change-notifications-delivery-webhooks
-		"graph", "POST", "?validationToken=Validation%3a+Testing+client+application+reachability+for+subscription+Request-Id%3a+fb8a", "text/plain; charset=utf-8", "", nil,
-		func(r recorded) string {
-			return says(200, r.query().Get("validationToken"), "Content-Type: text/plain")
-		}, 200, "text/plain", "Validation: Testing client application reachability for subscription Request-Id: fb8a",
-	},
+	return must(url.ParseRequestURI(strings.Fields(r.line)[1])).Query()
 }
 
 // TestHandshakes passes through response mode what providers do before they
 // send the first webhook, as their documentation has it.
 func TestHandshakes(t *testing.T) {
-	public, private, err := ed25519.GenerateKey(nil)
-	if err != nil {
-		t.Fatal(err)
+	public, private, _ := ed25519.GenerateKey(nil)
+	const ping, stamp = `{"type":1,"id":"1","token":"t"}`, "1700000000"
+	discord := func(r recorded) string {
+		signature, _ := hex.DecodeString(r.get("X-Signature-Ed25519"))
+		if !ed25519.Verify(public, append([]byte(r.get("X-Signature-Timestamp")), r.body...), signature) {
+			return says(401, "invalid request signature")
+		}
+		return says(200, `{"type":1}`, "Content-Type: application/json")
 	}
-	const ping = `{"type":1,"id":"1","token":"t"}`
-	const stamp = "1700000000"
-	tests := append(slices.Clone(handshakes), []conversation{
-		{ // https://discord.com/developers/docs/interactions/overview
-			"Discord PING", "POST", "", "application/json", ping,
-			[]string{"X-Signature-Timestamp", stamp, "X-Signature-Ed25519", hex.EncodeToString(ed25519.Sign(private, []byte(stamp+ping)))},
-			nil, 200, "application/json", `{"type":1}`,
-		},
-		{
-			"Discord's deliberate bad signature", "POST", "", "application/json", ping,
-			[]string{"X-Signature-Timestamp", stamp, "X-Signature-Ed25519", strings.Repeat("00", ed25519.SignatureSize)},
-			nil, 401, "", "invalid request signature",
-		},
-		{ // https://www.twilio.com/docs/messaging/twiml
-			"Twilio TwiML", "POST", "", "application/x-www-form-urlencoded", "From=%2B15017122661&Body=hi%20there", nil,
+	signed := func(signature []byte) []string {
+		return []string{"Content-Type", "application/json", "X-Signature-Timestamp", stamp, "X-Signature-Ed25519", hex.EncodeToString(signature)}
+	}
+	for name, tt := range map[string]struct {
+		method, query, body string
+		headers             []string
+		target              func(recorded) string
+		status              int
+		kind, want          string
+	}{
+		"Slack: https://api.slack.com/events/url_verification": {"POST", "", `{"token":"t","challenge":"3eZbrw1aBm2rZgRNFdxV2595E9CY3gmdALWMmHkvFXO7tYXAYM8P","type":"url_verification"}`,
+			[]string{"Content-Type", "application/json"}, func(r recorded) string {
+				var m struct{ Challenge, Type string }
+				json.Unmarshal(r.body, &m)
+				return says(200, m.Challenge, "Content-Type: text/plain")
+			}, 200, "text/plain", "3eZbrw1aBm2rZgRNFdxV2595E9CY3gmdALWMmHkvFXO7tYXAYM8P"},
+		"Meta: https://developers.facebook.com/docs/graph-api/webhooks/getting-started": {"GET", "?hub.mode=subscribe&hub.challenge=1158201444&hub.verify_token=meatyhamhock", "",
+			nil, func(r recorded) string { return says(200, r.query().Get("hub.challenge")) }, 200, "", "1158201444"},
+		"Graph: https://learn.microsoft.com/graph/change-notifications-delivery-webhooks": {"POST", "?validationToken=Validation%3a+Testing+client", "",
+			[]string{"Content-Type", "text/plain; charset=utf-8"}, func(r recorded) string {
+				return says(200, r.query().Get("validationToken"), "Content-Type: text/plain")
+			},
+			200, "text/plain", "Validation: Testing client"},
+		"Discord PING: https://discord.com/developers/docs/interactions/overview": {"POST", "", ping, signed(ed25519.Sign(private, []byte(stamp+ping))), discord, 200, "application/json", `{"type":1}`},
+		"Discord's deliberate bad signature":                                      {"POST", "", ping, signed(make([]byte, ed25519.SignatureSize)), discord, 401, "", "invalid request signature"},
+		"Twilio TwiML: https://www.twilio.com/docs/messaging/twiml": {"POST", "", "From=%2B15017122661&Body=hi%20there", []string{"Content-Type", "application/x-www-form-urlencoded"},
 			func(r recorded) string {
 				form, _ := url.ParseQuery(string(r.body))
 				return says(200, "<Response><Message>"+form.Get("Body")+"</Message></Response>", "Content-Type: text/xml")
-			}, 200, "text/xml", "<Response><Message>hi there</Message></Response>",
-		},
-	}...)
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			if tt.target == nil {
-				tt.target = func(r recorded) string {
-					signature, _ := hex.DecodeString(r.get("X-Signature-Ed25519"))
-					if !ed25519.Verify(public, append([]byte(r.get("X-Signature-Timestamp")), r.body...), signature) {
-						return says(401, "invalid request signature")
-					}
-					return says(200, `{"type":1}`, "Content-Type: application/json")
-				}
-			}
-			oldRelayTest(t, tt.target, nil, func(t *testing.T, r *oldRelay) {
-				r.client()
-				headers := tt.headers
-				if tt.kind != "" {
-					headers = append(slices.Clone(headers), "Content-Type", tt.kind)
-				}
-				got := post(t.Context(), r.rt, tt.method, hooksURL+tt.query, tt.body, headers...)
-				if got.status != tt.status || got.body != tt.want || got.header.Get("Content-Type") != tt.wantKind {
-					t.Errorf("got %+v", got)
-				}
+			}, 200, "text/xml", "<Response><Message>hi there</Message></Response>"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			relayTest(t, []string{"RESPONSE_MODE=response"}, func(t *testing.T, r *relay) {
+				r.client(tt.target)
+				got := r.ask(tt.method, "/webhooks/ci"+tt.query, tt.body, tt.headers...)
+				got.is(t, tt.status, tt.want)
+				expect(t, "Content-Type", got.header.Get("Content-Type"), tt.kind)
 			})
 		})
 	}
@@ -2819,25 +2345,17 @@ func tokensFile(t testing.TB, text string) string {
 	return name
 }
 
-// silentBus is a bus on which nothing happens by itself.
-type silentBus struct{ *Hub }
-
-func (silentBus) Publish(context.Context, *Event) (int, error) { return 0, nil }
-
 // TestHoldVerdict plays what replicas say about a held request in every order
 // in which it may come: they are not synchronised with each other.
 func TestHoldVerdict(t *testing.T) {
 	type step func(*Server, *hold)
-	receipt := func(list ...Given) step {
+	given := func(round int, list []Given) step {
 		return func(s *Server, h *hold) {
-			s.signal(Signal{Kind: signalReceipt, From: "other", Event: testID, Round: h.round, Given: list})
+			s.signal(Signal{Kind: signalReceipt, From: "other", Event: testID, Round: round, Given: list})
 		}
 	}
-	earlier := func(list ...Given) step {
-		return func(s *Server, h *hold) {
-			s.signal(Signal{Kind: signalReceipt, From: "other", Event: testID, Round: h.round - 1, Given: list})
-		}
-	}
+	receipt := func(list ...Given) step { return given(1, list) }
+	earlier := func(list ...Given) step { return given(0, list) }
 	report := func(client string, status int) step {
 		return func(s *Server, _ *hold) { s.reported(testID, "ci", client, &Answer{Status: status}) }
 	}
@@ -2857,14 +2375,13 @@ func TestHoldVerdict(t *testing.T) {
 	over := func(after time.Duration) step {
 		return func(s *Server, _ *hold) { s.look(time.Now().Add(after)) }
 	}
-	do := func(kind string) step {
-		return func(s *Server, _ *hold) { s.signal(Signal{Kind: kind, From: "other"}) }
+	do := func(kind, replica string) step {
+		return func(s *Server, _ *hold) { s.signal(Signal{Kind: kind, From: replica}) }
 	}
-	own := func(s *Server, _ *hold) { s.signal(Signal{Kind: signalAgain, From: testReplica}) }
 	a1, a2 := Given{"1", "a"}, Given{"2", "a"}
 	b, c, reader := Given{"3", "b"}, Given{"4", "c"}, Given{"7", ""}
 	const open, waits = "open", "waits"
-	tests := []struct {
+	for _, tt := range []struct {
 		name   string
 		steps  []step
 		accept string // what becomes of it in accept: open, waits, or done
@@ -2900,25 +2417,24 @@ func TestHoldVerdict(t *testing.T) {
 		{"left, and will still report", []step{sent(1), receipt(b), busy("b"), left("3")}, open, open},
 		{"left, would still report, and did not", []step{sent(1), receipt(b), busy("b"), left("3"), over(returnTime)}, waits, waits},
 		{"another one leaves", []step{sent(1), receipt(b), left("9")}, open, open},
-		{"its replica is gone", []step{sent(1), receipt(b), do(signalGone)}, waits, waits},
-		{"the bus was away for its replica", []step{sent(1), receipt(b), do(signalAgain)}, waits, waits},
-		{"the bus was away", []step{sent(1), own}, waits, waits},
+		{"its replica is gone", []step{sent(1), receipt(b), do(signalGone, "other")}, waits, waits},
+		{"the bus was away for its replica", []step{sent(1), receipt(b), do(signalAgain, "other")}, waits, waits},
+		{"the bus was away", []step{sent(1), do(signalAgain, testReplica)}, waits, waits},
 		{"a reader", []step{sent(1), receipt(reader)}, "done", "200"},
 		{"a reader, of one replica of two", []step{sent(2), receipt(reader)}, open, open},
 		{"a reader, and another can report", []step{sent(1), receipt(reader, b)}, open, open},
 		{"a reader, and another has reported", []step{sent(1), receipt(reader, b), report("b", 500)}, "done", "500"},
 		{"a reader does not stand in for who left", []step{sent(1), receipt(reader, b), left("3")}, waits, waits},
 		{"a reader does not stand in for who died", []step{sent(1), receipt(reader, b), left("3"), over(returnTime)}, waits, waits},
-	}
-	for _, tt := range tests {
+	} {
 		for mode, want := range map[string]string{modeAccept: tt.accept, modeStatus: tt.status} {
 			t.Run(tt.name+", "+mode, func(t *testing.T) {
 				hub := &Hub{Budget: &Budget{Limit: 1 << 20}}
-				s := must(NewServer(ServerOptions{Replica: testReplica, HoldTime: time.Minute}, hub, silentBus{hub}, slog.New(slog.DiscardHandler)))
+				silent := stubBus{hub, func(context.Context, *Event) (int, error) { return 0, nil }, nil}
+				s := must(NewServer(ServerOptions{Replica: testReplica, HoldTime: time.Minute}, hub, silent, slog.New(slog.DiscardHandler)))
 				hub.OnSignal = s.signal
 				s.over = true // nothing is published again
-				w := &Webhook{ID: testID, Method: "POST", Path: "/webhooks/ci", Mode: mode, Timeout: time.Minute}
-				h := &hold{event: eventOf("ci", w)}
+				h := &hold{event: eventOf("ci", &Webhook{ID: testID, Method: "POST", Path: "/webhooks/ci", Mode: mode, Timeout: time.Minute})}
 				if mode == modeStatus {
 					h.done = make(chan struct{})
 					h.claim, _ = s.budget.claim("ci", requestCost)
@@ -2945,8 +2461,8 @@ func TestHoldVerdict(t *testing.T) {
 				if got != want {
 					t.Errorf("it is %s, want %s: %d receipts to come, %d open of %d", got, want, h.receipts, h.open, len(h.parties))
 				}
-				if !s.waits(testID) && (len(s.having) > 0 || len(h.line.missed) > 0 || h.line.holds != 0) {
-					t.Errorf("%d subscribers, %d clients, %d holds are remembered", len(s.having), len(h.line.missed), h.line.holds)
+				if !s.waits(testID) {
+					expect(t, "subscribers, clients and holds that are remembered", []int{len(s.having), len(h.line.missed), h.line.holds}, []int{0, 0, 0})
 				}
 			})
 		}
@@ -2956,25 +2472,22 @@ func TestHoldVerdict(t *testing.T) {
 // TestNeverLive checks that a stream which was given a held event and never
 // began counts as one that ended: its client may come back for a while.
 func TestNeverLive(t *testing.T) {
-	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
-		r := newRig(t, p, "RESPONSE_MODE=status", "RESPONSE_TIMEOUT=1m")
+	relayTest(t, []string{"RESPONSE_MODE=status", "RESPONSE_TIMEOUT=1m"}, func(t *testing.T, r *relay) {
 		r.hub.Watch = func(string) {} // nothing becomes live by itself
 		never := make(chan outcome, 1)
 		go func() {
-			never <- post(t.Context(), rt, "GET", streamURL, "", append([]string{"X-Relay-Client", "never"}, features...)...)
+			never <- r.ask("GET", "/subscribe/ci", "", append([]string{"X-Relay-Client", "never"}, features...)...)
 		}()
 		synctest.Wait()
-		begin := time.Now()
-		answer := make(chan outcome, 1)
-		go func() { answer <- post(t.Context(), rt, "POST", hooksURL, "{}") }()
-		wantUnavailable(t, <-never, "bus unavailable")
+		begin, told := time.Now(), r.posted("ci", "{}")
+		(<-never).refused(t, 503, "bus unavailable")
 		r.hub.Watch = nil
-		second := listen(t, rt, streamURL, features...)
-		synctest.Wait()
-		second.report(t, rt, second.next(t, 1).id, Answer{Status: 500})
-		a := <-answer
-		if took := a.at.Sub(begin); a.status != 500 || took < liveTimeout+returnTime || took > liveTimeout+returnTime+lookInterval {
-			t.Errorf("got %d after %s, want 500 after %s", a.status, took, liveTimeout+returnTime)
+		second := r.listen("ci", features...)
+		r.report(second, second.next(t, 1).id, Answer{Status: 500})
+		a := <-told
+		a.is(t, 500, "")
+		if took := a.at.Sub(begin); took < liveTimeout+returnTime || took > liveTimeout+returnTime+lookInterval {
+			t.Errorf("told after %s, want %s", took, liveTimeout+returnTime)
 		}
 	})
 }
