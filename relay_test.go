@@ -1458,7 +1458,7 @@ func (r *reading) http2(t testing.TB, method, target string) int {
 	}
 	conn := connect(t, r.addr)
 	defer conn.Close()
-	status, _ := askHTTP2(conn, true, fields...)
+	status, _ := askHTTP2(conn, fields...)
 	return status
 }
 
