@@ -562,8 +562,6 @@ type relay struct {
 	p    *pipes
 	rt   *http.Transport // of providers and subscribers
 	base string          // of their URLs
-
-	inner *pipes // to client's target
 }
 
 // relayTest runs f in one bubble where HTTP/1.1 is spoken, and in one with HTTP/2.
@@ -616,34 +614,6 @@ func (r *relay) listen(channel string, headers ...string) *listener {
 func (r *relay) report(l *listener, id string, a Answer) {
 	r.t.Helper()
 	expect(r.t, "report", l.report(r.t, r.rt, id, a), 204)
-}
-
-// client starts a client of channel ci, for a target with such an answer. It ends with
-// the test.
-func (r *relay) client(answer func(recorded) string) {
-	r.t.Helper()
-	to := &target{got: make(chan recorded, 1000), answer: answer}
-	r.inner = newPipes()
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		for conn, err := r.inner.Accept(); err == nil; conn, err = r.inner.Accept() {
-			wg.Go(func() {
-				defer conn.Close()
-				to.serve(conn)
-			})
-		}
-	})
-	c := newClientOf(r.t, streamURL, "http://target.test")
-	c.source.Proxy, c.target.Proxy = nil, nil
-	c.source.DialContext, c.target.DialContext = r.p.dial, r.inner.dial
-	r.t.Cleanup(func() { // once it has ended
-		r.p.cut(true)
-		r.inner.cut(true)
-		r.inner.Close()
-		wg.Wait()
-	})
-	running(r.t, c.Run)
-	eventually(r.t, "ready", func() bool { return c.Check(r.t.Context()) == nil })
 }
 
 const (
@@ -1077,9 +1047,9 @@ func TestEventMemoryIsNotShared(t *testing.T) {
 			arrived := map[string]bool{}
 			for _, e := range l.got("message") {
 				w := e.webhook(t)
-				name := strings.TrimPrefix(w.Path, "/webhooks/ci/")
-				if arrived[name] = true; e.id != w.ID || string(w.Body) != strings.Repeat(name, 1000) {
-					t.Fatalf("event %q of %s has another one's bytes", w.ID, name)
+				arrived[w.Path] = true
+				if e.id != w.ID || string(w.Body) != strings.Repeat(strings.TrimPrefix(w.Path, "/webhooks/ci/"), 1000) {
+					t.Fatalf("event %q of %s has another one's bytes", w.ID, w.Path)
 				}
 			}
 			expect(t, "webhooks that arrived", len(arrived), senders*webhooks)
@@ -1389,19 +1359,12 @@ func TestNginx(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { cmd.Wait() })
-	eventually(t, "nginx listens", func() bool {
-		conn, err := net.Dial("tcp", front)
-		if err == nil {
-			conn.Close()
-		}
-		return err == nil
-	})
-	transport := &http.Transport{DisableCompression: true}
-	t.Cleanup(transport.CloseIdleConnections)
-	stream := listen(t, transport, "http://"+front+"/subscribe/ci/")
+	front = "http://" + front
+	eventually(t, "nginx listens", func() bool { return post(t.Context(), afresh, "GET", front, "").status == 200 })
+	stream := listen(t, afresh, front+"/subscribe/ci/")
 	eventually(t, "ready", func() bool { return len(stream.got("ready")) == 1 })
 	body := strings.Repeat("0123456789abcdef", 4096) // more than nginx keeps in memory
-	post(t.Context(), transport, "POST", "http://"+front+"/webhooks/ci/a%2Fb?x=%zz", body, "X-Custom", "1").is(t, 200, "")
+	post(t.Context(), afresh, "POST", front+"/webhooks/ci/a%2Fb?x=%zz", body).is(t, 200, "")
 	w := stream.next(t, 1).webhook(t)
 	expect(t, "target and size", fmt.Sprint(w.Path, w.Query, len(w.Body)), fmt.Sprint("/webhooks/ci/a%2Fb", "?x=%zz", len(body)))
 	expect(t, "heartbeats, which may have pushed the event", len(stream.got("heartbeat")), 0)
@@ -1457,15 +1420,32 @@ func TestModes(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			others := map[bool]string{true: "response", false: "accept"}[tt.mode == "accept"] // the mode is the channel's own
 			relayTest(t, []string{"RESPONSE_MODE=" + others + ", ci=" + tt.mode}, func(t *testing.T, r *relay) {
-				r.client(func(recorded) string {
+				inner, to := newPipes(), &target{got: make(chan recorded, 100), answer: func(recorded) string {
 					if tt.answer == "silent" {
 						time.Sleep(time.Minute)
 					}
 					return tt.answer
+				}}
+				to.wg.Go(func() {
+					for conn, err := inner.Accept(); err == nil; conn, err = inner.Accept() {
+						to.wg.Go(func() {
+							defer conn.Close()
+							to.serve(conn)
+						})
+					}
 				})
-				if tt.answer == "" {
-					r.inner.cut(true)
-				}
+				c := newClientOf(t, streamURL, "http://target.test")
+				c.source.Proxy, c.target.Proxy = nil, nil
+				c.source.DialContext, c.target.DialContext = r.p.dial, inner.dial
+				t.Cleanup(func() { // once it has ended
+					r.p.cut(true)
+					inner.cut(true)
+					inner.Close()
+					to.wg.Wait()
+				})
+				running(t, c.Run)
+				eventually(t, "ready", func() bool { return c.Check(t.Context()) == nil })
+				inner.cut(tt.answer == "")
 				begin, method := time.Now(), "POST"
 				if tt.name == "HEAD" {
 					method = tt.name
@@ -1611,8 +1591,8 @@ func TestRefusalsAreTold(t *testing.T) {
 		{"budget of reports", "POST", reports, said, token, nil, 503, report, "too many requests wait", "budget"},
 		{"bus of a report", "POST", reports, strings.Replace(said, testReplica, "ELSEWHEREAAAA", 1), token, nil, 503, report, "bus unavailable", "bus"},
 
-		{"accepted", "POST", "/webhooks/ci", "canary", nil, nil, 200, "INFO webhook accepted", "", "accepted"},
-		{"answered", "POST", "/webhooks/answers", "canary", nil, nil, 200, "INFO webhook answered", "", "answered"},
+		{"accepted", "POST", "/webhooks/ci", "canary", nil, nil, 200, "INFO webhook accepted", "", ""},
+		{"answered", "POST", "/webhooks/answers", "canary", nil, nil, 200, "INFO webhook answered", "", ""},
 		{"unknown", "POST", "/webhooks/unknown", "canary", nil, wait, 200, "WARN webhook lost", "unknown_channel", "unknown_channel"},
 		{"report", "POST", reports, said, token, nil, 204, "", "", ""},
 		{"probe", "GET", "/", "", nil, nil, 200, "", "", ""},
@@ -1647,12 +1627,10 @@ func TestRefusalsAreTold(t *testing.T) {
 				level, what, _ := strings.Cut(tt.line, " ")
 				want := r.outcomes()
 				expect(t, "labels", len(want), 2+len(lostReasons)+len(webhookReasons)+len(subscriberReasons))
-				switch what {
-				case "webhook accepted", "webhook answered":
-					want[fmt.Sprintf(`webhooks_total{outcome=%q,reason=""}`, tt.label)]++
-				case "webhook lost", "webhook refused", "request refused":
-					want[fmt.Sprintf(`webhooks_total{outcome=%q,reason=%q}`, strings.Fields(what)[1], tt.label)]++
-				case "subscriber refused", "report refused":
+				switch kind, outcome, _ := strings.Cut(what, " "); kind {
+				case "webhook", "request":
+					want[fmt.Sprintf(`webhooks_total{outcome=%q,reason=%q}`, outcome, tt.label)]++
+				case "subscriber", "report":
 					want[fmt.Sprintf(`subscribers_refused_total{reason=%q}`, tt.label)]++
 				}
 				synctest.Wait()
@@ -1949,11 +1927,8 @@ func TestReports(t *testing.T) {
 
 // tokensFile is a file with such lines, which lives as long as the test.
 func tokensFile(t testing.TB, text string) string {
-	t.Helper()
 	name := filepath.Join(t.TempDir(), "tokens")
-	if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	replace(t, name, []byte(text))
 	return name
 }
 
@@ -3339,15 +3314,15 @@ func BenchmarkIngest(b *testing.B) {
 func BenchmarkTold(b *testing.B) {
 	request := webhookRequest(githubBody(10 << 10))
 	lines := linesOf(block(eventOfRequest(request).chunk))
-	load := func(env ...string) (*rig, func()) {
+	load := func(level string) (*rig, func()) {
 		l := loopback(b)
-		r := newRig(b, l, append(env, quiet)...)
+		r := newRig(b, l, quiet, "LOG_LEVEL="+level)
 		loaded := newLoad(b, l.Addr().String(), request, subscribeRequest, 8, 1)
 		return r, func() { loaded.run(2000, lines) }
 	}
-	r, told := load()
+	r, told := load("info")
 	r.Note = noteIn(&Journal[Passage]{})
-	_, silent := load("LOG_LEVEL=error")
+	_, silent := load("error")
 	duel(b, "request", 2000, told, silent)
 }
 
