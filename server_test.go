@@ -714,9 +714,8 @@ func TestPayloadLimit(t *testing.T) {
 	expect(t, "refused for size, body, and all", []int64{r.Refused["size"].Load(), r.Refused["body"].Load(), total(r.Refused)}, []int64{3, 3, 6})
 }
 
-// TestFrameLimit: a body within the limit, whose event would be larger than
-// clients take, is refused before any stream gets it. Base64 has four bytes for
-// three.
+// TestFrameLimit: a body within the limit, whose event would be larger than clients
+// take, is refused before any stream gets it. Base64 has four bytes for three.
 func TestFrameLimit(t *testing.T) {
 	rigTest(t, []string{"SERVER_MAX_PAYLOAD_SIZE_LIMIT=64mb"}, func(t *testing.T, p *pipes, r *rig) {
 		rt := p.transport(t, false)
@@ -751,9 +750,8 @@ func TestBodyOfSlowSender(t *testing.T) {
 	}
 }
 
-// TestRequestsCost: what a request takes besides its bytes counts, and what has
-// come of these, whether it has come to its end or is held; above the channel's
-// share of the budget there is 503 at once, and all is given back.
+// TestRequestsCost: a request counts besides its bytes, before its end and held; above
+// its channel's share of the budget there is 503 at once, and all is given back.
 func TestRequestsCost(t *testing.T) {
 	const fit = 10
 	for name, tt := range map[string]struct {
@@ -821,10 +819,9 @@ func TestAnswersCount(t *testing.T) {
 
 // Streams.
 
-// TestStreamBytes holds a stream to the letter, for each kind of reader: legacy
-// clients end for good at anything else. What waits together is one write, and
-// over HTTP/1.1 one chunk: those who ask for whole chunks, as Python's requests,
-// see every event the moment it comes.
+// TestStreamBytes holds a stream to the letter: legacy clients end for good at
+// anything else. What waits together is one write, and over HTTP/1.1 one chunk: who
+// asks for whole chunks, as Python's requests, sees every event the moment it comes.
 func TestStreamBytes(t *testing.T) {
 	const legacy = "data: {\"headers\":{\"content-length\":\"3\"},\"originalUrl\":\"/webhooks/ci\",\"path\":\"/webhooks/ci\",\"query\":{},\"body\":\"a\\nb\",\"timestamp\":1700000000000}\n\n"
 	const message = "event: webhook\ndata: POST /webhooks/ci HTTP/1.1\ndata: Content-Length: 3\ndata: X-Relay-Time: 1700000000000\ndata: X-Relay-Respond: accept\ndata:\ndata: a\ndata: b\n\n"
@@ -974,10 +971,8 @@ func TestChattySubscriber(t *testing.T) {
 	})
 }
 
-// TestEviction ends streams whose peer has stopped reading in the midst of an
-// event, be it the stream's first bytes or later ones: by a revoked token at
-// once, by the write's own deadline, at shutdown. The write that hangs then
-// must not outlive its subscriber.
+// TestEviction ends streams whose peer has stopped reading in the midst of an event:
+// the write that hangs then must not outlive its subscriber.
 func TestEviction(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
@@ -1024,9 +1019,8 @@ func TestEviction(t *testing.T) {
 	}
 }
 
-// TestEventMemoryIsNotShared sends many webhooks at once to streams that read
-// at their own pace: the memory of an event goes to the next one only after
-// every stream has written it.
+// TestEventMemoryIsNotShared: the memory of an event goes to the next one only after
+// every stream has written it, at its own pace.
 func TestEventMemoryIsNotShared(t *testing.T) {
 	relayTest(t, nil, func(t *testing.T, r *relay) {
 		streams := []*listener{r.listen("ci"), r.listen("ci", features...), r.listen("ci"), r.listen("ci", features...)}
@@ -1218,10 +1212,9 @@ func TestSubscriberLimits(t *testing.T) {
 	}
 }
 
-// TestShutdown ends a server that has everything at once: streams of both
-// kinds with events queued, a held request that is answered while it ends, one
-// that nobody answers, senders and subscribers that come too late. It goes on
-// taking webhooks until the last stream has ended.
+// TestShutdown ends a server that has everything at once: streams of both kinds, a
+// held request that is answered while it ends, one that nobody answers, who comes
+// too late. It goes on taking webhooks until the last stream has ended.
 func TestShutdown(t *testing.T) {
 	relayTest(t, []string{"RESPONSE_MODE=accept, held=status", "RESPONSE_TIMEOUT=1m"}, func(t *testing.T, r *relay) {
 		ours, legacy, held := r.listen("ci", features...), r.listen("ci"), r.listen("held", features...)
@@ -1250,13 +1243,11 @@ func TestShutdown(t *testing.T) {
 		first := <-answered
 		first.is(t, 201, "")
 		expect(t, "answered after", first.at.Sub(begin), 2*time.Second)
-		for name, l := range map[string]*listener{"ours": ours, "legacy": legacy, "held": held} {
+		for l, want := range map[*listener]string{ours: "last late", legacy: "last late", held: " "} {
 			if took := l.endedAt(t).Sub(begin); took > moveJitter+moveTime {
-				t.Errorf("%s ended after %s", name, took)
+				t.Errorf("a stream ended after %s", took)
 			}
-			if events := l.got("message"); name != "held" && (len(events) != 2 || string(events[0].webhook(t).Body) != "last" || string(events[1].webhook(t).Body) != "late") {
-				t.Errorf("%s got %v", name, events)
-			}
+			expect(t, "webhooks of a stream", string(l.next(t, 1).webhook(t).Body)+" "+string(l.next(t, 2).webhook(t).Body), want)
 		}
 		time.Sleep(100 * time.Millisecond)
 		r.post("ci", "too late").refused(t, 503, "shutting down")
@@ -1303,9 +1294,8 @@ func TestShutdownMoves(t *testing.T) {
 	})
 }
 
-// TestDrainIsSpread: not all clients of a replica that ends come to the others
-// at once, and none is asked to move later than the jitter, which leaves most
-// of the handler timeout to follow.
+// TestDrainIsSpread: not all clients of a replica that ends come to the others at once,
+// and the jitter leaves most of the handler timeout to follow.
 func TestDrainIsSpread(t *testing.T) {
 	for timeout, jitter := range map[string]time.Duration{"10s": moveJitter, "1s": 125 * time.Millisecond} {
 		relayTest(t, []string{"HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=" + timeout}, func(t *testing.T, r *relay) {
@@ -1470,9 +1460,8 @@ func TestModes(t *testing.T) {
 	}
 }
 
-// TestPrivateHeaders: in response mode nothing of an answer speaks to the
-// relay's proxy or changes a browser's mind about the relay's host, whoever
-// reports it and however it is spelt; what it says to the provider is kept.
+// TestPrivateHeaders: nothing of an answer, whoever reports it and however it is spelt,
+// speaks to the relay's proxy or changes a browser's mind about the relay's host.
 func TestPrivateHeaders(t *testing.T) {
 	const dropped = "X-Accel-Redirect x-ACCEL-anything X-Sendfile x-sendfile-type Strict-Transport-Security Clear-Site-Data Alt-Svc Service-Worker-Allowed refresh "
 	const browsers = "Access-Control-Allow-Origin ACCESS-control-max-age Access-Control-Expose-Headers "
@@ -1743,9 +1732,8 @@ func TestStreamEndsBeforeAnswer(t *testing.T) {
 	})
 }
 
-// TestHeldAreMoreThanTheQueue has a stream become ready that takes held webhooks
-// more slowly than they come, and more of them than its queue: it is not
-// evicted for them, and gets each once, whether its client can answer or not.
+// TestHeldAreMoreThanTheQueue: a stream that becomes ready, and is slow, gets held
+// webhooks beyond its queue once each, whether its client can answer or not.
 func TestHeldAreMoreThanTheQueue(t *testing.T) {
 	for _, headers := range [][]string{nil, {"X-Relay-Features", "http, respond", "X-Relay-Client", "ours"}} {
 		relayTest(t, []string{"RESPONSE_MODE=status", "RESPONSE_TIMEOUT=60s", "SERVER_SUBSCRIBER_BUFFER=64kb"}, func(t *testing.T, r *relay) {
@@ -2001,6 +1989,9 @@ func TestHoldVerdict(t *testing.T) {
 				h.round, h.publish = 1, true
 				for step := range strings.SplitSeq(tt.steps, ", ") {
 					switch of := strings.Fields(step); of[0] {
+					default:
+						t.Fatalf("there is no step %q", step)
+					case "nothing":
 					case "sent":
 						s.mu.Lock()
 						s.published(h, must(strconv.Atoi(of[1])))
@@ -2150,9 +2141,8 @@ func FuzzParseTokens(f *testing.F) {
 	})
 }
 
-// TestTokensReload renews a file under open streams: rotation disturbs nobody, a
-// revoked token's streams end within ten seconds, and a file that cannot be right
-// changes nothing. Its name is a symbolic link, as in Kubernetes.
+// TestTokensReload renews a file behind a symbolic link, as Kubernetes does: rotation
+// disturbs nobody, and a revoked token's streams end within ten seconds.
 func TestTokensReload(t *testing.T) {
 	tokens, secrets := tokensFile(t, "ci old\nother else\n"), tokensFile(t, "signed gitea hunter2\n")
 	link := tokens + "-link"
@@ -2686,9 +2676,8 @@ func TestParseSecrets(t *testing.T) {
 	}
 }
 
-// TestOnlyTheProviderGetsIn: what is not signed costs nothing downstream, and what is
-// wrong with it is told to nobody. unsigned-get lets through what has no body to
-// sign, and nothing that has one. The bytes that came are what is signed.
+// TestOnlyTheProviderGetsIn: what is not signed gets no further, and no secret is told.
+// unsigned-get lets through what has no body. The bytes that came are what is signed.
 func TestOnlyTheProviderGetsIn(t *testing.T) {
 	zipped := gzipped(t, "{}")
 	file := tokensFile(t, "ci gitea hunter2\nci gitea hunter3 unsigned-get\nstrict gitea hunter2\n* gitea for-all-others\n")
@@ -2850,9 +2839,8 @@ func securely(t *testing.T, env []string, f func(t *testing.T, r *relay, root *a
 	}
 }
 
-// TestClientCertificates: streams and reports are for those whom the authority
-// knows, and a token does not replace a certificate. Webhooks are for everybody,
-// whatever certificate they bring.
+// TestClientCertificates: streams and reports are for those whom the authority knows,
+// and a token does not replace a certificate. Webhooks are for everybody.
 func TestClientCertificates(t *testing.T) {
 	securely(t, []string{"AUTH_TOKEN=secret"}, func(t *testing.T, r *relay, root *authority, _ string, as func(*tls.Certificate) *relay) {
 		between, stranger := newAuthority(t, root), newAuthority(t, nil)
@@ -2887,9 +2875,8 @@ func TestClientCertificates(t *testing.T) {
 	})
 }
 
-// TestClientCertificateRenewed: a certificate is good as long as it says, on every
-// connection, and when it is not any more the connection ends, so that the client
-// comes with its new one.
+// TestClientCertificateRenewed: when a certificate is not good any more its connection
+// ends, so that the client comes with its new one.
 func TestClientCertificateRenewed(t *testing.T) {
 	securely(t, nil, func(t *testing.T, r *relay, root *authority, _ string, as func(*tls.Certificate) *relay) {
 		pair := root.pair(t, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(time.Minute) })
@@ -3470,16 +3457,15 @@ func benchmarkRoundTrip(b *testing.B, mode string) {
 			ours, oursCPU, runOurs := side(l)
 			bare, bareCPU, runBare := side(bl)
 			duel(b, "request", n, runOurs, runBare)
-			for prefix, side := range map[string]struct {
-				took []time.Duration
-				cpu  *time.Duration
-			}{"": {ours.took, oursCPU}, "bare-": {bare.took, bareCPU}} {
-				b.ReportMetric(float64(side.cpu.Microseconds())/float64(len(side.took)), prefix+"cpu-µs/request")
-				slices.Sort(side.took)
+			report := func(prefix string, took []time.Duration, cpu time.Duration) {
+				b.ReportMetric(float64(cpu.Microseconds())/float64(len(took)), prefix+"cpu-µs/request")
+				slices.Sort(took)
 				for _, p := range []int{50, 99} {
-					b.ReportMetric(float64(side.took[len(side.took)*p/100].Nanoseconds())/1e3, fmt.Sprintf("%sp%d-µs", prefix, p))
+					b.ReportMetric(float64(took[len(took)*p/100].Nanoseconds())/1e3, fmt.Sprintf("%sp%d-µs", prefix, p))
 				}
 			}
+			report("", ours.took, *oursCPU)
+			report("bare-", bare.took, *bareCPU)
 		})
 	}
 }
