@@ -491,10 +491,7 @@ func (l *listener) await() (w *Webhook, err error) {
 }
 
 // webhook is await for the test's goroutine.
-func (l *listener) webhook(t testing.TB) *Webhook {
-	t.Helper()
-	return must(l.await())
-}
+func (l *listener) webhook(testing.TB) *Webhook { return must(l.await()) }
 
 // only checks that the stream brings the webhook with this tail, and once.
 func (l *listener) only(t testing.TB, tail string) {
@@ -519,10 +516,7 @@ func (l *listener) endedAt(t testing.TB) time.Time {
 }
 
 // webhook is what the stream says of a webhook, read as our client does.
-func (e seen) webhook(t testing.TB) *Webhook {
-	t.Helper()
-	return must(decodeOwn(e.name, e.id, []byte(e.data)))
-}
+func (e seen) webhook(testing.TB) *Webhook { return must(decodeOwn(e.name, e.id, []byte(e.data))) }
 
 // inBubble is synctest.Test with a second at the end, in which net/http closes
 // what it leaves open for half of one.
@@ -627,7 +621,7 @@ const (
 // TestFlood: whoever sends webhooks or guesses tokens cannot fill the log; what is
 // counted has no bound.
 func TestFlood(t *testing.T) {
-	for message, request := range map[string]string{"webhook lost": "POST /webhooks/ci", "webhook refused": "POST /webhooks/status", "subscriber refused": "GET /subscribe/ci"} {
+	for said, request := range map[string]string{"webhook lost": "POST /webhooks/ci", "webhook refused": "POST /webhooks/status", "subscriber refused": "GET /subscribe/ci"} {
 		rigTest(t, []string{"AUTH_TOKEN=secret", "RESPONSE_MODE=status=status", "RESPONSE_TIMEOUT=1s"}, func(t *testing.T, p *pipes, r *rig) {
 			time.Sleep(2 * time.Minute) // a fresh server waits for subscribers
 			rt := p.transport(t, false) // HTTP/2 would refuse some, which are sent again later
@@ -637,8 +631,8 @@ func TestFlood(t *testing.T) {
 				senders.Go(func() { post(t.Context(), rt, method, "http://relay.test"+path, "{}") })
 			}
 			senders.Wait()
-			expect(t, message+": lines", len(r.log.lines(message)), hushLines)
-			expect(t, message+": counted", total(r.Lost)+total(r.Refused)+total(r.Rejected), 200)
+			expect(t, said+": lines", len(r.log.lines(said)), hushLines)
+			expect(t, said+": counted", total(r.Lost)+total(r.Refused)+total(r.Rejected), 200)
 		})
 	}
 }
@@ -656,19 +650,19 @@ func TestRoutes(t *testing.T) {
 		allow    string
 		requests []string // methods and targets
 	}{
-		{200, "", "", []string{"POST /webhooks/ci", "POST /webhooks/ci/", "GET /webhooks/ci", "HEAD /webhooks/ci", "PUT /webhooks/ci", "OPTIONS /webhooks/ci", "PROPFIND /webhooks/ci"}},
+		{200, "", "", []string{"POST /webhooks/ci", "POST /webhooks/ci/", "GET /webhooks/ci", "HEAD /webhooks/ci", "OPTIONS /webhooks/ci", "PROPFIND /webhooks/ci"}},
 		{200, "", "", []string{"POST /webhooks/ci/push/canary?x=1;y=%zz&&?", "POST /webhooks/ci/a%2Fb//c;d=e/.f/...", "POST http://elsewhere.example/webhooks/ci?x"}},
 		{200, "", "", []string{"POST /webhooks/" + long, "POST /webhooks/A.z_0~-", "POST /webhooks/notReady/x"}}, // the last one stopped the legacy server
 		{200, "", "", []string{"GET /", "HEAD /?x"}},
 		{405, "method not allowed", "GET, HEAD", []string{"POST /"}},
 		{405, "method not allowed", "GET", []string{"POST /subscribe/ci", "HEAD /subscribe/ci/", "OPTIONS /subscribe/ci/"}},
 		{405, "method not allowed", "POST", []string{"GET /subscribe/ci/responses"}},
-		{404, "not found", "", []string{"GET /canary", "GET /live", "POST /webhooks", "POST //webhooks/ci", "POST /Webhooks/ci", "POST /%77ebhooks/ci", "GET /subscribe", "GET /subscribe/"}},
-		{404, "not found", "", []string{"GET /subscribe/ci//", "GET /subscribe/ci/canary", "POST /subscribe/ci/responses/", "POST /subscribe/ci/responses/a"}},
+		{404, "not found", "", []string{"GET /canary", "GET /live", "POST /webhooks", "POST //webhooks/ci", "POST /Webhooks/ci", "POST /%77ebhooks/ci", "GET /subscribe"}},
+		{404, "not found", "", []string{"GET /subscribe/", "GET /subscribe/ci//", "GET /subscribe/ci/canary", "POST /subscribe/ci/responses/", "POST /subscribe/ci/responses/a"}},
 		{404, "not found", "", []string{"OPTIONS *"}}, // which net/http would answer with 200
 		{400, "invalid report", "", []string{"POST /subscribe/ci/responses"}},
-		{400, "invalid channel", "", []string{"POST /webhooks/", "POST /webhooks//ci", "POST /webhooks/..", "POST /webhooks/" + long + "a", "POST /webhooks/c%69", "POST /webhooks/canary@"}},
-		{400, "invalid channel", "", []string{"POST /webhooks/\xc3\xbc", "GET /subscribe/canary*", "GET /subscribe/../", "POST /subscribe/canary*/responses"}},
+		{400, "invalid channel", "", []string{"POST /webhooks/", "POST /webhooks//ci", "POST /webhooks/..", "POST /webhooks/" + long + "a", "POST /webhooks/c%69"}},
+		{400, "invalid channel", "", []string{"POST /webhooks/canary@", "POST /webhooks/\xc3\xbc", "GET /subscribe/canary*", "GET /subscribe/../", "POST /subscribe/canary*/responses"}},
 		{400, "invalid path", "", []string{"POST /webhooks/ci/../x", "POST /webhooks/ci/%2e%2E/canary", "POST http://x/webhooks/ci/../y"}}, // pathCases has more
 	} {
 		for _, request := range tt.requests {
@@ -1057,9 +1051,6 @@ func frameHTTP2(kind, flags, stream byte, payload string) string {
 	return string([]byte{byte(n >> 16), byte(n >> 8), byte(n), kind, flags, 0, 0, 0, stream}) + payload
 }
 
-// errorStatus is the status that an error repeats in its body.
-var errorStatus = regexp.MustCompile(`(?:"statusCode":|HTTP Error )(\d+)`)
-
 // askHTTP2 speaks HTTP/2 by hand, for what http.Transport would not send: one
 // request of names and values by turns. It reads until the answer ends, or has the
 // first event of a stream. Status 0: there is none.
@@ -1099,7 +1090,7 @@ func askHTTP2(conn net.Conn, pairs ...string) (status int, body string) {
 			break
 		}
 	}
-	if m := errorStatus.FindStringSubmatch(body); m != nil {
+	if m := regexp.MustCompile(`(?:"statusCode":|HTTP Error )(\d+)`).FindStringSubmatch(body); m != nil { // an error repeats it
 		status, _ = strconv.Atoi(m[1])
 	}
 	return status, body
@@ -2108,7 +2099,8 @@ func TestParseTokens(t *testing.T) {
 		}
 	}
 	none := sha256.Sum256(nil)
-	expect(t, "opens: a server without any token, one whose file has none", []bool{new(Server).opens("ci", none), serverWith(byChannel[[][32]byte]{}).opens("ci", none)}, []bool{true, false})
+	expect(t, "a server without any token is open", new(Server).opens("ci", none), true)
+	expect(t, "one whose file has none is open", serverWith(byChannel[[][32]byte]{}).opens("ci", none), false)
 }
 
 // FuzzParseTokens checks that a file which is taken opens exactly what its lines
@@ -2387,18 +2379,17 @@ func FuzzParsePrefix(f *testing.F) {
 func TestAddressLists(t *testing.T) {
 	const proxied, others = "TRUSTED_PROXIES=192.0.2.0/24", "WEBHOOKS_ALLOWED_IPS=198.51.100.0/24"
 	for _, tt := range []struct {
-		env             []string
-		forwarded       string // X-Forwarded-For
-		webhook, report int    // what they get
+		env       []string
+		forwarded string // X-Forwarded-For
+		want      []int  // what a webhook gets, and a report
 	}{
-		{[]string{proxied}, "canary", 200, 204},
-		{[]string{proxied, "WEBHOOKS_ALLOWED_IPS=0.0.0.0/0,::/0", "SUBSCRIBE_ALLOWED_IPS=0.0.0.0/0"}, "canary", 403, 403},
-		{[]string{"SUBSCRIBE_ALLOWED_IPS=::ffff:192.0.2.0/120", others}, "198.51.100.1", 403, 204},
-		{[]string{proxied, others}, "198.51.100.1, 192.0.2.9", 200, 204},
+		{[]string{proxied}, "canary", []int{200, 204}},
+		{[]string{proxied, "WEBHOOKS_ALLOWED_IPS=0.0.0.0/0,::/0", "SUBSCRIBE_ALLOWED_IPS=0.0.0.0/0"}, "canary", []int{403, 403}},
+		{[]string{"SUBSCRIBE_ALLOWED_IPS=::ffff:192.0.2.0/120", others}, "198.51.100.1", []int{403, 204}},
+		{[]string{proxied, others}, "198.51.100.1, 192.0.2.9", []int{200, 204}},
 	} {
 		relayTest(t, tt.env, func(t *testing.T, r *relay) {
-			got := []int{r.post("ci", "{}", "X-Forwarded-For", tt.forwarded).status, r.opens("X-Forwarded-For", tt.forwarded)}
-			expect(t, fmt.Sprint("webhook and report with ", tt.env), got, []int{tt.webhook, tt.report})
+			expect(t, fmt.Sprint(tt.env), []int{r.post("ci", "{}", "X-Forwarded-For", tt.forwarded).status, r.opens("X-Forwarded-For", tt.forwarded)}, tt.want)
 		})
 	}
 }
@@ -2474,13 +2465,8 @@ func standardSignature(key, id, stamp, body string) []string {
 }
 
 // secretOf is what a line of channel ci says.
-func secretOf(t testing.TB, scheme, text string) secret {
-	t.Helper()
-	all, err := parseSecrets("ci " + scheme + " " + text)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return all.of("ci")[0]
+func secretOf(scheme, text string) secret {
+	return must(parseSecrets("ci " + scheme + " " + text)).of("ci")[0]
 }
 
 // headerOf is a header of names and values by turns.
@@ -2511,7 +2497,7 @@ func TestSignatureVectors(t *testing.T) {
 		{"standard-webhooks", "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", 1614265330, `{"test": 2432232314}`,
 			[]string{"Webhook-Id", "msg_p5jXN8AQM9LWM0D4loKWxJek", "Webhook-Timestamp", "1614265330", "Webhook-Signature", "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="}},
 	} {
-		one := secretOf(t, tt.scheme, strings.ReplaceAll(tt.secret, " ", "_"))
+		one := secretOf(tt.scheme, strings.ReplaceAll(tt.secret, " ", "_"))
 		if tt.secret == everybody { // which no line can hold
 			one.key = []byte(everybody)
 		}
@@ -2527,7 +2513,7 @@ func TestSignatureForms(t *testing.T) {
 	const body, id, now = `{"a":1}`, "msg_1", "1700000000"
 	at := time.Unix(1700000000, 0)
 	for _, s := range signers {
-		one := secretOf(t, s.scheme, s.secret)
+		one := secretOf(s.scheme, s.secret)
 		check := func(what string, want bool, fields []string, body string) {
 			t.Helper()
 			if header := headerOf(fields...); one.verifies(header, []byte(body), at) != want {
@@ -2581,11 +2567,11 @@ func TestSignatureForms(t *testing.T) {
 			check("at "+stamp, want || !s.timed, s.sign(s.key, id, stamp, body), body)
 		}
 	}
-	standard := secretOf(t, "standard-webhooks", "whsec_aHVudGVyMg==")
+	standard := secretOf("standard-webhooks", "whsec_aHVudGVyMg==")
 	moved := standardSignature("hunter2", "msg", "1", now+".x") // what is signed reads as another id, time and body, too
 	moved[1], moved[3] = "msg.1", now
 	expect(t, "standard-webhooks: part of the body for the time of an old signature", standard.verifies(headerOf(moved...), []byte("x"), at), false)
-	stripe, old := secretOf(t, "stripe", "hunter2"), "1600000000"
+	stripe, old := secretOf("stripe", "hunter2"), "1600000000"
 	for _, value := range []string{
 		"t=" + old + ",t=" + now + ",v1=" + hexMAC("hunter2", old+"."+body), "t=" + now + ",t=" + old + ",v1=" + hexMAC("hunter2", old+"."+body),
 		"v1=" + hexMAC("hunter2", "."+body), "t=" + now + ",v0=" + hexMAC("hunter2", now+"."+body), "t=" + now, ",,,", "t=,v1=",
@@ -2626,7 +2612,7 @@ func FuzzSignature(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, i uint, value, id, stamp, body string) {
 		s := signers[i%uint(len(signers))]
-		one := secretOf(t, s.scheme, s.secret)
+		one := secretOf(s.scheme, s.secret)
 		header := http.Header{one.header: {value}, cmp.Or(one.id, "X-Id"): {id}}
 		if s.scheme == "stripe" {
 			_, stamp, _ = strings.Cut(","+value, ",t=")
@@ -3321,7 +3307,7 @@ func BenchmarkIngestSigned(b *testing.B) {
 
 // BenchmarkVerify is the check alone, of a 10 KiB push event.
 func BenchmarkVerify(b *testing.B) {
-	body, one := githubBody(10<<10), secretOf(b, "github", benchSecret)
+	body, one := githubBody(10<<10), secretOf("github", benchSecret)
 	header := headerOf(one.header, "sha256="+hexMAC(benchSecret, string(body)))
 	b.SetBytes(int64(len(body)))
 	b.ReportAllocs()
