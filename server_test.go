@@ -1347,7 +1347,7 @@ func TestNginx(t *testing.T) {
 	body := strings.Repeat("0123456789abcdef", 4096) // more than nginx keeps in memory
 	post(t.Context(), afresh, "POST", front+"/webhooks/ci/a%2Fb?x=%zz", body).is(t, 200, "")
 	w := stream.next(t, 1).webhook(t)
-	expect(t, "target and size", fmt.Sprint(w.Path, w.Query, len(w.Body)), fmt.Sprint("/webhooks/ci/a%2Fb", "?x=%zz", len(body)))
+	expect(t, "webhook", w.Path+w.Query+string(w.Body), "/webhooks/ci/a%2Fb?x=%zz"+body)
 	expect(t, "heartbeats, which may have pushed the event", len(stream.got("heartbeat")), 0)
 	server.cancel()
 	<-stream.done
@@ -2790,9 +2790,11 @@ func writeCertificate(t testing.TB, certFile, keyFile string, serial int64) {
 	}))
 }
 
-// securely is relayTest over TLS, where the server asks its subscribers for a
-// certificate of root, which is in file. as is who has such a certificate; nil: none.
-func securely(t *testing.T, env []string, f func(t *testing.T, r *relay, root *authority, file string, as func(*tls.Certificate) *relay)) {
+// TestClientCertificates: streams and reports are for those whom the authority knows,
+// and a token does not replace a certificate; webhooks are for everybody. When a
+// certificate is not good any more its connection ends, so that the client comes with
+// its new one, and when its authority is not its streams do.
+func TestClientCertificates(t *testing.T) {
 	for name, protocol := range map[string]string{"HTTP1": "http/1.1", "HTTP2": "h2"} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
@@ -2803,83 +2805,81 @@ func securely(t *testing.T, env []string, f func(t *testing.T, r *relay, root *a
 				// go first, as net/http's server would hold a lock meanwhile.
 				parting := func() { time.Sleep(6 * time.Second) }
 				t.Cleanup(parting)
-				root := newAuthority(t, nil)
+				root, next := newAuthority(t, nil), newAuthority(t, nil)
 				replace(t, file, root.pem)
 				writeCertificate(t, certFile, keyFile, 1)
-				env := append([]string{"SERVER_TLS_CERT_FILE=" + certFile, "SERVER_TLS_KEY_FILE=" + keyFile, "SERVER_TLS_CLIENT_CA_FILE=" + file}, env...)
-				config := must(configOf(t, append([]string{"RELAY_MODE=server"}, env...)...).serverTLS(slog.New(slog.DiscardHandler)))
+				env := []string{"AUTH_TOKEN=secret", "SERVER_TLS_CERT_FILE=" + certFile, "SERVER_TLS_KEY_FILE=" + keyFile, "SERVER_TLS_CLIENT_CA_FILE=" + file}
+				config := must(configOf(t, append(env, "RELAY_MODE=server")...).serverTLS(slog.New(slog.DiscardHandler)))
 				config.NextProtos = []string{protocol}
 				p := newPipes()
-				r := &relay{rig: newRig(t, tls.NewListener(p, config), env...), t: t, p: p}
+				r := newRig(t, tls.NewListener(p, config), env...)
 				t.Cleanup(parting)
-				f(t, r, root, file, func(pair *tls.Certificate) *relay {
-					as := &relay{rig: r.rig, t: t, rt: p.transport(t, false), base: "https://relay.test"}
+				as := func(pair *tls.Certificate) *relay { // in use is whatever *pair is
+					as := &relay{rig: r, t: t, rt: p.transport(t, false), base: "https://relay.test"}
 					as.rt.Protocols.SetHTTP2(true)
-					as.rt.TLSClientConfig = &tls.Config{InsecureSkipVerify: true, GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
-						return cmp.Or(pair, &tls.Certificate{}), nil
-					}}
+					as.rt.TLSClientConfig = &tls.Config{InsecureSkipVerify: true, GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return pair, nil }}
 					return as
-				})
+				}
+				token := []string{"X-Auth-Token", "secret"}
+
+				nobody := as(&tls.Certificate{})
+				nobody.post("ci", "{}").is(t, 200, "")
+				expect(t, "report without a certificate", nobody.opens(token...), 401)
+				nobody.ask("GET", "/subscribe/ci/", "", token...).refused(t, 401, "missing or wrong certificate")
+				expect(t, "counted", r.Rejected["certificate"].Load(), 2)
+
+				pair := root.pair(t, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(time.Minute) })
+				old, ours := *pair, as(pair)
+				expect(t, "good", ours.opens(token...), 204)
+				ours.ask("GET", "/subscribe/ci/", "", "X-Auth-Token", "wrong").refused(t, 401, "missing or wrong token")
+				time.Sleep(30 * time.Second)
+				*pair = *root.pair(t, nil)
+				expect(t, "on the connection of the old one", ours.opens(token...), 204)
+				time.Sleep(31 * time.Second)
+				expect(t, "when that has expired", ours.opens(token...), 401)
+				expect(t, "on the next connection", ours.opens(token...), 204)
+				expired := as(&old)
+				expect(t, "with the old one again", expired.opens(token...), 401)
+
+				theirs, stream := as(next.pair(t, nil)), ours.listen("ci", token...)
+				check := func(what string, text []byte, want ...int) {
+					t.Helper()
+					replace(t, file, text)
+					time.Sleep(2*reloadInterval + time.Second)
+					expect(t, what+": ours, theirs, streams", []int{ours.opens(token...), theirs.opens(token...), r.streamCount()}, want)
+				}
+				check("both", slices.Concat(root.pem, next.pem), 204, 204, 1)
+				check("half of one", next.pem[:len(next.pem)/2], 204, 204, 1)
+				check("the next", next.pem, 401, 204, 0)
+				stream.endedAt(t)
+				expect(t, "reason", r.endings(), []any{errRevoked.Error()})
 			})
 		})
 	}
 }
 
-// TestClientCertificates: streams and reports are for those whom the authority knows,
-// and a token does not replace a certificate. Webhooks are for everybody.
-func TestClientCertificates(t *testing.T) {
-	securely(t, []string{"AUTH_TOKEN=secret"}, func(t *testing.T, r *relay, root *authority, _ string, as func(*tls.Certificate) *relay) {
-		between, stranger := newAuthority(t, root), newAuthority(t, nil)
-		refused := int64(0)
-		for what, tt := range map[string]struct {
-			pair *tls.Certificate
-			ok   bool
-		}{
-			"none":                   {nil, false},
-			"issued":                 {root.pair(t, nil), true},
-			"issued in between":      {between.pair(t, nil, between), true},
-			"without the one before": {between.pair(t, nil), false},
-			"of a stranger":          {stranger.pair(t, nil), false},
-			"with its authority":     {stranger.pair(t, nil, stranger), false},
-			"self-signed":            {(*authority)(nil).pair(t, nil), false},
-			"expired":                {root.pair(t, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Second) }), false},
-			"of the future":          {root.pair(t, func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Minute) }), false},
-			"for servers":            {root.pair(t, func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth} }), false},
-		} {
-			me := as(tt.pair)
-			me.post("ci", "{}").is(t, 200, "")
-			expect(t, what+": report", me.opens("X-Auth-Token", "secret"), map[bool]int{true: 204, false: 401}[tt.ok])
-			if tt.ok {
-				me.listen("ci", "X-Auth-Token", "secret")
-				me.ask("GET", "/subscribe/ci/", "", "X-Auth-Token", "wrong").refused(t, 401, "missing or wrong token")
-				continue
-			}
-			me.ask("GET", "/subscribe/ci/", "", "X-Auth-Token", "secret").refused(t, 401, "missing or wrong certificate")
-			refused += 2
-			expect(t, what+": counted", r.Rejected["certificate"].Load(), refused)
+// TestIssued is which certificates are good.
+func TestIssued(t *testing.T) {
+	root, stranger := newAuthority(t, nil), newAuthority(t, nil)
+	between := newAuthority(t, root)
+	for what, pair := range map[string]*tls.Certificate{
+		"good":                   root.pair(t, nil),
+		"good, in between":       between.pair(t, nil, between),
+		"none":                   {},
+		"without the one before": between.pair(t, nil),
+		"of a stranger":          stranger.pair(t, nil),
+		"with its authority":     stranger.pair(t, nil, stranger),
+		"self-signed":            (*authority)(nil).pair(t, nil),
+		"expired":                root.pair(t, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Second) }),
+		"of the future":          root.pair(t, func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Minute) }),
+		"for servers":            root.pair(t, func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth} }),
+	} {
+		var chain []*x509.Certificate
+		for _, der := range pair.Certificate {
+			chain = append(chain, must(x509.ParseCertificate(der)))
 		}
-	})
-}
-
-// TestClientCertificateRenewed: when a certificate is not good any more its connection
-// ends, so that the client comes with its new one.
-func TestClientCertificateRenewed(t *testing.T) {
-	securely(t, nil, func(t *testing.T, r *relay, root *authority, _ string, as func(*tls.Certificate) *relay) {
-		pair := root.pair(t, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(time.Minute) })
-		old, me := *pair, as(pair) // the pair in use is whatever *pair is
-		expect(t, "good", me.opens(), 204)
-		time.Sleep(30 * time.Second)
-		*pair = *root.pair(t, nil)
-		expect(t, "on the connection of the old one", me.opens(), 204)
-		time.Sleep(31 * time.Second)
-		expect(t, "when that has expired", me.opens(), 401)
-		expect(t, "on the next connection", me.opens(), 204)
-		*pair = old
-		expect(t, "on the connection of the new one", me.opens(), 204)
-		synctest.Wait()
-		me.rt.CloseIdleConnections()
-		expect(t, "with the old one again", me.opens(), 401)
-	})
+		expect(t, what, issued(chain, must(parseIssuers(string(root.pem)))), strings.HasPrefix(what, "good"))
+	}
 }
 
 // TestParseIssuers: all that is in PEM must be a certificate; one that is cut would
@@ -2896,26 +2896,6 @@ func TestParseIssuers(t *testing.T) {
 		_, err := parseIssuers(text)
 		expect(t, text, fmt.Sprint(err), want)
 	}
-}
-
-// TestClientAuthorityRenewed replaces who issues certificates, under open streams.
-func TestClientAuthorityRenewed(t *testing.T) {
-	securely(t, nil, func(t *testing.T, r *relay, root *authority, file string, as func(*tls.Certificate) *relay) {
-		next := newAuthority(t, nil)
-		ours, theirs := as(root.pair(t, nil)), as(next.pair(t, nil))
-		stream := ours.listen("ci")
-		check := func(what string, text []byte, oldIn, newIn, streams int) {
-			t.Helper()
-			replace(t, file, text)
-			time.Sleep(2*reloadInterval + time.Second)
-			expect(t, what, []int{ours.opens(), theirs.opens(), r.streamCount()}, []int{oldIn, newIn, streams})
-		}
-		check("both", slices.Concat(root.pem, next.pem), 204, 204, 1)
-		check("half of one", next.pem[:len(next.pem)/2], 204, 204, 1)
-		check("the next", next.pem, 401, 204, 0)
-		stream.endedAt(t)
-		expect(t, "reason", r.endings(), []any{errRevoked.Error()})
-	})
 }
 
 // TestServerCertificate is renewed and then broken: the last good one stays. What is
