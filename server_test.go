@@ -430,7 +430,7 @@ func (l *listener) leave() {
 // status of that.
 func (l *listener) report(t testing.TB, rt http.RoundTripper, id string, a Answer) int {
 	t.Helper()
-	return post(t.Context(), rt, "POST", reportsURL, reportOf(id, a), "X-Relay-Client", l.client).status
+	return post(t.Context(), rt, "POST", streamURL+"responses", reportOf(id, a), "X-Relay-Client", l.client).status
 }
 
 // got are the events of such a name so far; a message is a webhook in either form.
@@ -610,11 +610,7 @@ func (r *relay) report(l *listener, id string, a Answer) {
 	expect(r.t, "report", l.report(r.t, r.rt, id, a), 204)
 }
 
-const (
-	hooksURL   = "http://relay.test/webhooks/ci"
-	streamURL  = "http://relay.test/subscribe/ci/"
-	reportsURL = streamURL + "responses"
-)
+const hooksURL, streamURL = "http://relay.test/webhooks/ci", "http://relay.test/subscribe/ci/"
 
 // The HTTP surface.
 
@@ -3041,9 +3037,9 @@ func eventOfRequest(request []byte) *Event {
 // CRLF, do not count, and nothing that benchmarks send has another CR.
 func linesOf(b []byte) int { return bytes.Count(b, []byte("\n")) - bytes.Count(b, []byte("\r")) }
 
-// bareHandler writes what encode makes of each request to every subscriber.
+// bareHandler writes to every subscriber what encode makes of each request.
 type bareHandler struct {
-	encode func(r *http.Request, body []byte) []byte
+	encode func(body io.Reader, header http.Header) []byte
 	mu     sync.Mutex // a frame is not cut by another one
 	conns  []net.Conn
 }
@@ -3060,8 +3056,7 @@ func (h *bareHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		h.mu.Unlock()
 		return
 	}
-	body, _ := io.ReadAll(r.Body)
-	frame := h.encode(r, body)
+	frame := h.encode(r.Body, r.Header)
 	h.mu.Lock()
 	for _, conn := range h.conns {
 		conn.Write(frame)
@@ -3217,15 +3212,18 @@ func (s streaming) run(b *testing.B) {
 	request := webhookRequest(githubBody(s.body))
 	event := eventOfRequest(request)
 	frame, subscribe := block(event.chunk), subscribeRequest
-	bare := &bareHandler{encode: func(*http.Request, []byte) []byte { return frame }}
-	bareLines := linesOf(frame)
+	made, bareLines := frame, linesOf(frame)
+	bare := &bareHandler{encode: func(body io.Reader, _ http.Header) []byte {
+		io.Copy(io.Discard, body)
+		return made
+	}}
 	if s.legacy {
 		plain := plainOf(must(decodeOwn("webhook", event.ID, onlyMessage(b, frame).data)))
 		frame, subscribe, bareLines = []byte(legacyFrame(event)), strings.Replace(subscribe, "X-Relay-Features: http\r\n", "", 1), 2
-		bare.encode = func(r *http.Request, body []byte) []byte {
+		bare.encode = func(body io.Reader, header http.Header) []byte {
 			hook := plain
-			hook.Headers, hook.Body = map[string]string{}, string(body)
-			for name, values := range r.Header {
+			hook.Headers, hook.Body = map[string]string{}, string(must(io.ReadAll(body)))
+			for name, values := range header {
 				hook.Headers[strings.ToLower(name)] = values[0]
 			}
 			return fmt.Appendf(nil, "data: %s\n\n", must(json.Marshal(hook)))
