@@ -1114,8 +1114,9 @@ func TestUnreadHTTP2(t *testing.T) {
 				r.Shutdown()
 				conn.Close() // as its caller does
 			}
-			if <-done(&r.streams); time.Since(begin) > within+time.Second {
-				t.Errorf("the stream ended after %s, want %s", time.Since(begin), within)
+			<-done(&r.streams)
+			if took := time.Since(begin); took > within+time.Second {
+				t.Errorf("the stream ended after %s, want %s", took, within)
 			}
 		})
 	}
@@ -1283,8 +1284,9 @@ func TestDrainIsSpread(t *testing.T) {
 			}
 			synctest.Wait()
 			begin := time.Now()
-			if r.Shutdown(); time.Since(begin) > jitter+100*time.Millisecond {
-				t.Errorf("shutdown took %s", time.Since(begin))
+			r.Shutdown()
+			if took := time.Since(begin); took > jitter+100*time.Millisecond {
+				t.Errorf("shutdown took %s", took)
 			}
 			var asked []time.Duration
 			for _, l := range streams {
@@ -1838,6 +1840,7 @@ func TestSenderHangsUp(t *testing.T) {
 		hangUp()
 		synctest.Wait()
 		expect(t, "held at the end", r.Held(), HeldState{Limit: r.budget.Limit})
+		expect(t, "refused, as their senders are gone", r.Refused["gone"].Load(), 20)
 		r.report(stream, stream.got("message")[0].id, Answer{Status: 200}) // to nobody
 		runtime.GC()
 		runtime.GC() // net/http pools what it wrote last, and a pool outlives one
