@@ -1351,7 +1351,7 @@ func says(status int, body string, headers ...string) string {
 // TestModes is what a provider is told in each mode for what the target says.
 func TestModes(t *testing.T) {
 	plain, large := says(201, "hello", "Content-Type: text/plain", "Date: then"), strings.Repeat("x", answerLimit)
-	const unreachable, late, json = "target unreachable", "no answer in time", "Content-Type:application/json"
+	const unreachable, late, ours = "target unreachable", "no answer in time", "Content-Type:application/json"
 	for _, tt := range []struct {
 		name, mode, answer string // the target's raw answer; empty: it is down
 		status             int
@@ -1377,14 +1377,14 @@ func TestModes(t *testing.T) {
 		{"after 1xx", "response", "HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" + plain, 201, "hello", "Link"},
 		{"largest body", "response", says(200, large), 200, large, "X-Of:target"},
 		{"body above the cap", "response", says(200, large+"x"), 200, "", "X-Of:target Content-Length:0"},
-		{"no HTTP", "response", "hello\r\n\r\n", 502, relayError(502, unreachable), json},
+		{"no HTTP", "response", "hello\r\n\r\n", 502, relayError(502, unreachable), ours},
 		{"101", "response", "HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", 502, relayError(502, unreachable), "Upgrade"},
-		{"down", "response", "", 502, relayError(502, unreachable), json},
-		{"down, status", "status", "", 502, relayError(502, unreachable), json},
+		{"down", "response", "", 502, relayError(502, unreachable), ours},
+		{"down, status", "status", "", 502, relayError(502, unreachable), ours},
 		{"down, accept", "accept", "", 200, "", ""},
 		{"overloaded", "response", says(503, "later", "Retry-After: 1"), 503, "later", "Retry-After:1 X-Of:target"},
-		{"silent", "response", "silent", 504, relayError(504, late), json},
-		{"silent, status", "status", "silent", 504, relayError(504, late), json},
+		{"silent", "response", "silent", 504, relayError(504, late), ours},
+		{"silent, status", "status", "silent", 504, relayError(504, late), ours},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			others := map[bool]string{true: "response", false: "accept"}[tt.mode == "accept"] // the mode is the channel's own
