@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -81,6 +82,7 @@ type simWorld struct {
 	buffer, concurrency int64
 	maxAge              time.Duration
 	latency             time.Duration // longest, of a connection
+	delay               time.Duration // before a replica shuts down
 
 	mu       sync.Mutex
 	chances  *rand.Rand            // guarded by mu, like all below: chooses delays
@@ -142,8 +144,7 @@ func (w *simWorld) upTo(most time.Duration) time.Duration {
 	return time.Duration(w.chances.Int64N(int64(most) + 1))
 }
 
-// Connections: pairs of pipes with a carrier between them, which delays, stalls
-// or loses what it carries.
+// Connections: pipes that delay, stall or lose what comes through them.
 
 // simHost is a machine: it listens until it is down, and everything that it is
 // connected to goes with it.
@@ -165,22 +166,45 @@ func (w *simWorld) newHost(name string) *simHost {
 	return h
 }
 
-// simConn is a connection that knows where it came from.
+// simLink is one connection between two hosts, and simConn one end of it.
+type simLink struct {
+	hosts [2]*simHost
+	ends  [2]net.Conn
+	over  chan struct{}
+	once  sync.Once
+	mute  atomic.Bool // nothing arrives any more, not even the end
+}
+
 type simConn struct {
 	net.Conn
+	*simLink
 	from net.Addr
 }
 
 func (c simConn) RemoteAddr() net.Addr { return c.from }
 
-// simLink is one connection between two hosts.
-type simLink struct {
-	hosts [2]*simHost
-	ends  [4]net.Conn
-	over  chan struct{}
-	once  sync.Once
-	left  atomic.Int32 // carriers
-	mute  atomic.Bool  // nothing arrives any more, not even the end
+// Read waits as long as it takes to arrive.
+func (c simConn) Read(p []byte) (int, error) {
+	for {
+		n, err := c.Conn.Read(p)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return n, err
+		}
+		time.Sleep(c.hosts[0].w.upTo(c.hosts[0].w.latency))
+		for _, h := range c.hosts {
+			h.mu.Lock()
+			wait := time.Until(h.stalled)
+			h.mu.Unlock()
+			sleepUntil(c.over, wait)
+		}
+		if !c.mute.Load() {
+			return n, err
+		}
+		if err != nil {
+			<-c.over
+			return 0, err
+		}
+	}
 }
 
 var errSimRefused = errors.New("connection refused")
@@ -191,7 +215,6 @@ func (h *simHost) dial(ctx context.Context, to *simHost) (net.Conn, error) {
 	}
 	l := &simLink{hosts: [2]*simHost{h, to}, over: make(chan struct{})}
 	l.ends[0], l.ends[1] = net.Pipe()
-	l.ends[2], l.ends[3] = net.Pipe()
 	for _, host := range l.hosts {
 		host.mu.Lock()
 		if host.down {
@@ -200,12 +223,9 @@ func (h *simHost) dial(ctx context.Context, to *simHost) (net.Conn, error) {
 		host.links = append(host.links, l)
 		host.mu.Unlock()
 	}
-	l.left.Store(2)
-	go l.carry(l.ends[2], l.ends[1]) // both end with the connection
-	go l.carry(l.ends[1], l.ends[2])
 	select {
-	case to.conns <- simConn{l.ends[3], h.addr}:
-		return l.ends[0], nil
+	case to.conns <- simConn{l.ends[1], l, h.addr}:
+		return simConn{l.ends[0], l, to.addr}, nil
 	case <-to.done:
 	case <-ctx.Done():
 	case <-l.over:
@@ -221,42 +241,6 @@ func (l *simLink) cut() {
 			end.Close()
 		}
 	})
-}
-
-func (l *simLink) carry(dst, src net.Conn) {
-	defer func() {
-		if dst.Close(); l.left.Add(-1) == 0 {
-			l.cut()
-		}
-	}()
-	buf := make([]byte, 16<<10)
-	for {
-		n, err := src.Read(buf)
-		if passed := l.pass(); n > 0 && passed {
-			if _, err := dst.Write(buf[:n]); err != nil { // what came the other way may still arrive
-				io.Copy(io.Discard, src)
-				return
-			}
-		}
-		if err != nil {
-			if l.mute.Load() {
-				<-l.over
-			}
-			return
-		}
-	}
-}
-
-// pass waits as long as it takes to pass, and reports whether that is possible.
-func (l *simLink) pass() bool {
-	time.Sleep(l.hosts[0].w.upTo(l.hosts[0].w.latency))
-	for _, h := range l.hosts {
-		h.mu.Lock()
-		wait := time.Until(h.stalled)
-		h.mu.Unlock()
-		sleepUntil(l.over, wait)
-	}
-	return !l.mute.Load()
 }
 
 func sleepUntil(stop <-chan struct{}, d time.Duration) bool {
@@ -690,13 +674,13 @@ func (w *simWorld) startReplica() *simReplica {
 	return r
 }
 
-// stop is SIGTERM, as runServer takes it; delay is the shutdown delay.
-func (r *simReplica) stop(delay time.Duration) {
+// stop is SIGTERM, as runServer takes it.
+func (r *simReplica) stop() {
 	if !r.ends("is stopped") {
 		return
 	}
 	r.server.Drain()
-	time.Sleep(delay)
+	time.Sleep(r.w.delay)
 	r.note(&r.leaves)
 	finish, cancel := context.WithTimeout(context.Background(), simHandler)
 	defer cancel()
@@ -994,7 +978,7 @@ func (w *simWorld) close() {
 	}
 	time.Sleep(simHandler + time.Second)
 	for _, r := range w.up() {
-		w.wg.Go(func() { r.stop(0) })
+		w.wg.Go(r.stop)
 	}
 	time.Sleep(2 * simHandler)
 	for _, s := range w.targets {
@@ -1015,6 +999,7 @@ func simulate(t *testing.T, seed uint64) {
 	w.buffer = []int64{16 << 20, 1 << 20, 64 << 10}[r.IntN(3)]
 	w.concurrency = []int64{32, 4, 1}[r.IntN(3)]
 	w.latency = within(0, 20*time.Millisecond)
+	w.delay = within(0, 2*time.Second)
 	w.redis.delay = within(0, []time.Duration{2 * time.Millisecond, 20 * time.Millisecond, 200 * time.Millisecond}[r.IntN(3)])
 	if r.IntN(4) == 0 {
 		w.maxAge = within(5*time.Second, 20*time.Second)
@@ -1036,23 +1021,17 @@ func simulate(t *testing.T, seed uint64) {
 	w.wg.Go(func() { w.watch(watched) })
 	time.Sleep(2 * time.Second)
 
-	type step struct {
-		at time.Duration
-		do func()
-	}
-	var steps []step
-	length := within(20*time.Second, 50*time.Second)
+	length, at := within(20*time.Second, 50*time.Second), time.Duration(0)
 	for i := range between(50, 150) {
 		p := &simPost{channel: simChannels[max(0, r.IntN(5)-2)], size: between(0, 200)}
 		p.path, p.mode = fmt.Sprintf("/webhooks/%s/%d", p.channel, i), w.modes.of(p.channel)
 		if r.IntN(8) == 0 {
 			p.size = between(10_000, 100_000)
 		}
-		at := within(0, length)
-		if n := len(steps); n > 0 && r.IntN(2) == 0 { // a burst
-			at = steps[n-1].at
+		if r.IntN(2) == 0 { // otherwise it is one of a burst
+			at = within(0, length)
 		}
-		steps = append(steps, step{at, func() { w.wg.Go(func() { w.post(p) }) }})
+		time.AfterFunc(at, func() { w.post(p) })
 	}
 	for range between(2, 12) {
 		channel := simChannels[r.IntN(3)]
@@ -1060,7 +1039,7 @@ func simulate(t *testing.T, seed uint64) {
 		if r.IntN(8) == 0 {
 			gap = within(simHoldTime/2, 2*simHoldTime)
 		}
-		pick, coin, delay := r.IntN(100), r.IntN(2), within(0, 2*time.Second)
+		pick, coin := r.IntN(100), r.IntN(2)
 		client := func() *simClient {
 			if list := w.runs(channel); len(list) > 0 {
 				return list[pick%len(list)]
@@ -1073,33 +1052,27 @@ func simulate(t *testing.T, seed uint64) {
 			}
 			return w.startReplica()
 		}
-		// replaced runs stop, and start so much later, or earlier.
-		replaced := func(start, stop func()) {
+		// replaced runs stop, and starts another one so much later, or earlier.
+		replaced := func(stop, start func()) {
 			time.AfterFunc(max(gap, 0), start)
-			time.AfterFunc(max(-gap, 0), func() { w.wg.Go(stop) })
+			time.AfterFunc(max(-gap, 0), stop)
 		}
+		newClient, newReplica := func() { w.startClient(channel) }, func() { w.startReplica() }
 		faults := []func(){
 			func() {},
+			func() { replaced(client().stop, newClient) },
+			func() { replaced(replica().stop, newReplica) },
 			func() {
-				c := client()
-				replaced(func() { w.startClient(channel) }, c.stop)
-			},
-			func() {
-				r := replica()
-				replaced(func() { w.startReplica() }, func() { r.stop(delay) })
-			},
-			func() {
-				s, kind := w.targets[channel], int32(pick%simRefuses+1)
-				w.note("target of %s does %d for %v", channel, kind, d)
-				s.does.Store(kind)
-				time.AfterFunc(d, func() { s.does.Store(simAnswers) })
+				does := &w.targets[channel].does
+				does.Store(int32(pick%simRefuses + 1))
+				time.AfterFunc(d, func() { does.Store(simAnswers) })
 			},
 			func() {
 				h := client().host
 				if coin == 0 {
 					h = replica().host
 				}
-				w.note("%s is cut, silent or stalls: %d", h.name, pick%3)
+				w.note("%s is cut, silent for %v or stalls: %d", h.name, d, pick%3)
 				switch pick % 3 {
 				case 0:
 					h.silence(0)
@@ -1110,36 +1083,22 @@ func simulate(t *testing.T, seed uint64) {
 				}
 			},
 			func() {
+				from := w.up()
 				if coin == 0 {
-					r := replica()
-					w.note("bus of %s is away for %v", r.who, d/2)
-					r.bus.away(d / 2)
-					return
+					from = []*simReplica{replica()}
 				}
-				w.note("the bus is away for %v", d/2)
-				for _, r := range w.up() {
+				for _, r := range from {
+					w.note("the bus of %s is away for %v", r.who, d/2)
 					r.bus.away(d/2 + w.upTo(time.Second))
 				}
 			},
-			func() {
-				c := client()
-				replaced(func() { w.startClient(channel) }, c.crash)
-			},
-			func() {
-				r := replica()
-				replaced(func() { w.startReplica() }, r.crash)
-			},
+			func() { replaced(client().crash, newClient) },
+			func() { replaced(replica().crash, newReplica) },
 		}
 		most := []int{0, 2, 3, 5, 7}[w.kind]
-		fault := faults[between(min(1, most), most)]
-		steps = append(steps, step{within(0, length), fault})
+		time.AfterFunc(within(0, length), faults[between(min(1, most), most)])
 	}
-	slices.SortStableFunc(steps, func(a, b step) int { return int(a.at - b.at) })
-	start := time.Now()
-	for _, s := range steps {
-		time.Sleep(time.Until(start.Add(s.at)))
-		s.do()
-	}
+	time.Sleep(length)
 	time.Sleep(8 * time.Second) // until the last fault is over
 	w.note("faults end")
 	if len(w.up()) == 0 {
@@ -1372,7 +1331,7 @@ func TestSimulationHandOver(t *testing.T) {
 		posts := w.send("accept", 3, 10)
 		w.startReplica()
 		time.Sleep(time.Second)
-		r.stop(0)
+		r.stop()
 		w.startClient("accept")
 		time.Sleep(5 * time.Second)
 		w.want(posts, 1, nil)
@@ -1399,7 +1358,7 @@ func TestSimulationBackUnderItsName(t *testing.T) {
 // TestSimulationFull: a client that is full gets everything once it has space.
 func TestSimulationFull(t *testing.T) {
 	inSim(t, func(t *testing.T, w *simWorld, r *simReplica) {
-		r.stop(0)
+		r.stop()
 		w.buffer, w.concurrency = 64<<10, 1
 		r = w.startReplica()
 		time.Sleep(time.Second)
