@@ -478,25 +478,19 @@ func TestRedisHoldsOnlySubscriptions(t *testing.T) {
 	if len(own) != 3 || !strings.HasPrefix(own[0], "webhook-relay:@") || !slices.Contains(own, "webhook-relay:@all") {
 		t.Fatalf("channels of two idle replicas: %v", own)
 	}
-	await := func(what string, of int, live ...string) { // and so many subscriptions of channel one
-		t.Helper()
-		want := slices.Sorted(slices.Values(append(live, own...)))
-		eventually(t, what, func() bool { return slices.Equal(r.channels(), want) && r.subscriptions("webhook-relay:one") == of })
+	feeds := []*listener{openFeed(t, a, "one"), openFeed(t, a, "one"), openFeed(t, b, "one"), openFeed(t, b, "two")}
+	want := slices.Sorted(slices.Values(append([]string{"webhook-relay:one", "webhook-relay:two"}, own...)))
+	if got, n := r.channels(), r.subscriptions("webhook-relay:one"); !slices.Equal(got, want) || n != 2 {
+		t.Errorf("channels %v, want %v, the first with %d subscriptions, want 2", got, want, n)
 	}
-	first, second, third, other := openFeed(t, a, "one"), openFeed(t, a, "one"), openFeed(t, b, "one"), openFeed(t, b, "two")
-	await("two live channels", 2, "webhook-relay:one", "webhook-relay:two")
 	for _, channel := range []string{"one", "two", "nobody"} {
 		postAccepted(t, a, channel, "x")
 	}
 	postRefused(t, b, "held") // for nobody
-	first.leave()
-	await("one stream of three left", 2, "webhook-relay:one", "webhook-relay:two")
-	second.leave()
-	await("a replica without streams leaves the channel", 1, "webhook-relay:one", "webhook-relay:two")
-	third.leave()
-	await("the channel's last stream left", 0, "webhook-relay:two")
-	other.leave()
-	await("all streams left", 0)
+	for _, f := range feeds {
+		f.leave()
+	}
+	eventually(t, "all streams left", func() bool { return slices.Equal(r.channels(), own) })
 
 	if n := r.cli("DBSIZE"); n != int64(0) {
 		t.Errorf("%v keys", n)
@@ -1358,8 +1352,7 @@ func TestDemotedRedis(t *testing.T) {
 	r := startRedis(t)
 	bus, hub := startBus(t, r.addr, testReplica)
 	s := live(t, hub, "demoted")
-	host, port, _ := net.SplitHostPort(startRedis(t).addr)
-	r.cli("REPLICAOF", host, port)
+	r.cli("REPLICAOF", "127.0.0.1", "1")
 	awaitDown(t, bus)
 	r.cli("REPLICAOF", "NO", "ONE")
 	awaitBus(t, bus)

@@ -181,9 +181,9 @@ func (w *simWorld) newHost(name string) *simHost {
 type simLink struct {
 	hosts [2]*simHost
 	ends  [2]net.Conn
-	over  chan struct{}
-	once  sync.Once
-	mute  atomic.Bool // nothing arrives any more, not even the end
+	over  context.Context
+	end   context.CancelFunc // of over
+	mute  atomic.Bool        // nothing arrives any more, not even the end
 }
 
 type simConn struct {
@@ -206,13 +206,13 @@ func (c simConn) Read(p []byte) (int, error) {
 			h.mu.Lock()
 			wait := time.Until(h.stalled)
 			h.mu.Unlock()
-			sleepUntil(c.over, wait)
+			sleep(c.over, wait)
 		}
 		if !c.mute.Load() {
 			return n, err
 		}
 		if err != nil {
-			<-c.over
+			<-c.over.Done()
 			return 0, err
 		}
 	}
@@ -224,7 +224,8 @@ func (h *simHost) dial(ctx context.Context, to *simHost) (net.Conn, error) {
 	if to == nil || !sleep(ctx, h.w.upTo(h.w.latency)) {
 		return nil, errSimRefused
 	}
-	l := &simLink{hosts: [2]*simHost{h, to}, over: make(chan struct{})}
+	l := &simLink{hosts: [2]*simHost{h, to}}
+	l.over, l.end = context.WithCancel(context.Background())
 	l.ends[0], l.ends[1] = net.Pipe()
 	for _, host := range l.hosts {
 		host.mu.Lock()
@@ -239,27 +240,16 @@ func (h *simHost) dial(ctx context.Context, to *simHost) (net.Conn, error) {
 		return simConn{l.ends[0], l, to.addr}, nil
 	case <-to.done:
 	case <-ctx.Done():
-	case <-l.over:
+	case <-l.over.Done():
 	}
 	l.cut()
 	return nil, errSimRefused
 }
 
 func (l *simLink) cut() {
-	l.once.Do(func() {
-		close(l.over)
-		for _, end := range l.ends {
-			end.Close()
-		}
-	})
-}
-
-func sleepUntil(stop <-chan struct{}, d time.Duration) bool {
-	select {
-	case <-stop:
-		return false
-	case <-time.After(d):
-		return true
+	l.end()
+	for _, end := range l.ends {
+		end.Close()
 	}
 }
 
@@ -268,7 +258,7 @@ func (h *simHost) open(all bool) (links []*simLink) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, l := range h.links {
-		if !isClosed(l.over) && (all || len(l.hosts[1].name) == replicaLength) {
+		if l.over.Err() == nil && (all || len(l.hosts[1].name) == replicaLength) {
 			links = append(links, l)
 		}
 	}
@@ -840,10 +830,10 @@ func (w *simWorld) runs(channel string) []*simClient {
 	})
 }
 
-// watch notes which clients are there, until stop is closed.
-func (w *simWorld) watch(stop <-chan struct{}) {
+// watch notes which clients are there, until ctx ends.
+func (w *simWorld) watch(ctx context.Context) {
 	const every = 100 * time.Millisecond
-	for sleepUntil(stop, every) {
+	for sleep(ctx, every) {
 		now := time.Now()
 		for _, c := range w.runs("") {
 			c.host.mu.Lock()
@@ -980,7 +970,7 @@ func (w *simWorld) close() {
 	}
 	w.front.crash()
 	w.wg.Wait()
-	time.Sleep(time.Minute) // carriers and timers
+	time.Sleep(time.Minute) // timers
 }
 
 func simulate(t *testing.T, seed uint64) {
@@ -1006,12 +996,11 @@ func simulate(t *testing.T, seed uint64) {
 			w.startClient(channel)
 		}
 	}
-	reading, unread := context.WithCancel(context.Background())
+	watching, settled := context.WithCancel(context.Background())
 	if w.kind <= simNetwork && r.IntN(3) == 0 {
-		w.startReader(reading, "accept")
+		w.startReader(watching, "accept")
 	}
-	watched := make(chan struct{})
-	w.wg.Go(func() { w.watch(watched) })
+	w.wg.Go(func() { w.watch(watching) })
 	time.Sleep(2 * time.Second)
 
 	length, at := within(20*time.Second, 50*time.Second), time.Duration(0)
@@ -1104,8 +1093,7 @@ func simulate(t *testing.T, seed uint64) {
 		}
 	}
 	time.Sleep(2*simHoldTime + simResponse + simRetry + simHandler + 2*returnTime)
-	close(watched)
-	unread()
+	settled()
 	w.check(true)
 	w.close()
 	w.check(false)
