@@ -875,9 +875,9 @@ func (w *simWorld) startReader(ctx context.Context, channel string) {
 var simDoes = []struct {
 	status      int
 	least, most time.Duration // until it answers
-}{{200, 0, 20 * time.Millisecond}, {200, 0, 3 * time.Second}, {503, 0, 0}, {500, 0, 0}, {200, time.Minute, time.Minute}, {}}
+}{{200, 0, 20 * time.Millisecond}, {200, 0, 3 * time.Second}, {503, 0, 0}, {500, 0, 0}, {200, time.Minute, time.Minute}, {200, 0, 0}}
 
-const simRefuses = 5 // connections
+const simRefuses = 5 // new connections
 
 // simTarget is the target of one channel.
 type simTarget struct {
