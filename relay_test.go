@@ -3868,79 +3868,51 @@ func TestIdleConnection(t *testing.T) {
 
 func readFile(t testing.TB, name string) string {
 	t.Helper()
-	b, err := os.ReadFile(name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(b)
-}
-
-// pages are the documents for people.
-func pages(t testing.TB) []string {
-	t.Helper()
-	list := must(filepath.Glob("docs/*.md"))
-	return append(list, "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
+	return string(must(os.ReadFile(name)))
 }
 
 // TestReadme holds the tables of variables to the program's: each variable is
 // in the reference, in the table of its role, with its default; the README has
 // some of them.
 func TestReadme(t *testing.T) {
-	rows := map[string][]string{}
-	role := ""
-	for line := range strings.Lines(readFile(t, "docs/reference.md")) {
-		switch line {
-		case "Both roles:\n":
-			role = "both"
-		case "Server:\n":
-			role = "server"
-		case "Client:\n":
-			role = "client"
+	line := regexp.MustCompile("(?m)^(Both roles|Server|Client):$|^\\| *`([A-Z][A-Z0-9_]+)` *\\| *([^|]*?) *\\|")
+	rows := func(page string) (list []string) {
+		role := ""
+		for _, m := range line.FindAllStringSubmatch(readFile(t, page), -1) {
+			if role = cmp.Or(m[1], role); m[2] != "" {
+				list = append(list, strings.TrimSpace(role+" "+m[2]+" "+strings.Trim(m[3], "`")))
+			}
 		}
-		if m := variableRow.FindStringSubmatch(line); m != nil {
-			rows[m[1]] = append(rows[m[1]], role+": "+strings.Trim(m[2], "`"))
-		}
+		return list
 	}
-	short := map[string]string{}
-	for line := range strings.Lines(readFile(t, "README.md")) {
-		if m := variableRow.FindStringSubmatch(line); m != nil {
-			short[m[1]] = strings.Trim(m[2], "`")
-		}
-	}
+	var want []string
+	short := rows("README.md")
 	if len(short) < 10 || len(short) > 14 {
 		t.Errorf("the README has %d variables, want about a dozen", len(short))
 	}
 	for _, s := range settings(&Config{}) {
-		want := s.fallback
-		if want == "" {
-			want = "none"
-		}
-		if got := rows[s.name]; !slices.Equal(got, []string{s.role + ": " + want}) {
-			t.Errorf("%s has the rows %q, want one of role %s with the default %s", s.name, got, s.role, want)
-		}
-		if got, ok := short[s.name]; ok && got != want {
-			t.Errorf("%s has the default %s in the README, want %s", s.name, got, want)
-		}
-		delete(rows, s.name)
-		delete(short, s.name)
+		row := s.name + " " + cmp.Or(s.fallback, "none")
+		want = append(want, map[string]string{"both": "Both roles", "server": "Server", "client": "Client"}[s.role]+" "+row)
+		short = slices.DeleteFunc(short, func(r string) bool { return r == row })
 	}
-	for name := range rows {
-		t.Errorf("%s is no variable of the program", name)
+	if len(short) > 0 {
+		t.Errorf("the README has the rows %q, which are not the program's", short)
 	}
-	for name := range short {
-		t.Errorf("%s in the README is no variable of the program", name)
+	if got := slices.Sorted(slices.Values(rows("docs/reference.md"))); !slices.Equal(got, slices.Sorted(slices.Values(want))) {
+		t.Errorf("the reference has the variables\n%q\nwant\n%q", got, slices.Sorted(slices.Values(want)))
 	}
 }
 
 // TestLinks: what the pages link to is there, a file and a heading of it.
 func TestLinks(t *testing.T) {
 	heading := regexp.MustCompile("(?m)^#+ (.*)$")
-	fence := regexp.MustCompile("(?ms)^```.*?^```$")
-	link := regexp.MustCompile(`\]\(([^)\s]+)\)`)
-	anchors := func(page string) map[string]bool { // as GitHub makes them
-		found := map[string]bool{}
-		for _, m := range heading.FindAllStringSubmatch(fence.ReplaceAllString(readFile(t, page), ""), -1) {
-			found[strings.Map(func(r rune) rune {
+	link := regexp.MustCompile(`\]\(([^)\s#]*)#?([^)\s]*)\)`)
+	prose := func(page string) string {
+		return regexp.MustCompile("(?ms)^```.*?^```$").ReplaceAllString(readFile(t, page), "")
+	}
+	anchors := func(page string) (found []string) { // as GitHub makes them
+		for _, m := range heading.FindAllStringSubmatch(prose(page), -1) {
+			found = append(found, strings.Map(func(r rune) rune {
 				switch {
 				case r == ' ':
 					return '-'
@@ -3948,30 +3920,27 @@ func TestLinks(t *testing.T) {
 					return unicode.ToLower(r)
 				}
 				return -1
-			}, m[1])] = true
+			}, m[1]))
 		}
 		return found
 	}
-	for _, page := range pages(t) {
-		n := 0
-		for _, m := range link.FindAllStringSubmatch(fence.ReplaceAllString(readFile(t, page), ""), -1) {
+	for _, page := range append(must(filepath.Glob("docs/*.md")), "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md") {
+		links := link.FindAllStringSubmatch(prose(page), -1)
+		if page == "README.md" && len(links) < 10 {
+			t.Errorf("%s has %d links", page, len(links))
+		}
+		for _, m := range links {
+			target := page
 			if strings.HasPrefix(m[1], "https://") {
 				continue
-			}
-			n++
-			file, anchor, _ := strings.Cut(m[1], "#")
-			target := page
-			if file != "" {
-				target = filepath.Join(filepath.Dir(page), file)
+			} else if m[1] != "" {
+				target = filepath.Join(filepath.Dir(page), m[1])
 			}
 			if _, err := os.Stat(target); err != nil {
 				t.Errorf("%s: %v", page, err)
-			} else if anchor != "" && !anchors(target)[anchor] {
-				t.Errorf("%s links to %s, which has no such heading", page, m[1])
+			} else if m[2] != "" && !slices.Contains(anchors(target), m[2]) {
+				t.Errorf("%s links to %s, which has no heading %s", page, target, m[2])
 			}
-		}
-		if page == "README.md" && n < 10 {
-			t.Errorf("%s has %d links", page, n)
 		}
 	}
 }
@@ -3983,24 +3952,16 @@ func TestProviders(t *testing.T) {
 	for _, m := range row.FindAllStringSubmatch(readFile(t, "README.md"), -1) {
 		name, channel, mode, timeout, secret := m[1], m[2], m[3], m[4], m[5]
 		names = append(names, name)
-		if channel != strings.ToLower(name) {
-			t.Errorf("%s has the channel %s", name, channel)
+		c := configOf(t, "RELAY_MODE=server", "RESPONSE_MODE=accept, "+channel+"="+mode, "RESPONSE_TIMEOUT=1s, "+channel+"="+timeout)
+		if got := c.Server.Timeouts.of(channel); channel != strings.ToLower(name) || got < 2*time.Second || got > 15*time.Second {
+			t.Errorf("%s has the channel %s, and its sender would wait %s", name, channel, got)
 		}
-		c, _, err := loadConfig([]string{"RELAY_MODE=server", "RESPONSE_MODE=accept, " + channel + "=" + mode, "RESPONSE_TIMEOUT=1s, " + channel + "=" + timeout})
-		if err != nil {
-			t.Errorf("%s: %v", name, err)
+		if strings.HasPrefix(secret, "none") {
 			continue
 		}
-		if got := c.Server.Timeouts.of(channel); got < 2*time.Second || got > 15*time.Second {
-			t.Errorf("%s: its sender would wait %s", name, got)
-		}
-		if !strings.HasPrefix(secret, "`"+channel+" ") && !strings.HasPrefix(secret, "none") {
-			t.Errorf("%s: the secrets line is for another channel: %s", name, secret)
-		}
-		if line := strings.NewReplacer("`", "", "…", "c2VjcmV0").Replace(secret); !strings.HasPrefix(secret, "none") {
-			if _, err := parseSecrets(line + "\n"); err != nil {
-				t.Errorf("%s: %s: %v", name, line, err)
-			}
+		line := strings.NewReplacer("`", "", "…", "c2VjcmV0").Replace(secret)
+		if _, err := parseSecrets(line + "\n"); err != nil || !strings.HasPrefix(line, channel+" ") {
+			t.Errorf("%s: the secrets line is %s: %v", name, line, err)
 		}
 	}
 	if want := []string{"GitHub", "GitLab", "Bitbucket", "Gitea", "Stripe", "Slack", "Shopify", "Discord", "Twilio"}; !slices.Equal(names, want) {
@@ -4012,66 +3973,41 @@ func TestProviders(t *testing.T) {
 func TestBounds(t *testing.T) {
 	_, doc, _ := strings.Cut(readFile(t, "relay.go"), "\n// # Bounds\n")
 	doc, _, _ = strings.Cut(doc, "\npackage main\n")
-	var want []string
-	for line := range strings.SplitSeq(doc, "\n") {
-		if line, ok := strings.CutPrefix(line, "//\t"); ok {
-			want = append(want, line)
-		}
+	var want strings.Builder
+	for _, m := range regexp.MustCompile("(?m)^//\t(.*\n)").FindAllStringSubmatch(doc+"\n", -1) {
+		want.WriteString(m[1])
 	}
 	_, rest, _ := strings.Cut(readFile(t, "docs/reference.md"), "\n```text\n")
-	block, _, _ := strings.Cut(rest, "\n```\n")
-	got := strings.Split(block, "\n")
-	if len(want) < 50 {
-		t.Fatalf("the package doc has %d lines of bounds", len(want))
-	}
-	for i := range max(len(got), len(want)) {
-		if i >= len(got) || i >= len(want) || got[i] != want[i] {
-			t.Fatalf("line %d of the bounds in docs/reference.md is not that of the package doc; what must stand there:\n%s", i+1, strings.Join(want, "\n"))
-		}
+	if got, _, _ := strings.Cut(rest, "```\n"); got != want.String() || strings.Count(got, "\n") < 50 {
+		t.Errorf("the bounds in docs/reference.md are not those of the package doc; what must stand there:\n%s", &want)
 	}
 }
 
-var (
-	variableRow = regexp.MustCompile("^\\| *`([A-Z][A-Z0-9_]+)` *\\| *([^|]*?) *\\|")
-	metricTable = regexp.MustCompile("(?m)^\\| *metric of the (server|client) .*\n\\|[-| ]*\n((?:\\|.*\n)*)")
-	metricRow   = regexp.MustCompile("(?m)^\\| *`([^`]+)` *\\|")
-)
-
-// families are names of metrics without labels, in order.
-func families(names []string) []string {
-	var list []string
-	for _, name := range names {
-		name, _, _ = strings.Cut(name, "{")
-		list = append(list, name)
-	}
-	slices.Sort(list)
-	return slices.Compact(list)
-}
-
-// programMetrics are the metrics of each role.
-func programMetrics(t testing.TB) map[string][]Metric {
-	t.Helper()
+// programMetrics are the names of the metrics of each role, without labels.
+func programMetrics() map[string][]string {
 	hub := &Hub{Budget: &Budget{}}
 	server := must(NewServer(ServerOptions{}, hub, hub, nil))
-	return map[string][]Metric{
-		"server": serverMetrics(server, hub, &RedisBus{}, &door{}), "client": clientMetrics(nil),
+	names := map[string][]string{}
+	for role, metrics := range map[string][]Metric{"server": serverMetrics(server, hub, &RedisBus{}, &door{}), "client": clientMetrics(nil)} {
+		for _, m := range metrics {
+			names[role] = append(names[role], m.Name)
+		}
+		slices.Sort(names[role])
 	}
+	return names
 }
 
 // TestReadmeMetrics holds the tables of metrics to the program's.
 func TestReadmeMetrics(t *testing.T) {
+	table := regexp.MustCompile("(?m)^\\| *metric of the (server|client) .*\n\\|[-| ]*\n((?:\\|.*\n)*)")
 	tables := map[string][]string{}
-	for _, m := range metricTable.FindAllStringSubmatch(readFile(t, "docs/operations.md"), -1) {
-		for _, row := range metricRow.FindAllStringSubmatch(m[2], -1) {
+	for _, m := range table.FindAllStringSubmatch(readFile(t, "docs/operations.md"), -1) {
+		for _, row := range regexp.MustCompile("(?m)^\\| *`([^`{]+)").FindAllStringSubmatch(m[2], -1) {
 			tables[m[1]] = append(tables[m[1]], row[1])
 		}
 	}
-	for role, metrics := range programMetrics(t) {
-		var want []string
-		for _, m := range metrics {
-			want = append(want, m.Name)
-		}
-		if got, want := families(tables[role]), families(want); !slices.Equal(got, want) {
+	for role, want := range programMetrics() {
+		if got := slices.Compact(slices.Sorted(slices.Values(tables[role]))); !slices.Equal(got, want) {
 			t.Errorf("metrics of the %s are %q, want %q", role, got, want)
 		}
 	}
@@ -4080,19 +4016,19 @@ func TestReadmeMetrics(t *testing.T) {
 // TestReasons: all that stands in the label is in the table, for webhooks, and for
 // streams and reports; and what webhooks are lost for is in the text.
 func TestReasons(t *testing.T) {
-	_, section, _ := strings.Cut(readFile(t, "docs/operations.md"), "\n### Reasons\n")
+	page := readFile(t, "docs/operations.md")
+	_, section, _ := strings.Cut(page, "\n### Reasons\n")
 	section, _, _ = strings.Cut(section, "\n## ")
-	var webhooks, subscribers []string
-	for _, m := range regexp.MustCompile("(?m)^\\| `(\\w+)` \\|(.*)\\|(.*)\\|$").FindAllStringSubmatch(section, -1) {
-		if strings.TrimSpace(m[2]) != "" {
-			webhooks = append(webhooks, m[1])
-		}
-		if strings.TrimSpace(m[3]) != "" {
-			subscribers = append(subscribers, m[1])
+	var columns [2][]string
+	for _, m := range regexp.MustCompile("(?m)^\\| `(\\w+)` \\| *(.*?) *\\| *(.*?) *\\|$").FindAllStringSubmatch(section, -1) {
+		for i, text := range m[2:] {
+			if text != "" {
+				columns[i] = append(columns[i], m[1])
+			}
 		}
 	}
-	if !slices.Equal(webhooks, webhookReasons) || !slices.Equal(subscribers, subscriberReasons) {
-		t.Errorf("reasons are %q and %q, want %q and %q", webhooks, subscribers, webhookReasons, subscriberReasons)
+	if want := [2][]string{webhookReasons, subscriberReasons}; !reflect.DeepEqual(columns, want) {
+		t.Errorf("reasons are %q, want %q", columns, want)
 	}
 	for _, reason := range lostReasons {
 		if !strings.Contains(section, "`"+reason+"` (") {
@@ -4100,7 +4036,7 @@ func TestReasons(t *testing.T) {
 		}
 	}
 	for _, reason := range deniedReasons {
-		if !strings.Contains(readFile(t, "docs/operations.md"), "`"+reason+"`") {
+		if !strings.Contains(page, "`"+reason+"`") {
 			t.Errorf("why a client has no stream: %s is missing", reason)
 		}
 	}
@@ -4109,30 +4045,20 @@ func TestReasons(t *testing.T) {
 // TestAlerts: the rules ask for metrics that the program has, and for the growth of
 // counters, and the PodMonitor finds all pods.
 func TestAlerts(t *testing.T) {
-	known := map[string]bool{}
-	for _, metrics := range programMetrics(t) {
-		for _, m := range metrics {
-			name, _, _ := strings.Cut(m.Name, "{")
-			known[name] = true
-		}
-	}
-	rules := yamlBlock(t, "docs/operations.md", "groups:\n").at("groups", "0", "rules").items
+	known := slices.Concat(slices.Collect(maps.Values(programMetrics()))...)
+	rules := yamlBlock(t, "docs/operations.md", "groups:\n").each("groups.0.rules")
 	if len(rules) < 5 {
 		t.Fatalf("there are %d rules", len(rules))
 	}
-	names := map[string]bool{}
+	names := map[string]bool{"": true}
 	for _, rule := range rules {
-		alert, expr := rule.at("alert").text, rule.at("expr").text
-		if names[alert] || alert == "" || rule.at("labels", "severity").text == "" || rule.at("annotations", "summary").text == "" {
+		alert, expr := rule["alert"], rule["expr"]
+		if names[alert] || rule["labels.severity"] == "" || rule["annotations.summary"] == "" {
 			t.Errorf("rule %q comes twice, or has no name, severity or summary", alert)
 		}
 		names[alert] = true
-		metrics := regexp.MustCompile(`\brelay_\w+`).FindAllString(strings.ReplaceAll(expr, "_bucket[", "["), -1)
-		if len(metrics) == 0 {
-			t.Errorf("%s asks for nothing: %s", alert, expr)
-		}
-		for _, name := range metrics {
-			if !known[name] {
+		for _, name := range regexp.MustCompile(`\brelay_\w+`).FindAllString(strings.ReplaceAll(expr, "_bucket[", "["), -1) {
+			if !slices.Contains(known, name) {
 				t.Errorf("%s asks for %s, which the program does not have", alert, name)
 			}
 			if counts := strings.HasSuffix(name, "_total"); counts && !strings.Contains(expr, "increase("+name) && !strings.Contains(expr, "rate("+name) {
@@ -4151,114 +4077,84 @@ func TestAlerts(t *testing.T) {
 			}
 		}
 	}
-
-	monitor := yamlBlock(t, "docs/operations.md", "apiVersion: monitoring.coreos.com/v1\n").at("spec")
-	for _, d := range readManifests(t) {
-		component := componentOf(d.at("metadata"))
-		if d.at("kind").text != "Deployment" || component == "redis" {
-			continue
-		}
-		if d.at("metadata", "labels", "app.kubernetes.io/name").text != monitor.at("selector", "matchLabels", "app.kubernetes.io/name").text ||
-			!slices.ContainsFunc(monitor.at("selector", "matchExpressions", "0", "values").items, func(n *node) bool { return n.text == component }) {
-			t.Errorf("the PodMonitor leaves out the pods of the %s", component)
-		}
-		endpoint := monitor.at("podMetricsEndpoints", "0")
-		if !slices.ContainsFunc(d.at("spec", "template", "spec", "containers", "0", "ports").items, func(n *node) bool { return n.at("name").text == endpoint.at("port").text }) {
-			t.Errorf("the %s has no port called %s", component, endpoint.at("port").text)
-		}
-		annotations := d.at("spec", "template", "metadata", "annotations")
-		if endpoint.at("path").text != "/metrics" || annotations.at("prometheus.io/path").text != "/metrics" || annotations.at("prometheus.io/port").text != "9000" {
-			t.Errorf("the metrics of the %s are not where they are asked for", component)
-		}
+	const labels = "app.kubernetes.io/component" // of which TestManifests holds the pods to the same
+	monitor := yamlBlock(t, "docs/operations.md", "apiVersion: monitoring.coreos.com/v1\n").under("spec").String()
+	if want := "podMetricsEndpoints.0.path=/metrics podMetricsEndpoints.0.port=health selector.matchExpressions.0.key=" + labels +
+		" selector.matchExpressions.0.operator=In selector.matchExpressions.0.values.0=server selector.matchExpressions.0.values.1=client" +
+		" selector.matchLabels.app.kubernetes.io/name=webhook-relay"; monitor != want {
+		t.Errorf("the PodMonitor has\n%s\nwant\n%s", monitor, want)
 	}
 }
 
 // TestCompose: both sides of the example start, find each other and Redis, and
 // ask themselves how they are.
 func TestCompose(t *testing.T) {
-	services := yamlBlock(t, "docs/operations.md", "services:\n").at("services")
-	entry := regexp.MustCompile(`(?m)^ENTRYPOINT \["(.*)"\]$`).FindStringSubmatch(readFile(t, "Dockerfile"))
-	configs := map[string]*Config{}
-	for name, service := range services.fields {
-		if service.at("healthcheck", "test", "0").text != "CMD" { // a shell is not in the image
-			t.Errorf("%s: its health command needs a shell", name)
+	services := yamlBlock(t, "docs/operations.md", "services:\n").under("services")
+	entry := regexp.MustCompile(`(?m)^ENTRYPOINT \["(.*)"\]$`).FindStringSubmatch(readFile(t, "Dockerfile"))[1]
+	for name, want := range map[string]string{
+		"redis":  "0=CMD 1=redis-cli 2=ping", // a shell is not in the image of the others
+		"server": "0=CMD 1=" + entry + " 2=-probe 3=ready",
+		"client": "0=CMD 1=" + entry + " 2=-probe 3=ready",
+	} {
+		service := services.under(name)
+		if got := service.under("healthcheck.test").String(); got != want {
+			t.Errorf("%s: its health command is %q, want %q", name, got, want)
 		}
 		if name == "redis" {
 			continue
 		}
-		var environ, command []string
-		for variable, value := range service.at("environment").fields {
-			environ = append(environ, variable+"="+value.text)
-		}
-		for _, word := range service.at("healthcheck", "test").items {
-			command = append(command, word.text)
+		var environ []string
+		for variable, value := range service.under("environment") {
+			environ = append(environ, variable+"="+value)
 		}
 		c, warnings, err := loadConfig(environ)
 		if err != nil || len(warnings) > 0 {
 			t.Fatalf("%s: %v %v", name, err, warnings)
 		}
-		configs[name] = c
-		if c.Role != name || !c.Health || c.Server.Token == "" || !strings.HasPrefix(c.Server.Token, "${AUTH_TOKEN:?") {
+		if c.Role != name || !c.Health || !strings.HasPrefix(c.Server.Token, "${AUTH_TOKEN:?") {
 			t.Errorf("%s: its role is %q, its health service %t, its token %q", name, c.Role, c.Health, c.Server.Token)
 		}
-		if want := []string{"CMD", entry[1], "-probe", "ready"}; !slices.Equal(command, want) {
-			t.Errorf("%s: its health command is %q, want %q", name, command, want)
-		}
-		if grace, err := time.ParseDuration(service.at("stop_grace_period").text); err != nil || grace <= c.ShutdownDelay+c.HandlerTimeout {
+		if grace, err := time.ParseDuration(service["stop_grace_period"]); err != nil || grace <= c.ShutdownDelay+c.HandlerTimeout {
 			t.Errorf("%s: its grace period %s does not cover the time to drain", name, grace)
 		}
-	}
-	if configs["server"] == nil || configs["client"] == nil {
-		t.Fatal("a side is missing")
-	}
-	if source := configs["client"].Sources[0]; services.at(source.Hostname()).fields == nil || source.Port() != strconv.Itoa(configs["server"].Port) {
-		t.Errorf("the client's source %s is no service of the example", source)
-	}
-	if got := services.at("server", "environment", "REDIS_URL").text; got != "redis://redis:6379" || services.at("redis").fields == nil {
-		t.Errorf("the server's Redis is %s", got)
-	}
-}
-
-// yamlBlock is the block of YAML in a page that begins so.
-func yamlBlock(t testing.TB, page, begin string) *node {
-	t.Helper()
-	_, text, ok := strings.Cut(readFile(t, page), "\n```yaml\n"+begin)
-	text, _, closed := strings.Cut(begin+text, "\n```\n")
-	if !ok || !closed {
-		t.Fatalf("%s has no block that begins with %q", page, begin)
-	}
-	return readDocument(t, text)
-}
-
-// node is a value in YAML: a mapping, a list or a scalar.
-type node struct {
-	fields map[string]*node
-	items  []*node
-	text   string
-}
-
-// at walks fields by name and items by number; it is never nil.
-func (n *node) at(path ...string) *node {
-	for _, key := range path {
-		next := n.fields[key]
-		if i, err := strconv.Atoi(key); err == nil && i < len(n.items) {
-			next = n.items[i]
+		if name == "client" && c.Sources[0].Host != "server:3000" || name == "server" && (c.Port != 3000 || c.Redis.Server.Addr != "redis:6379") {
+			t.Errorf("%s: it does not find its source or Redis", name)
 		}
-		if next == nil {
-			return &node{}
-		}
-		n = next
 	}
-	return n
 }
 
-func (n *node) number(t testing.TB) int {
-	t.Helper()
-	i, err := strconv.Atoi(n.text)
-	if err != nil {
-		t.Errorf("%q is no number", n.text)
+// yaml is a document, flat: scalars by their path, as in spec.ports.0.port.
+type yaml map[string]string
+
+// under is what path leads to.
+func (y yaml) under(path string) yaml {
+	part := yaml{}
+	for key, value := range y {
+		if rest, ok := strings.CutPrefix(key, path); ok && (rest == "" || rest[0] == '.') {
+			part[strings.TrimPrefix(rest, ".")] = value
+		}
 	}
-	return i
+	return part
+}
+
+// each are the items of the list that path leads to.
+func (y yaml) each(path string) (items []yaml) {
+	for {
+		item := y.under(fmt.Sprint(path, ".", len(items)))
+		if len(item) == 0 {
+			return items
+		}
+		items = append(items, item)
+	}
+}
+
+// String is all of it, in order; of a scalar, its value.
+func (y yaml) String() string {
+	var list []string
+	for _, key := range slices.Sorted(maps.Keys(y)) {
+		list = append(list, strings.TrimPrefix(key+"="+y[key], "="))
+	}
+	return strings.Join(list, " ")
 }
 
 var (
@@ -4266,488 +4162,222 @@ var (
 	yamlComment = regexp.MustCompile(`(^|\s+)#.*$`)
 )
 
-// yamlReader reads the plain block form of YAML that the manifests keep to.
-type yamlReader struct {
-	t     testing.TB
-	lines []string // without blanks and comments
-}
-
-func indentOf(line string) int { return len(line) - len(strings.TrimLeft(line, " ")) }
-
-// block reads the value whose lines begin at column indent.
-func (y *yamlReader) block(indent int) *node {
-	n := &node{fields: map[string]*node{}}
-	for len(y.lines) > 0 && indentOf(y.lines[0]) == indent {
-		line := y.lines[0][indent:]
-		if item, ok := strings.CutPrefix(line, "- "); ok {
-			if yamlField.MatchString(item) {
-				y.lines[0] = strings.Repeat(" ", indent+2) + item
-				n.items = append(n.items, y.block(indent+2))
-			} else {
-				y.lines = y.lines[1:]
-				n.items = append(n.items, y.scalar(item))
-			}
-			continue
-		}
-		m := yamlField.FindStringSubmatch(line)
-		if m == nil || n.fields[m[1]] != nil || n.items != nil {
-			y.t.Fatalf("line %q does not fit", line)
-		}
-		y.lines = y.lines[1:]
-		switch {
-		case m[2] != "":
-			n.fields[m[1]] = y.scalar(m[2])
-		case len(y.lines) > 0 && indentOf(y.lines[0]) > indent:
-			n.fields[m[1]] = y.block(indentOf(y.lines[0]))
-		default:
-			y.t.Fatalf("%q has no value", line)
-		}
-	}
-	return n
-}
-
-func (y *yamlReader) scalar(text string) *node {
-	if unquoted, err := strconv.Unquote(text); err == nil {
-		return &node{text: unquoted}
-	}
-	if text == "{}" {
-		return &node{fields: map[string]*node{}}
-	}
-	if strings.ContainsAny(text[:1], "\"'[{&*!|>%@`") || strings.Contains(text, ": ") {
-		y.t.Fatalf("value %q is not in plain block form", text)
-	}
-	return &node{text: text}
-}
-
-func readDocument(t testing.TB, document string) *node {
+// readYAML reads the plain block form that the documents keep to.
+func readYAML(t testing.TB, text string) yaml {
 	t.Helper()
-	y := &yamlReader{t: t}
-	for line := range strings.SplitSeq(document, "\n") {
+	type block struct {
+		indent, items int
+		path          string
+	}
+	y, open, seen := yaml{}, []*block{{}}, map[string]bool{}
+	var waiting string // the path of a field whose value is on the lines below it
+	scalar := func(path, value string) {
+		if unquoted, err := strconv.Unquote(value); err == nil {
+			value = unquoted
+		} else if value != "{}" && (strings.ContainsAny(value[:1], "\"'[{&*!|>%@`") || strings.Contains(value, ": ")) {
+			t.Fatalf("value %q is not in plain block form", value)
+		}
+		y[path] = value
+	}
+	for line := range strings.Lines(text) {
+		line = strings.TrimRight(line, "\n")
 		if !strings.Contains(line, `"`) || strings.HasPrefix(strings.TrimSpace(line), "#") {
 			line = yamlComment.ReplaceAllString(line, "")
 		}
-		if strings.TrimSpace(line) != "" {
-			y.lines = append(y.lines, line)
-		}
-	}
-	n := y.block(0)
-	if len(y.lines) > 0 {
-		t.Fatalf("line %q is indented oddly", y.lines[0])
-	}
-	return n
-}
-
-// readManifests decodes every document of manifests.yaml that is not a comment.
-func readManifests(t testing.TB) (documents []*node) {
-	t.Helper()
-	for document := range strings.SplitSeq("\n"+readFile(t, "manifests.yaml"), "\n---\n") {
-		if n := readDocument(t, document); len(n.fields) > 0 {
-			documents = append(documents, n)
-		}
-	}
-	return documents
-}
-
-// commentedRoute is where the HTTPRoute begins, which ends manifests.yaml as a
-// comment.
-const commentedRoute = "\n# apiVersion: gateway"
-
-func readRoute(t testing.TB) *node {
-	t.Helper()
-	_, route, ok := strings.Cut(readFile(t, "manifests.yaml"), commentedRoute)
-	if !ok {
-		t.Fatal("there is no commented HTTPRoute")
-	}
-	return readDocument(t, strings.ReplaceAll(commentedRoute+route, "\n# ", "\n"))
-}
-
-// TestManifests holds the manifests to the program: ports, probes, variables,
-// the time to drain, and what a pod of it may do.
-func TestManifests(t *testing.T) {
-	c := configOf(t, "RELAY_MODE=server", "KUBERNETES_SERVICE_HOST=10.0.0.1")
-	health := reportOn(fine, fine)
-	roles := map[string]string{} // of variables
-	for _, s := range settings(&Config{}) {
-		roles[s.name] = s.role
-	}
-	kinds := map[string]int{}
-	pods := map[string]map[string]string{} // labels of pods by Deployment
-	documents := readManifests(t)
-	for _, d := range documents {
-		kind, name := d.at("kind").text, d.at("metadata", "name").text
-		component := componentOf(d.at("metadata"))
-		kinds[component+" "+kind]++
-		if api := d.at("apiVersion").text; !slices.Contains([]string{"v1", "apps/v1", "networking.k8s.io/v1", "policy/v1"}, api) {
-			t.Errorf("%s %s: a cluster may not know %s, and then kubectl fails on the whole file", kind, name, api)
-		}
-		if d.at("apiVersion").text == "" || name == "" || component == "" {
-			t.Errorf("%s %q: apiVersion, name or component is missing", kind, name)
-		}
-		if kind != "Deployment" {
+		content := strings.TrimLeft(line, " ")
+		indent := len(line) - len(content)
+		if content == "" {
 			continue
 		}
-		spec := d.at("spec", "template", "spec")
-		labels := map[string]string{}
-		for key, value := range d.at("spec", "template", "metadata", "labels").fields {
-			labels[key] = value.text
+		for waiting == "" && open[len(open)-1].indent > indent {
+			open = open[:len(open)-1]
 		}
-		pods[name] = labels
-		if got := componentOf(d.at("spec", "template", "metadata")); got != component {
-			t.Errorf("%s: its pods are of the component %q, want %q", name, got, component)
+		if waiting != "" {
+			open = append(open, &block{indent: indent, path: waiting})
 		}
-		for _, container := range spec.at("containers").items {
-			own := container.at("securityContext")
-			for what, ok := range map[string]bool{
-				"non-root":          spec.at("securityContext", "runAsNonRoot").text == "true" || own.at("runAsNonRoot").text == "true",
-				"a numeric user":    spec.at("securityContext", "runAsUser").number(t) > 0,
-				"seccomp":           spec.at("securityContext", "seccompProfile", "type").text == "RuntimeDefault",
-				"no escalation":     own.at("allowPrivilegeEscalation").text == "false",
-				"a read-only root":  own.at("readOnlyRootFilesystem").text == "true",
-				"no capabilities":   own.at("capabilities", "drop", "0").text == "ALL",
-				"a memory limit":    container.at("resources", "limits", "memory").text != "",
-				"requests":          container.at("resources", "requests", "cpu").text != "" && container.at("resources", "requests", "memory").text != "",
-				"no API token":      spec.at("automountServiceAccountToken").text == "false",
-				"no links":          spec.at("enableServiceLinks").text == "false", // a Service named server would set SERVER_PORT
-				"a readiness probe": container.at("readinessProbe").fields != nil,
-				"a liveness probe":  container.at("livenessProbe").fields != nil,
-			} {
-				if !ok {
-					t.Errorf("%s: %s is missing", name, what)
-				}
-			}
+		at := open[len(open)-1]
+		if at.indent != indent || waiting != "" && indent <= open[len(open)-2].indent {
+			t.Fatalf("line %q is indented oddly", line)
 		}
-		if component == "redis" && d.at("spec", "replicas").text != "0" {
-			t.Error("redis runs without being asked for")
-		}
-		if component != "server" && component != "client" {
-			continue
-		}
-
-		// The program's own.
-		container := spec.at("containers", "0")
-		if got := d.at("spec", "strategy", "rollingUpdate", "maxUnavailable").text; got != "0" {
-			t.Errorf("%s: maxUnavailable is %q, want 0", name, got)
-		}
-		end := c.HandlerTimeout
-		if component == "server" {
-			end += c.ShutdownDelay
-		}
-		if grace := time.Duration(spec.at("terminationGracePeriodSeconds").number(t)) * time.Second; grace <= end {
-			t.Errorf("%s: grace period of %s does not cover the %s that draining takes", name, grace, end)
-		}
-		ports := []int{c.HealthPort}
-		if component == "server" {
-			ports = []int{c.Port, c.HealthPort}
-		}
-		var declared []int
-		for _, p := range container.at("ports").items {
-			declared = append(declared, p.at("containerPort").number(t))
-		}
-		if !slices.Equal(declared, ports) {
-			t.Errorf("%s: container ports %v, want %v", name, declared, ports)
-		}
-		for probe, page := range map[string]string{"livenessProbe": "/live", "readinessProbe": "/ready"} {
-			get := container.at(probe, "httpGet")
-			if get.at("path").text != page || get.at("port").number(t) != c.HealthPort {
-				t.Errorf("%s: %s asks for %s at %s", name, probe, get.at("path").text, get.at("port").text)
-			}
-			w := httptest.NewRecorder()
-			health.ServeHTTP(w, httptest.NewRequest("GET", get.at("path").text, nil))
-			if w.Code != 200 {
-				t.Errorf("%s: %s asks for %s, which is %d", name, probe, get.at("path").text, w.Code)
-			}
-			if timeout := time.Duration(container.at(probe, "timeoutSeconds").number(t)) * time.Second; timeout <= checkTimeout {
-				t.Errorf("%s: %s waits %s, a check may take %s", name, probe, timeout, checkTimeout)
-			}
-			period := map[string]int{"livenessProbe": 30, "readinessProbe": 5}[probe]
-			if got := container.at(probe, "periodSeconds").number(t); got != period {
-				t.Errorf("%s: %s comes every %d s, want %d", name, probe, got, period)
-			}
-		}
-		env := map[string]*node{}
-		var environ []string
-		for _, e := range container.at("env").items {
-			variable := e.at("name").text
-			env[variable] = e
-			value := e.at("value").text
-			if e.at("valueFrom").fields != nil {
-				value = "secret"
-			}
-			environ = append(environ, variable+"="+value)
-			if role := roles[variable]; variable != "GOMEMLIMIT" && role != "both" && role != component {
-				t.Errorf("%s: %s is no variable of a %s", name, variable, component)
-			}
-		}
-		if _, warnings, err := loadConfig(environ); err != nil || len(warnings) > 0 {
-			t.Errorf("%s: its environment: %v %v", name, err, warnings)
-		}
-		if component == "server" {
-			const cut = 240 * time.Second // worker-shutdown-timeout of ingress-nginx
-			if own, _, err := loadConfig(environ); err != nil || own.Server.StreamMaxAge == 0 || own.Server.StreamMaxAge+own.HandlerTimeout >= cut {
-				t.Errorf("%s: streams do not move before the ingress controller cuts them", name)
-			}
-		} else if !regexp.MustCompile(`/ci-[0-9a-f]{32}/$`).MatchString(env["SOURCE_URL"].at("value").text) {
-			t.Errorf("%s: SOURCE_URL has not the channel that the README replaces", name) // by sed
-		}
-		secret := env["AUTH_TOKEN"].at("valueFrom", "secretKeyRef")
-		if secret.at("optional").text == "true" || secret.at("name").text == "" || secret.at("key").text == "" {
-			t.Errorf("%s: AUTH_TOKEN does not come from a Secret that must be there", name)
-		}
-		unit := map[string]float64{"Mi": 1, "MiB": 1, "Gi": 1024, "GiB": 1024}
-		amount := regexp.MustCompile(`^(\d+)(\w+)$`)
-		soft, hard := amount.FindStringSubmatch(env["GOMEMLIMIT"].at("value").text), amount.FindStringSubmatch(container.at("resources", "limits", "memory").text)
-		if soft == nil || hard == nil {
-			t.Errorf("%s: GOMEMLIMIT or the memory limit cannot be read", name)
-		} else {
-			s, _ := strconv.ParseFloat(soft[1], 64)
-			h, _ := strconv.ParseFloat(hard[1], 64)
-			if s *= unit[soft[2]]; s <= 0 || s >= h*unit[hard[2]] {
-				t.Errorf("%s: GOMEMLIMIT %s is not below the memory limit %s", name, soft[0], hard[0])
-			}
-			if own, _, err := loadConfig(environ); err == nil && component == "server" && float64(3*own.HeldBuffer+reportsLimit/2)/(1<<20) > s {
-				t.Errorf("%s: three times SERVER_HELD_BUFFER and the reports do not fit into %s", name, soft[0])
-			}
-		}
-	}
-	for _, kind := range []string{"server Deployment", "server Service", "server Ingress", "server PodDisruptionBudget", "server NetworkPolicy", "client Deployment", "client NetworkPolicy", "redis Deployment", "redis Service", "redis NetworkPolicy"} {
-		if kinds[kind] != 1 {
-			t.Errorf("%d of %s, want 1", kinds[kind], kind)
-		}
-	}
-	if policy := find(documents, "server", "PodDisruptionBudget").at("spec"); policy.at("maxUnavailable").text != "1" || policy.at("unhealthyPodEvictionPolicy").text != "AlwaysAllow" {
-		t.Error("the PodDisruptionBudget blocks the drain of a node, with one replica or with Redis down")
-	}
-	objects, _, _ := strings.Cut(readFile(t, "manifests.yaml"), commentedRoute)
-	for _, m := range regexp.MustCompile(`(?m)^ *# *- name: (\S+)`).FindAllStringSubmatch(objects, -1) {
-		if roles[m[1]] == "" {
-			t.Errorf("%s in a comment is no variable of the program", m[1])
-		}
-		delete(roles, m[1])
-	}
-	if roles["REDIS_URL"] != "" {
-		t.Error("there is no commented REDIS_URL")
-	}
-	checkSelectors(t, documents, pods)
-	checkIngress(t, documents, c)
-	checkRoute(t, documents, c)
-	checkPolicies(t, documents, pods, c)
-	checkRedis(t, documents, pods)
-}
-
-// componentOf is the side that metadata gives to an object.
-func componentOf(metadata *node) string {
-	return metadata.at("labels", "app.kubernetes.io/component").text
-}
-
-// selected are the components whose pods the labels of selector are for.
-func selected(selector *node, pods map[string]map[string]string) (components []string) {
-	for _, labels := range pods {
-		matches := true
-		for key, value := range selector.fields {
-			matches = matches && labels[key] == value.text
-		}
-		if matches {
-			components = append(components, labels["app.kubernetes.io/component"])
-		}
-	}
-	return components
-}
-
-// checkSelectors: each object selects the pods of its own side, and no others.
-func checkSelectors(t *testing.T, documents []*node, pods map[string]map[string]string) {
-	for _, d := range documents {
-		var selector *node
-		switch kind := d.at("kind").text; kind {
-		case "Service":
-			selector = d.at("spec", "selector")
-		case "Deployment", "PodDisruptionBudget":
-			selector = d.at("spec", "selector", "matchLabels")
-		case "NetworkPolicy":
-			selector = d.at("spec", "podSelector", "matchLabels")
-		case "Ingress":
-			continue
-		default:
-			t.Errorf("%s is not checked", kind)
-			continue
-		}
-		if got, want := selected(selector, pods), []string{componentOf(d.at("metadata"))}; !slices.Equal(got, want) {
-			t.Errorf("%s %s selects the pods of %q, want %q", d.at("kind").text, d.at("metadata", "name").text, got, want)
-		}
-	}
-}
-
-// find is the object of such a component and kind, or an empty node.
-func find(documents []*node, component, kind string) *node {
-	for _, d := range documents {
-		if componentOf(d.at("metadata")) == component && d.at("kind").text == kind {
-			return d
-		}
-	}
-	return &node{}
-}
-
-var commentedRedis = regexp.MustCompile(`(?m)^ *# *- name: REDIS_URL\n *# *value: "(.*)"$`)
-
-// checkRedis follows the commented REDIS_URL through the Service and the
-// NetworkPolicy to the container's port.
-func checkRedis(t *testing.T, documents []*node, pods map[string]map[string]string) {
-	service, policy := find(documents, "redis", "Service"), find(documents, "redis", "NetworkPolicy").at("spec")
-	ports := find(documents, "redis", "Deployment").at("spec", "template", "spec", "containers", "0", "ports").items
-	if len(ports) != 1 || ports[0].at("containerPort").text != "6379" { // where redis-server listens unless told otherwise
-		t.Fatal("redis: the container's port is not 6379 alone")
-	}
-	if s := service.at("spec", "ports"); len(s.items) != 1 || s.at("0", "targetPort").text != "6379" {
-		t.Error("redis: the Service does not lead to the container's port")
-	}
-	m := commentedRedis.FindStringSubmatch(readFile(t, "manifests.yaml"))
-	if m == nil {
-		t.Fatal("the commented REDIS_URL has no value")
-	}
-	if _, _, err := loadConfig([]string{"RELAY_MODE=server", "REDIS_URL=" + m[1]}); err != nil {
-		t.Error(err)
-	}
-	if want := "redis://" + service.at("metadata", "name").text + ":" + service.at("spec", "ports", "0", "port").text; m[1] != want {
-		t.Errorf("the commented REDIS_URL is %q, want %q", m[1], want)
-	}
-	if types := policy.at("policyTypes"); len(types.items) != 1 || types.at("0").text != "Ingress" {
-		t.Error("redis: the NetworkPolicy is not one for ingress")
-	}
-	rule := policy.at("ingress", "0")
-	from, admitted := rule.at("from", "0"), rule.at("ports")
-	if len(policy.at("ingress").items) != 1 || len(rule.at("from").items) != 1 || len(from.fields) != 1 ||
-		!slices.Equal(selected(from.at("podSelector", "matchLabels"), pods), []string{"server"}) {
-		t.Error("redis: the NetworkPolicy does not admit the servers alone")
-	}
-	if len(admitted.items) != 1 || admitted.at("0", "port").text != "6379" || admitted.at("0", "protocol").text != "TCP" {
-		t.Error("redis: the NetworkPolicy does not admit to the container's port alone")
-	}
-}
-
-// checkRoute: the HTTPRoute does what the Ingress does, and ends no stream.
-func checkRoute(t *testing.T, documents []*node, c *Config) {
-	route, ingress, service := readRoute(t), find(documents, "server", "Ingress"), find(documents, "server", "Service")
-	if route.at("kind").text != "HTTPRoute" || route.at("apiVersion").text != "gateway.networking.k8s.io/v1" || componentOf(route.at("metadata")) != "gateway" {
-		t.Error("the commented object is no HTTPRoute of the component gateway")
-	}
-	if got, want := route.at("spec", "hostnames", "0").text, ingress.at("spec", "rules", "0", "host").text; got != want || want == "" {
-		t.Errorf("HTTPRoute: host %q, the Ingress has %q", got, want)
-	}
-	rule := route.at("spec", "rules", "0")
-	var paths, want []string
-	for _, match := range rule.at("matches").items {
-		paths = append(paths, match.at("path", "type").text+" "+match.at("path", "value").text)
-	}
-	for _, path := range ingress.at("spec", "rules", "0", "http", "paths").items {
-		want = append(want, "PathPrefix "+path.at("path").text)
-	}
-	if slices.Sort(paths); !slices.Equal(paths, slices.Sorted(slices.Values(want))) {
-		t.Errorf("HTTPRoute: paths %q, the Ingress has %q", paths, want)
-	}
-	if rule.at("timeouts", "request").text != "0s" {
-		t.Error("HTTPRoute: the Gateway's timeout cuts streams")
-	}
-	backend := rule.at("backendRefs", "0")
-	if backend.at("name").text != service.at("metadata", "name").text || backend.at("port").number(t) != c.Port {
-		t.Error("HTTPRoute: it does not lead to the server's Service")
-	}
-}
-
-// checkPolicies: what each side needs is let through, and who reads metrics or
-// comes in is told apart.
-func checkPolicies(t *testing.T, documents []*node, pods map[string]map[string]string, c *Config) {
-	ports := func(rule *node) (list []string) {
-		for _, p := range rule.at("ports").items {
-			list = append(list, p.at("protocol").text+" "+p.at("port").text)
-		}
-		return list
-	}
-	tcp := func(port int) []string { return []string{"TCP " + strconv.Itoa(port)} }
-	names := []string{"UDP 53", "TCP 53"}
-	for _, side := range []string{"server", "client"} {
-		policy := find(documents, side, "NetworkPolicy").at("spec")
-		if types := policy.at("policyTypes"); len(types.items) != 2 || types.at("0").text != "Ingress" || types.at("1").text != "Egress" {
-			t.Errorf("%s: its NetworkPolicy is not one for both ways", side)
-		}
-		in, out := policy.at("ingress").items, policy.at("egress").items
-		if side == "server" {
-			if len(in) != 2 || !slices.Equal(ports(in[0]), tcp(c.Port)) || in[0].at("from").items != nil {
-				t.Fatal("server: not everybody gets to its port")
-			}
-			in = in[1:]
-		}
-		if len(in) != 1 || !slices.Equal(ports(in[0]), tcp(c.HealthPort)) || len(in[0].at("from").items) != 1 || in[0].at("from", "0", "namespaceSelector").fields == nil {
-			t.Fatalf("%s: its health port is not for pods of the cluster alone", side)
-		}
-		if len(out) < 2 || !slices.Equal(ports(out[0]), names) || out[0].at("to").items != nil {
-			t.Fatalf("%s: it cannot ask for names", side)
-		}
-		if side == "server" {
-			if len(out) != 2 || !slices.Equal(ports(out[1]), tcp(6379)) || len(out[1].at("to").items) != 1 ||
-				!slices.Equal(selected(out[1].at("to", "0", "podSelector", "matchLabels"), pods), []string{"redis"}) {
-				t.Error("server: it does not get to Redis alone")
-			}
-			continue
-		}
-		if len(out) != 3 || !slices.Equal(ports(out[1]), tcp(443)) || out[1].at("to").items != nil {
-			t.Fatal("client: it does not get to its source")
-		}
-		if ports(out[2]) != nil || len(out[2].at("to").items) != 1 || out[2].at("to", "0", "namespaceSelector").fields == nil {
-			t.Error("client: it does not get to targets in the cluster alone")
-		}
-	}
-}
-
-// checkIngress follows it to the Service to the server's port.
-func checkIngress(t *testing.T, documents []*node, c *Config) {
-	services := map[string]*node{}
-	for _, d := range documents {
-		if d.at("kind").text == "Service" {
-			services[d.at("metadata", "name").text] = d
-		}
-	}
-	if c.Port != 3000 || c.HealthPort != 9000 {
-		t.Errorf("ports are %d and %d, want those of the legacy images, 3000 and 9000", c.Port, c.HealthPort)
-	}
-	for _, d := range documents {
-		if d.at("kind").text != "Ingress" {
-			continue
-		}
-		prefix := "nginx.ingress.kubernetes.io/"
-		annotations := d.at("metadata", "annotations").fields
-		for name, ok := range map[string]func(string) bool{
-			"proxy-buffering":         func(v string) bool { return v == "off" },
-			"proxy-request-buffering": func(v string) bool { return v == "off" },
-			"proxy-read-timeout":      func(v string) bool { n, _ := strconv.Atoi(v); return n > int(c.Server.Heartbeat/time.Second) },
-			"proxy-send-timeout":      func(v string) bool { n, _ := strconv.Atoi(v); return n > int(bodyTimeout/time.Second) },
-			"proxy-body-size": func(v string) bool {
-				n, _ := strconv.Atoi(strings.TrimSuffix(v, "m"))
-				return int64(n)<<20 >= max(c.Server.MaxPayload, reportLimit)
-			},
-		} {
-			if a := annotations[prefix+name]; a == nil || !ok(a.text) {
-				t.Errorf("Ingress: %s does not let streams and webhooks through", name)
-			}
-		}
-		want := []string{"/subscribe/", "/webhooks/"}
-		var paths []string
-		for _, path := range d.at("spec", "rules", "0", "http", "paths").items {
-			paths = append(paths, path.at("path").text)
-			if got := path.at("pathType").text; got != "Prefix" {
-				t.Errorf("Ingress: %s is of type %q, want Prefix", path.at("path").text, got)
-			}
-			backend := path.at("backend", "service")
-			service := services[backend.at("name").text]
-			if service == nil {
-				t.Errorf("Ingress: there is no Service %q", backend.at("name").text)
+		item, isItem := strings.CutPrefix(content, "- ")
+		path := at.path
+		if waiting = ""; isItem {
+			content, path = item, fmt.Sprint(path, at.items, ".")
+			at.items++
+			if yamlField.MatchString(content) {
+				open = append(open, &block{indent: indent + 2, path: path})
+			} else {
+				scalar(strings.TrimSuffix(path, "."), content)
 				continue
 			}
-			if port := service.at("spec", "ports", "0"); backend.at("port", "number").text != port.at("port").text || port.at("targetPort").number(t) != c.Port {
-				t.Errorf("Ingress: %s does not lead to the server's port", path.at("path").text)
+		}
+		m := yamlField.FindStringSubmatch(content)
+		if m == nil || seen[path+m[1]] || at.items > 0 && !isItem {
+			t.Fatalf("line %q does not fit", line)
+		}
+		if seen[path+m[1]] = true; m[2] == "" {
+			waiting = path + m[1] + "."
+		} else {
+			scalar(path+m[1], m[2])
+		}
+	}
+	if waiting != "" {
+		t.Fatalf("%s has no value", waiting)
+	}
+	return y
+}
+
+// yamlBlock is the block of YAML in a page that begins so.
+func yamlBlock(t testing.TB, page, begin string) yaml {
+	t.Helper()
+	_, text, ok := strings.Cut(readFile(t, page), "\n```yaml\n"+begin)
+	text, _, closed := strings.Cut(begin+text, "\n```\n")
+	if !ok || !closed {
+		t.Fatalf("%s has no block that begins with %q", page, begin)
+	}
+	return readYAML(t, text)
+}
+
+// TestManifests holds the manifests to the program: ports, probes, variables, the
+// time to drain, what a pod of it may do, and who is let through to whom.
+func TestManifests(t *testing.T) {
+	c := configOf(t, "RELAY_MODE=server", "KUBERNETES_SERVICE_HOST=10.0.0.1")
+	text := readFile(t, "manifests.yaml")
+	const commented = "\n# apiVersion: gateway" // the HTTPRoute, which ends the file
+	plain, route, _ := strings.Cut(text, commented)
+	objects := map[string]yaml{} // by side and kind
+	var kinds []string
+	for _, document := range append(strings.Split(plain, "\n---\n"), strings.ReplaceAll(commented+route, "\n# ", "\n")) {
+		if d := readYAML(t, document); len(d) > 0 {
+			object := d["metadata.labels.app.kubernetes.io/component"] + " " + d["kind"]
+			objects[object], kinds = d, append(kinds, object+" "+d["apiVersion"])
+		}
+	}
+	if want := []string{ // a cluster may not know others, and then kubectl fails on the whole file
+		"client Deployment apps/v1", "client NetworkPolicy networking.k8s.io/v1", "gateway HTTPRoute gateway.networking.k8s.io/v1", "redis Deployment apps/v1",
+		"redis NetworkPolicy networking.k8s.io/v1", "redis Service v1", "server Deployment apps/v1", "server Ingress networking.k8s.io/v1",
+		"server NetworkPolicy networking.k8s.io/v1", "server PodDisruptionBudget policy/v1", "server Service v1",
+	}; !slices.Equal(slices.Sorted(slices.Values(kinds)), want) {
+		t.Errorf("objects are %q, want %q", kinds, want)
+	}
+
+	const pod, container, nginx = "spec.template.spec.", "spec.template.spec.containers.0.", "metadata.annotations.nginx.ingress.kubernetes.io/"
+	const probe = "failureThreshold=%d httpGet.path=/%s httpGet.port=9000 initialDelaySeconds=%d periodSeconds=%d successThreshold=1 timeoutSeconds=5"
+	const dns = "0.ports.0.port=53 0.ports.0.protocol=UDP 0.ports.1.port=53 0.ports.1.protocol=TCP "
+	const path = "backend.service.name=webhook-relay-server-svc backend.service.port.number=3000 path=%s pathType=Prefix"
+	const ours = "(server|client) Deployment"
+	for _, tt := range []struct {
+		objects    string // side and kind, of which a regular expression finds the end
+		path, want string // SIDE stands for that of the object
+	}{
+		{"Deployment", "spec.selector", "matchLabels.app=webhook-relay-SIDE"},
+		{"Deployment", "spec.template.metadata.labels", "app=webhook-relay-SIDE app.kubernetes.io/component=SIDE app.kubernetes.io/name=webhook-relay"},
+		{"PodDisruptionBudget", "spec.selector", "matchLabels.app=webhook-relay-SIDE"},
+		{"NetworkPolicy", "spec.podSelector", "matchLabels.app=webhook-relay-SIDE"},
+		{"Service", "spec.selector", "app=webhook-relay-SIDE"},
+		{"Deployment", pod + "securityContext", "runAsGroup=65532 runAsNonRoot=true runAsUser=65532 seccompProfile.type=RuntimeDefault"},
+		{"Deployment", pod + "automountServiceAccountToken", "false"},
+		{"Deployment", pod + "enableServiceLinks", "false"}, // a Service named server would set SERVER_PORT
+		{"Deployment", pod + "containers.1", ""},
+		{"Deployment", container + "securityContext", "allowPrivilegeEscalation=false capabilities.drop.0=ALL readOnlyRootFilesystem=true runAsNonRoot=true"},
+		{"server Deployment", container + "resources", "limits.cpu=1 limits.memory=512Mi requests.cpu=100m requests.memory=128Mi"},
+		{"client Deployment", container + "resources", "limits.cpu=1 limits.memory=256Mi requests.cpu=50m requests.memory=64Mi"},
+		{"redis Deployment", container + "resources", "limits.cpu=1 limits.memory=256Mi requests.cpu=50m requests.memory=64Mi"},
+		{"redis Deployment", "spec.replicas", "0"}, // it runs only when it is asked for
+		{"redis Deployment", container + "ports", "0.containerPort=6379 0.name=redis"},
+		{"redis Deployment", container + "readinessProbe.exec", "command.0=redis-cli command.1=ping"},
+		{"redis Deployment", container + "livenessProbe.exec", "command.0=redis-cli command.1=ping"},
+		{"redis Service", "spec.ports", "0.name=redis 0.port=6379 0.targetPort=6379"},
+		{"redis Service", "metadata.name", "webhook-relay-redis"}, // in REDIS_URL
+		{ours, "spec.strategy.rollingUpdate.maxUnavailable", "0"},
+		{ours, "spec.template.metadata.annotations", "prometheus.io/path=/metrics prometheus.io/port=9000 prometheus.io/scrape=true"},
+		{ours, container + "livenessProbe", fmt.Sprintf(probe, 3, "live", 10, 30)},
+		{ours, container + "readinessProbe", fmt.Sprintf(probe, 1, "ready", 5, 5)},
+		{"server Deployment", container + "ports", fmt.Sprintf("0.containerPort=%d 0.name=web 1.containerPort=%d 1.name=health", c.Port, c.HealthPort)},
+		{"client Deployment", container + "ports", fmt.Sprintf("0.containerPort=%d 0.name=health", c.HealthPort)},
+		{"server Service", "spec.ports", "0.name=web 0.port=3000 0.targetPort=3000"},
+		{"server Service", "metadata.name", "webhook-relay-server-svc"},
+		{"server PodDisruptionBudget", "spec.maxUnavailable", "1"}, // or the drain of a node is blocked, with one replica
+		{"server PodDisruptionBudget", "spec.unhealthyPodEvictionPolicy", "AlwaysAllow"},
+		{"server Ingress", "spec.rules.0.host", "relay.example.com"},
+		{"server Ingress", "spec.rules.0.http.paths.0", fmt.Sprintf(path, "/webhooks/")},
+		{"server Ingress", "spec.rules.0.http.paths.1", fmt.Sprintf(path, "/subscribe/")},
+		{"server Ingress", "spec.rules.0.http.paths.2", ""},
+		{"server Ingress", nginx + "proxy-buffering", "off"},
+		{"server Ingress", nginx + "proxy-request-buffering", "off"},
+		{"server Ingress", nginx + "proxy-read-timeout", "3600"},
+		{"server Ingress", nginx + "proxy-send-timeout", "3600"},
+		{"server Ingress", nginx + "proxy-body-size", fmt.Sprintf("%dm", max(c.Server.MaxPayload, reportLimit)>>20)},
+		{"HTTPRoute", "spec.hostnames", "0=relay.example.com"},
+		{"HTTPRoute", "spec.rules.0.matches", "0.path.type=PathPrefix 0.path.value=/webhooks/ 1.path.type=PathPrefix 1.path.value=/subscribe/"},
+		{"HTTPRoute", "spec.rules.0.timeouts", "request=0s"}, // the Gateway's would cut streams
+		{"HTTPRoute", "spec.rules.0.backendRefs", "0.name=webhook-relay-server-svc 0.port=3000"},
+		{"server NetworkPolicy", "spec.policyTypes", "0=Ingress 1=Egress"},
+		{"server NetworkPolicy", "spec.ingress", "0.ports.0.port=3000 0.ports.0.protocol=TCP 1.from.0.namespaceSelector={} 1.ports.0.port=9000 1.ports.0.protocol=TCP"},
+		{"server NetworkPolicy", "spec.egress", dns + "1.ports.0.port=6379 1.ports.0.protocol=TCP 1.to.0.podSelector.matchLabels.app=webhook-relay-redis"},
+		{"client NetworkPolicy", "spec.policyTypes", "0=Ingress 1=Egress"},
+		{"client NetworkPolicy", "spec.ingress", "0.from.0.namespaceSelector={} 0.ports.0.port=9000 0.ports.0.protocol=TCP"},
+		{"client NetworkPolicy", "spec.egress", dns + "1.ports.0.port=443 1.ports.0.protocol=TCP 2.to.0.namespaceSelector={}"},
+		{"redis NetworkPolicy", "spec.policyTypes", "0=Ingress"},
+		{"redis NetworkPolicy", "spec.ingress", "0.from.0.podSelector.matchLabels.app=webhook-relay-server 0.ports.0.port=6379 0.ports.0.protocol=TCP"},
+	} {
+		found := regexp.MustCompile(tt.objects + "$")
+		for object, d := range objects {
+			side, _, _ := strings.Cut(object, " ")
+			want := strings.ReplaceAll(tt.want, "SIDE", side)
+			if got := d.under(tt.path).String(); found.MatchString(object) && got != want {
+				t.Errorf("%s: %s is %q, want %q", object, tt.path, got, want)
 			}
 		}
-		if slices.Sort(paths); !slices.Equal(paths, want) {
-			t.Errorf("Ingress: paths %q, want %q", paths, want)
+	}
+	if c.Port != 3000 || c.HealthPort != 9000 || checkTimeout >= 5*time.Second || max(c.Server.Heartbeat, bodyTimeout) >= time.Hour {
+		t.Error("the program's ports and times are not those of the manifests")
+	}
+
+	for _, side := range []string{"server", "client"} {
+		d := objects[side+" Deployment"]
+		env := map[string]yaml{}
+		environ := []string{"AUTH_TOKEN=secret"}
+		for _, e := range d.each(container + "env") {
+			if env[e["name"]] = e; e["name"] != "AUTH_TOKEN" {
+				environ = append(environ, e["name"]+"="+e["value"])
+			}
 		}
+		own, warnings, err := loadConfig(environ)
+		if err != nil || len(warnings) > 0 || own.Role != side {
+			t.Fatalf("%s: its environment: %v %v", side, err, warnings)
+		}
+		end := c.HandlerTimeout
+		if side == "server" {
+			end += c.ShutdownDelay
+		}
+		var soft, hard, grace int64
+		fmt.Sscanf(env["GOMEMLIMIT"]["value"], "%dMiB", &soft)
+		fmt.Sscanf(d[container+"resources.limits.memory"], "%dMi", &hard)
+		fmt.Sscan(d[pod+"terminationGracePeriodSeconds"], &grace)
+		const cut = 240 * time.Second // worker-shutdown-timeout of ingress-nginx
+		for what, ok := range map[string]bool{
+			"time to drain":                                time.Duration(grace)*time.Second > end,
+			"a token from a Secret that must be":           env["AUTH_TOKEN"].String() == "name=AUTH_TOKEN valueFrom.secretKeyRef.key=auth-token valueFrom.secretKeyRef.name=webhook-relay",
+			"GOMEMLIMIT below the limit":                   soft > 0 && soft < hard,
+			"memory for what is held and reports":          side == "client" || 3*own.HeldBuffer+reportsLimit/2 <= soft<<20,
+			"streams that move before the controller cuts": side == "client" || own.Server.StreamMaxAge > 0 && own.Server.StreamMaxAge+own.HandlerTimeout < cut,
+			"the channel that the README replaces by sed":  side == "server" || regexp.MustCompile(`/ci-[0-9a-f]{32}/$`).MatchString(own.Sources[0].Path),
+		} {
+			if !ok {
+				t.Errorf("%s: it has not %s", side, what)
+			}
+		}
+	}
+	var names []string
+	for _, m := range regexp.MustCompile(`(?m)^ *# *- name: (\S+)\n *# *value: "(.*)"$`).FindAllStringSubmatch(plain, -1) {
+		names = append(names, m[1])
+		if _, warnings, err := loadConfig([]string{"RELAY_MODE=server", m[1] + "=" + m[2]}); err != nil || len(warnings) > 0 {
+			t.Errorf("%s in a comment: %v %v", m[1], err, warnings)
+		}
+	}
+	if !strings.Contains(plain, `"redis://webhook-relay-redis:6379"`) || !slices.Equal(names, []string{"RESPONSE_MODE", "TRUSTED_PROXIES", "REDIS_URL"}) {
+		t.Errorf("the variables in comments are %q", names)
 	}
 }
 
