@@ -29,7 +29,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
-	"net/netip"
 	"net/url"
 	"os"
 	"os/exec"
@@ -444,7 +443,13 @@ func send(t testing.TB, method, url, body string, headers ...string) (status int
 // connect dials addr for as long as patience lasts, at most until the test ends.
 func connect(t testing.TB, addr string) net.Conn {
 	t.Helper()
-	return dialFrom(t, "", addr)
+	conn, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(patience))
+	return conn
 }
 
 // raw writes request bytes to addr and reads the answer to the end of the
@@ -3361,7 +3366,10 @@ func TestLogNobodyTakes(t *testing.T) {
 }
 
 // doorway is a listener whose connections stand in line; nobody waits.
-type doorway struct{ line []net.Conn }
+type doorway struct {
+	net.Listener
+	line []net.Conn
+}
 
 var errNobodyThere = errors.New("nobody at the door")
 
@@ -3374,21 +3382,16 @@ func (d *doorway) Accept() (net.Conn, error) {
 	return conn, nil
 }
 
-func (d *doorway) Close() error { return nil }
-
-func (d *doorway) Addr() net.Addr { return pipeAddr }
-
 // visitor is a connection from somewhere that is only opened and closed.
 type visitor struct {
 	net.Conn
 	from   string
 	closed int
+	busy   bool
 	in     net.Conn // what the door made of it; nil when it was turned away
 }
 
-func (v *visitor) RemoteAddr() net.Addr {
-	return net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(v.from), 4711))
-}
+func (v *visitor) RemoteAddr() net.Addr { return &net.UnixAddr{Name: net.JoinHostPort(v.from, "4711")} }
 
 func (v *visitor) Close() error {
 	v.closed++
@@ -3400,65 +3403,44 @@ type doorRig struct {
 	*door
 	t   *testing.T
 	way *doorway
+	all []*visitor
 }
 
 func newDoor(t *testing.T, most int, trusted ...string) *doorRig {
-	var prefixes []netip.Prefix
-	for _, p := range trusted {
-		prefixes = append(prefixes, netip.MustParsePrefix(p))
-	}
+	prefixes, _ := listOf(parsePrefix)(strings.Join(trusted, " "))
 	way := &doorway{}
-	return &doorRig{limit(way, most, prefixes), t, way}
+	return &doorRig{door: limit(way, most, prefixes), t: t, way: way}
 }
 
-// visit is one more connection from an address, as http.Server takes it.
-func (d *doorRig) visit(from string) *visitor {
+// do is what http.Server does: "+0" says that there is a request on the first of all
+// connections, "-0" that it is over, "=0" that the connection was hijacked, "x0" that it
+// was closed; anything else is an address, from which the next one comes. The books are
+// checked after it: no share is larger than it may be, what is counted by address is
+// what is counted in all, and nobody left who was busy.
+func (d *doorRig) do(step string) {
 	d.t.Helper()
-	v := &visitor{from: from}
-	d.way.line = append(d.way.line, v)
-	conn, err := d.Accept()
-	if err == nil {
-		v.in = conn
-		d.state(conn, http.StateNew)
-	} else if err != errNobodyThere || v.closed != 1 {
-		d.t.Fatalf("turned away: %v, closed %d times", err, v.closed)
-	}
-	d.consistent()
-	return v
-}
-
-// is tells the door what http.Server does with v.
-func (d *doorRig) is(v *visitor, state http.ConnState) {
-	d.t.Helper()
-	d.state(v.in, state)
-	d.consistent()
-}
-
-// left wants exactly those of all to be closed, once each.
-func (d *doorRig) left(when string, all []*visitor, want ...*visitor) {
-	d.t.Helper()
-	for i, v := range all {
-		if n := map[bool]int{true: 1}[slices.Contains(want, v)]; v.closed != n {
-			d.t.Errorf("%s: connection %d from %s is closed %d times, want %d", when, i, v.from, v.closed, n)
+	state, ok := map[byte]http.ConnState{'+': http.StateActive, '-': http.StateIdle, '=': http.StateHijacked, 'x': http.StateClosed}[step[0]]
+	if ok {
+		n, _ := strconv.Atoi(step[1:])
+		v := d.all[n]
+		if v.busy = step[0] == '+' || step[0] == '='; state == http.StateClosed {
+			v.in.Close()
+		}
+		d.state(v.in, state)
+	} else {
+		v := &visitor{from: step}
+		d.all, d.way.line = append(d.all, v), append(d.way.line, v)
+		conn, err := d.Accept()
+		if err == nil {
+			v.in = conn
+			d.state(conn, http.StateNew)
+		} else if err != errNobodyThere || v.closed != 1 {
+			d.t.Fatalf("turned away: %v, closed %d times", err, v.closed)
 		}
 	}
-}
-
-// counted wants so many open connections, and so many that found no place or gave it up.
-func (d *doorRig) counted(when string, open, closed int64) {
-	d.t.Helper()
-	if o, c := d.Open.Load(), d.Closed.Load(); o != open || c != closed {
-		d.t.Errorf("%s: %d open, %d closed, want %d and %d", when, o, c, open, closed)
-	}
-}
-
-// consistent checks the books: no share is larger than it may be, and what is
-// counted by address is what is counted in all.
-func (d *doorRig) consistent() {
-	d.t.Helper()
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	open, idle := 0, 0
+	open, idle, left := 0, 0, 0
 	for addr, share := range d.shares {
 		open += share.open
 		idle += share.idle.Len()
@@ -3466,21 +3448,23 @@ func (d *doorRig) consistent() {
 			d.t.Fatalf("%s has %d of %d, %d of them idle", addr, share.open, d.most, share.idle.Len())
 		}
 	}
-	if int64(open) != d.Open.Load() || open > d.most || idle != d.idle.Len() {
-		d.t.Fatalf("%d open by address, %d counted, %d may be; %d idle by address, %d counted", open, d.Open.Load(), d.most, idle, d.idle.Len())
+	for _, v := range d.all {
+		if left += v.closed; v.busy && v.closed > 0 {
+			d.t.Fatalf("a busy connection from %s left for another", v.from)
+		}
+	}
+	if int64(open) != d.Open.Load() || open != len(d.all)-left || open > d.most || idle != d.idle.Len() {
+		d.t.Fatalf("%d open by address, %d counted, %d seen, %d may be; %d idle by address, %d counted", open, d.Open.Load(), len(d.all)-left, d.most, idle, d.idle.Len())
 	}
 }
 
 // deserted closes all of them, each twice, and wants that nothing is kept.
-func (d *doorRig) deserted(all []*visitor) {
+func (d *doorRig) deserted() {
 	d.t.Helper()
-	for range 2 {
-		for _, v := range all {
-			if v.in != nil {
-				v.in.Close()
-				d.state(v.in, http.StateClosed)
-			}
-			d.consistent()
+	for _, v := range slices.Repeat(d.all, 2) {
+		if v.in != nil {
+			v.in.Close()
+			d.state(v.in, http.StateClosed)
 		}
 	}
 	if len(d.shares) != 0 || d.Open.Load() != 0 || d.idle.Len() != 0 {
@@ -3491,320 +3475,116 @@ func (d *doorRig) deserted(all []*visitor) {
 // TestDoor: no address has more than half of the places, in IPv6 no /64; who
 // has been idle longest leaves for who comes, and who is busy never does.
 func TestDoor(t *testing.T) {
-	const a, b, c = "192.0.2.1", "192.0.2.2", "192.0.2.3"
-	visits := func(d *doorRig, from ...string) (all []*visitor) {
-		for _, addr := range from {
-			all = append(all, d.visit(addr))
-		}
-		return all
+	for _, tt := range []struct {
+		name    string
+		most    int
+		trusted []string
+		steps   string // as do takes them; with ">1" behind it, connection 1 must leave for the new one, with ">" that itself
+	}{
+		{"one address has half", 4, nil, "b a a a>1 a>2 b"}, // not the first of all, who is somebody else
+		{"half of one", 1, nil, "a a>0 a>1"},
+		{"half of two", 2, nil, "a a>0 a>1"},
+		{"half of three is two", 3, nil, "a a a>0 a>1"},
+		{"half of five is three", 5, nil, "a a a a>0 a>1"},
+		{"the longest idle leaves, not the oldest", 6, nil, "a a a +0 +1 -1 -0 a>2 a>1 a>0 a>3"},
+		{"the busy stay", 4, nil, "a a +0 +1 a> b b +3 +4 c> x0 c"},
+		{"the hijacked stay", 4, nil, "a a =0 =1 a> b b =3 =4 c> x0 c"},
+		{"the longest idle of all leaves a full house", 4, nil, "a b b a c>0 +1 d>2"},
+		{"neighbours in IPv6 are one address", 4, nil, "2001:db8::1 2001:db8::ffff:1 2001:db8:0:0:ffff::2>0 2001:db8:0:1::1 2001:db8:0:1::2"},
+		{"a zone is no other network", 4, nil, "fe80::1%eth0 fe80::2%eth1 fe80::3>0"},
+		{"IPv4 in either form", 4, nil, "::ffff:192.0.2.1 a ::ffff:192.0.2.1>0 ::ffff:192.0.2.2"},
+		{"trusted proxies have no share", 4, []string{"192.0.2.1", "2001:db8::/48"}, "a ::ffff:192.0.2.1 a a a>0 b>1 2001:db8::1>2 2001:db8::2>3 2001:db8::3>4"},
+		{"without an address", 2, nil, "pipe pipe>0"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			d := newDoor(t, tt.most, tt.trusted...)
+			var want, got []int // how often each is closed
+			for _, step := range strings.Fields(tt.steps) {
+				what, leaver, leaves := strings.Cut(step, ">")
+				if strings.Contains("abcd", what) {
+					what = fmt.Sprint("192.0.2.", 1+what[0]-'a')
+				}
+				if d.do(what); len(d.all) > len(want) {
+					want = append(want, 0)
+				}
+				if n, err := strconv.Atoi(cmp.Or(leaver, strings.TrimPrefix(what, "x"))); err == nil && (leaves || what[0] == 'x') {
+					want[n] = 1
+				} else if leaves {
+					want[len(want)-1] = 1
+				}
+				got = nil
+				for _, v := range d.all {
+					got = append(got, v.closed)
+				}
+				if !slices.Equal(got, want) {
+					t.Fatalf("after %s they are closed %v times, want %v", step, got, want)
+				}
+			}
+			if n := d.Closed.Load(); n != int64(strings.Count(tt.steps, ">")) {
+				t.Errorf("%d are counted as closed", n)
+			}
+			d.deserted()
+		})
 	}
-	t.Run("one address has half", func(t *testing.T) {
-		d := newDoor(t, 4)
-		all := visits(d, b, a, a)
-		d.left("within the half", all)
-		all = append(all, d.visit(a))
-		d.left("the third of one address", all, all[1]) // not the first of all, who is somebody else
-		d.counted("the third of one address", 3, 1)
-		all = append(all, d.visit(a), d.visit(b))
-		d.left("the fourth", all, all[1], all[2])
-		d.counted("the fourth", 4, 2)
-		d.deserted(all)
-		d.counted("at the end", 0, 2)
-	})
-	t.Run("half of an odd number is the larger one", func(t *testing.T) {
-		for most, share := range map[int]int64{1: 1, 2: 1, 3: 2, 5: 3} {
-			d := newDoor(t, most)
-			all := visits(d, a, a, a, a, a, a)
-			d.counted(fmt.Sprint(most), share, 6-share)
-			d.deserted(all)
-		}
-	})
-	t.Run("the longest idle leaves, not the oldest", func(t *testing.T) {
-		d := newDoor(t, 6)
-		all := visits(d, a, a, a)
-		d.is(all[0], http.StateActive)
-		d.is(all[1], http.StateActive)
-		d.is(all[1], http.StateIdle)
-		d.is(all[0], http.StateIdle)
-		for i, leaver := range []int{2, 1, 0, 3} {
-			all = append(all, d.visit(a))
-			if all[leaver].closed != 1 {
-				t.Errorf("visit %d: connection %d stays", i, leaver)
-			}
-		}
-		d.deserted(all)
-	})
-	t.Run("the busy stay", func(t *testing.T) {
-		for _, busy := range []http.ConnState{http.StateActive, http.StateHijacked} {
-			d := newDoor(t, 4)
-			all := visits(d, a, a)
-			d.is(all[0], busy)
-			d.is(all[1], busy)
-			turned := d.visit(a)
-			d.left("the third of one address", append(all, turned), turned)
-			d.counted("the third of one address", 2, 1)
-			others := visits(d, b, b)
-			d.is(others[0], busy)
-			d.is(others[1], busy)
-			turned = d.visit(c)
-			d.left("one of another address", append(append(all, others...), turned), turned)
-			d.counted("one of another address", 4, 2)
-			all[0].in.Close()
-			if v := d.visit(c); v.in == nil {
-				t.Error("a place that was given back is not there")
-			} else {
-				all = append(all, v)
-			}
-			d.deserted(append(all, others...))
-		}
-	})
-	t.Run("the longest idle of all leaves a full house", func(t *testing.T) {
-		d := newDoor(t, 4)
-		all := visits(d, a, b, b, a, c)
-		d.left("one of another address", all, all[0])
-		d.is(all[1], http.StateActive)
-		all = append(all, d.visit("192.0.2.4"))
-		d.left("one more", all, all[0], all[2])
-		d.counted("one more", 4, 2)
-		d.deserted(all)
-	})
-	t.Run("neighbours in IPv6 are one address", func(t *testing.T) {
-		d := newDoor(t, 4)
-		all := visits(d, "2001:db8::1", "2001:db8::ffff:1", "2001:db8:0:0:ffff::2")
-		d.left("a third of the /64", all, all[0])
-		all = append(all, d.visit("2001:db8:0:1::1"), d.visit("2001:db8:0:1::2"))
-		d.left("others", all, all[0])
-		d.counted("others", 4, 1)
-		d.deserted(all)
-		d = newDoor(t, 4)
-		all = visits(d, "fe80::1%eth0", "fe80::2%eth1", "fe80::3")
-		d.left("a zone is no other network", all, all[0])
-		d.deserted(all)
-		d = newDoor(t, 4)
-		all = visits(d, "::ffff:192.0.2.1", a, "::ffff:192.0.2.1", "::ffff:192.0.2.2")
-		d.left("IPv4 in either form", all, all[0])
-		d.deserted(all)
-	})
-	t.Run("trusted proxies have no share", func(t *testing.T) {
-		d := newDoor(t, 4, "192.0.2.1/32", "2001:db8::/48")
-		all := visits(d, a, a, a, a)
-		d.left("as many as there are", all)
-		all = append(all, d.visit(a))
-		d.left("one too many", all, all[0])
-		all = append(all, d.visit(b), d.visit("2001:db8::1"), d.visit("2001:db8::2"), d.visit("2001:db8::3"))
-		d.left("others", all, all[:5]...)
-		d.counted("others", 4, 5)
-		d.deserted(all)
-	})
-	t.Run("without an address", func(t *testing.T) {
-		d := newDoor(t, 2)
-		near, far := net.Pipe()
-		defer near.Close()
-		d.way.line = append(d.way.line, far) // its address is no IP's
-		conn, err := d.Accept()
-		if err != nil {
-			t.Fatal(err)
-		}
-		d.counted("in", 1, 0)
-		conn.Close()
-		d.deserted(nil)
-	})
-	t.Run("who is let in late", func(t *testing.T) {
-		d := newDoor(t, 2)
-		turned, next := &visitor{from: a}, &visitor{from: b}
-		all := visits(d, a)
-		d.is(all[0], http.StateActive)
-		d.way.line = []net.Conn{turned, next} // one Accept: the first is turned away, the second comes in
-		conn, err := d.Accept()
-		if err != nil || turned.closed != 1 || next.closed != 0 {
-			t.Fatalf("accepted %v, %v; closed %d and %d times", conn, err, turned.closed, next.closed)
-		}
-		next.in = conn
-		d.counted("two", 2, 1)
-		d.deserted(append(all, next))
-	})
 	t.Run("any order", func(t *testing.T) {
 		random := mathrand.New(mathrand.NewPCG(1, 2))
-		froms := []string{a, b, c, "2001:db8::1", "2001:db8::2", "2001:db8:1::1", "10.0.0.1", "10.0.0.2"}
 		d := newDoor(t, 9, "10.0.0.0/8")
-		var all []*visitor
-		busy := map[*visitor]bool{}
 		for range 20000 {
-			var v *visitor
-			if len(all) > 0 {
-				v = all[random.IntN(len(all))]
+			froms := []string{"192.0.2.1", "192.0.2.2", "192.0.2.3", "2001:db8::1", "2001:db8::2", "2001:db8:1::1", "10.0.0.1", "10.0.0.2"}
+			step := froms[random.IntN(len(froms))]
+			if kind := random.IntN(6); kind < 4 && len(d.all) > 0 {
+				step = fmt.Sprint("+-=x"[kind:kind+1], random.IntN(len(d.all)))
 			}
-			switch n := random.IntN(6); {
-			case n < 2 || v == nil:
-				before := slices.Clone(all)
-				if v := d.visit(froms[random.IntN(len(froms))]); v.in != nil {
-					all = append(all, v)
-				}
-				for _, v := range before {
-					if v.closed > 0 && busy[v] {
-						t.Fatal("a busy connection left for another")
-					}
-				}
-			case n == 2:
-				busy[v] = true
-				d.is(v, http.StateActive)
-			case n == 3:
-				delete(busy, v)
-				d.is(v, http.StateIdle)
-			case n == 4:
-				busy[v] = true
-				d.is(v, http.StateHijacked)
-			default:
-				delete(busy, v)
-				v.in.Close()
-				d.is(v, http.StateClosed)
-			}
-			all = slices.DeleteFunc(all, func(v *visitor) bool { return v.closed > 0 })
+			d.do(step)
+			d.all = slices.DeleteFunc(d.all, func(v *visitor) bool { return v.closed > 0 })
 		}
 		if d.Closed.Load() < 100 {
 			t.Errorf("%d connections were closed: nothing was tried", d.Closed.Load())
 		}
-		d.deserted(all)
+		d.deserted()
 	})
-}
-
-// TestFailedAcceptTakesNoPlace: net/http tries again, as after too many open
-// files; a listener that is closed stays closed.
-func TestFailedAcceptTakesNoPlace(t *testing.T) {
-	d := newDoor(t, 1)
-	for range 3 {
-		if _, err := d.Accept(); err != errNobodyThere {
-			t.Errorf("Accept says %v", err)
-		}
-	}
-	v := d.visit("192.0.2.1")
-	d.counted("after it", 1, 0)
-	d.deserted([]*visitor{v})
-	l := limit(loopback(t), 1, nil)
-	l.Close()
-	if _, err := l.Accept(); !errors.Is(err, net.ErrClosed) {
-		t.Errorf("Accept on a closed listener: %v", err)
-	}
-}
-
-// dialFrom connects to addr from an address of the loopback network; empty: any.
-func dialFrom(t testing.TB, from, addr string) net.Conn {
-	t.Helper()
-	var dialer net.Dialer
-	if from != "" { // or the port would be taken before it is known whereto, and these run out
-		dialer.LocalAddr = &net.TCPAddr{IP: net.ParseIP(from)}
-	}
-	conn, err := dialer.Dial("tcp", addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	conn.SetDeadline(time.Now().Add(patience))
-	return conn
-}
-
-// firstLine sends a request on conn and returns the first line of the answer.
-func firstLine(conn net.Conn, request string) string {
-	io.WriteString(conn, request)
-	line, err := bufio.NewReader(conn).ReadString('\n')
-	if err != nil {
-		return err.Error()
-	}
-	return strings.TrimSpace(line)
 }
 
 // TestOneAddressTakesHalf: an address that opens all connections there are
 // keeps nobody out, not even itself, cuts no request that is under way, and
-// shows in the metrics.
+// shows in the metrics; with TLS, too.
 func TestOneAddressTakesHalf(t *testing.T) {
-	server := startServer(t, "RESPONSE_MODE=held=status", "RESPONSE_TIMEOUT=10m", "SERVER_MAX_SUBSCRIBERS=1", probed[0], probed[1])
-	most := 1 + extraConnections
-	began := openStream(t, server.addr, "other")
-	began.next(t)
-	held := connect(t, server.addr)
-	io.WriteString(held, compose("POST /webhooks/held HTTP/1.1", "{}"))
-	eventually(t, "the request is held", func() bool { return metricOf(t, server, "relay_held_webhooks") == 1 })
-	if n := metricOf(t, server, "relay_connections"); n != 2 {
-		t.Errorf("%d connections, want the stream and the request", n)
-	}
-	for range most {
-		connect(t, server.addr)
-	}
-	eventually(t, "all are seen", func() bool { return metricOf(t, server, "relay_connections_closed_total") == 2+most-half(most) })
-	if n := metricOf(t, server, "relay_connections"); n != half(most) {
-		t.Errorf("%d connections, want %d", n, half(most))
-	}
-	request := compose("POST /webhooks/m HTTP/1.1", "{}", "Connection: close")
-	for _, from := range []string{"127.0.0.2", "127.0.0.3", "127.0.0.1"} {
-		if got := firstLine(dialFrom(t, from, server.addr), request); got != "HTTP/1.1 200 OK" {
-			t.Errorf("a webhook from %s: %q", from, got)
-		}
-	}
-	send(t, "POST", "http://"+server.addr+"/webhooks/other", "last")
-	if got := began.message(t)["body"]; got != "last" {
-		t.Errorf("the stream has the body %q", got)
-	}
-	held.Close()
-	eventually(t, "the request is over", func() bool { return metricOf(t, server, `relay_webhooks_total{outcome="refused",reason="gone"}`) == 1 })
-}
-
-// secured is a door with TLS inside.
-type secured struct {
-	net.Listener
-	door *door
-}
-
-func (s secured) state(conn net.Conn, state http.ConnState) { s.door.state(conn, state) }
-
-// TestBusyConnectionsStay: with all its places taken by requests under way, an
-// address gets no further one, and another one does, over TLS as well.
-func TestBusyConnectionsStay(t *testing.T) {
-	for _, secure := range []bool{false, true} {
-		t.Run(fmt.Sprintf("TLS %t", secure), func(t *testing.T) {
-			const most = 8
-			l := loopback(t)
-			d := limit(l, most, nil)
-			served := net.Listener(d)
-			wrap := func(conn net.Conn) net.Conn { return conn }
-			if secure {
-				dir := t.TempDir()
-				certFile, keyFile := filepath.Join(dir, "cert"), filepath.Join(dir, "key")
-				writeCertificate(t, certFile, keyFile, 1)
-				pair, err := tls.LoadX509KeyPair(certFile, keyFile)
-				if err != nil {
-					t.Fatal(err)
+	cert, key := filepath.Join(t.TempDir(), "cert"), filepath.Join(t.TempDir(), "key")
+	writeCertificate(t, cert, key, 1)
+	for scheme, env := range map[string][]string{"http": nil, "https": {"SERVER_TLS_CERT_FILE=" + cert, "SERVER_TLS_KEY_FILE=" + key}} {
+		t.Run(scheme, func(t *testing.T) {
+			server := startServer(t, append(env, "RESPONSE_MODE=held=status", "RESPONSE_TIMEOUT=10m", "SERVER_MAX_SUBSCRIBERS=1", probed[0], probed[1])...)
+			const most = 1 + extraConnections
+			url := scheme + "://" + server.addr
+			from := func(addr string) *http.Transport {
+				dialer := &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(addr)}}
+				return &http.Transport{DialContext: dialer.DialContext, DisableKeepAlives: true, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}
+			}
+			is := func(metric string, want int) {
+				t.Helper()
+				eventually(t, fmt.Sprint(metric, " is ", want), func() bool { return metricOf(t, server, metric) == want })
+			}
+			began := listen(t, from("127.0.0.1"), url+"/subscribe/other")
+			held, hangUp := context.WithCancel(t.Context())
+			go post(held, from("127.0.0.1"), "POST", url+"/webhooks/held", "{}")
+			is("relay_held_webhooks", 1)
+			is("relay_connections", 2)
+			for range most {
+				connect(t, server.addr)
+			}
+			is("relay_connections_closed_total", 2+most-half(most))
+			is("relay_connections", half(most))
+			for _, addr := range []string{"127.0.0.2", "127.0.0.3", "127.0.0.1"} {
+				if got := post(t.Context(), from(addr), "POST", url+"/webhooks/m", "{}"); got.status != 200 {
+					t.Errorf("a webhook from %s: %+v", addr, got)
 				}
-				served = secured{tls.NewListener(d, &tls.Config{Certificates: []tls.Certificate{pair}}), d}
-				wrap = func(conn net.Conn) net.Conn { return tls.Client(conn, &tls.Config{InsecureSkipVerify: true}) }
 			}
-			r := newRig(t, served, "RESPONSE_MODE=held=status", "RESPONSE_TIMEOUT=1m")
-			addr := l.Addr().String()
-			var busy []net.Conn
-			for range half(most) {
-				conn := wrap(connect(t, addr))
-				io.WriteString(conn, compose("POST /webhooks/held HTTP/1.1", "{}"))
-				busy = append(busy, conn)
+			post(t.Context(), from("127.0.0.1"), "POST", url+"/webhooks/other", "last")
+			if got := began.webhook(t).Body; string(got) != "last" {
+				t.Errorf("the stream has the body %q", got)
 			}
-			eventually(t, "they are held", func() bool { return r.Held().Webhooks == half(most) })
-			request := compose("POST /webhooks/m HTTP/1.1", "{}", "Connection: close")
-			if got := firstLine(wrap(connect(t, addr)), request); strings.HasPrefix(got, "HTTP") {
-				t.Errorf("one more from the same address: %q", got)
-			}
-			if got := firstLine(wrap(dialFrom(t, "127.0.0.2", addr)), request); got != "HTTP/1.1 200 OK" {
-				t.Errorf("one from another address: %q", got)
-			}
-			if n := total(r.Refused); n != 0 {
-				t.Errorf("%d requests are over", n)
-			}
-			for _, conn := range busy {
-				conn.Close()
-			}
-			eventually(t, "nobody is there", func() bool { return d.Open.Load() == 0 })
-			d.mu.Lock()
-			defer d.mu.Unlock()
-			if len(d.shares) != 0 || d.idle.Len() != 0 {
-				t.Errorf("%d addresses and %d idle connections are kept", len(d.shares), d.idle.Len())
-			}
+			hangUp()
+			is(`relay_webhooks_total{outcome="refused",reason="gone"}`, 1)
 		})
 	}
 }
