@@ -6,12 +6,9 @@ import (
 	"cmp"
 	"compress/gzip"
 	"context"
-	"crypto/hmac"
-	"crypto/sha1"
 	"crypto/sha256"
 	"crypto/tls"
 	"encoding/base64"
-	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -105,48 +102,6 @@ func (w *wants) String() string {
 		return "skipped no test for want of anything"
 	}
 	return ""
-}
-
-// skipper is a test that notes how it was ended.
-type skipper struct {
-	testing.TB
-	name, ended string
-}
-
-func (s *skipper) Name() string                  { return s.name }
-func (s *skipper) Skipf(format string, a ...any) { s.ended = "skipped, " + fmt.Sprintf(format, a...) }
-func (s *skipper) Fatalf(format string, a ...any) {
-	s.ended = "failed, " + fmt.Sprintf(format, a...)
-	runtime.Goexit()
-}
-
-// TestWants: one line tells of all tests that were skipped; in CI none is.
-func TestWants(t *testing.T) {
-	t.Setenv("CI", "")
-	w := &wants{tests: map[string]bool{}, how: map[string]string{}}
-	for i, what := range []string{"sun", "rain", "sun"} {
-		s := &skipper{TB: t, name: strconv.Itoa(i % 2)}
-		if w.skip(s, what, "wait for "+what); s.ended != "skipped, no "+what+": wait for "+what {
-			t.Errorf("without %s a test was %s", what, s.ended)
-		}
-	}
-	want := "skipped 2 tests: no rain (wait for rain), no sun (wait for sun)"
-	if got := w.String(); got != want {
-		t.Errorf("line %q, want %q", got, want)
-	}
-	t.Setenv("CI", "true")
-	s := &skipper{TB: t, name: "other"}
-	done := make(chan struct{})
-	go func() { // which Fatalf ends
-		defer close(done)
-		w.skip(s, "snow", "wait for snow")
-	}()
-	if <-done; s.ended != "failed, no snow: wait for snow" || w.String() != want {
-		t.Errorf("in CI a test was %s, and the line is %q", s.ended, w)
-	}
-	if got := (&wants{}).String(); got != "skipped no test for want of anything" {
-		t.Errorf("line %q when nothing was skipped", got)
-	}
 }
 
 // logBuffer collects what a program logs. It is safe for concurrent use.
@@ -450,19 +405,6 @@ func connect(t testing.TB, addr string) net.Conn {
 	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(patience))
 	return conn
-}
-
-// raw writes request bytes to addr and reads the answer to the end of the
-// connection, or, with keep-alive connections, until nothing more comes.
-func raw(t testing.TB, addr, request string) string {
-	t.Helper()
-	conn := connect(t, addr)
-	defer conn.Close()
-	if _, err := io.WriteString(conn, request); err != nil {
-		t.Fatal(err)
-	}
-	b, _ := io.ReadAll(conn) // a reset after the answer is an end too
-	return string(b)
 }
 
 // demoTranscript is all that a demo says by itself; its submatches are the
@@ -900,77 +842,58 @@ func gzipped(t testing.TB, text string) string {
 // fields lists r's headers as "name: value" with lower-case names, sorted by
 // name; the values of one name stay in their order. Names in skip are left out.
 func (r recorded) fields(skip ...string) (list []string) {
+	named := map[string][]string{}
 	for _, h := range r.headers {
-		if name := strings.ToLower(h[0]); !slices.Contains(skip, name) {
-			list = append(list, name+": "+h[1])
+		name := strings.ToLower(h[0])
+		named[name] = append(named[name], name+": "+h[1])
+	}
+	for _, name := range slices.Sorted(maps.Keys(named)) {
+		if !slices.Contains(skip, name) {
+			list = append(list, named[name]...)
 		}
 	}
-	slices.SortStableFunc(list, func(a, b string) int {
-		nameA, _, _ := strings.Cut(a, ":")
-		nameB, _, _ := strings.Cut(b, ":")
-		return strings.Compare(nameA, nameB)
-	})
 	return list
 }
 
-// crossing is fields without what belongs to the first hop: RFC 9110 section
-// 7.6.1, framing, Host, and the names that are the relay's own. The original
-// Host goes where receivers behind proxies look for it.
-func (r recorded) crossing() []string {
-	hop := []string{
-		"connection", "proxy-connection", "keep-alive", "te", "transfer-encoding", "upgrade", "trailer",
-		"proxy-authenticate", "proxy-authorization", "content-length", "expect", "host",
-		"x-relay-event-id", "x-relay-features",
-	}
-	for name := range strings.SplitSeq(r.get("Connection"), ",") {
-		hop = append(hop, strings.ToLower(strings.TrimSpace(name)))
-	}
-	if host := r.get("Host"); host != "" && r.get("X-Forwarded-Host") == "" {
-		r.headers = append(slices.Clone(r.headers), [2]string{"x-forwarded-host", host})
-	}
-	return r.fields(hop...)
-}
-
-// checkArrival compares what reached a target with what was sent to the relay.
-// The target's base path is base.
-func checkArrival(t testing.TB, base string, sent, got recorded) {
+// checkArrival compares what reached a target with what was sent to the relay. What
+// belongs to the first hop does not cross: RFC 9110 section 7.6.1, framing, Host, and
+// the names that are the relay's own. The original Host goes where receivers behind
+// proxies look for it.
+func checkArrival(t testing.TB, sent, got recorded) {
 	t.Helper()
-	method, rest, _ := strings.Cut(sent.line, " ")
-	requestTarget := rest[:strings.LastIndex(rest, " HTTP/")]
-	if scheme, after, ok := strings.Cut(requestTarget, "://"); ok && scheme == "http" {
+	method, requestTarget, _ := strings.Cut(sent.line, " ")
+	requestTarget = requestTarget[:strings.LastIndex(requestTarget, " HTTP/")]
+	if _, after, ok := strings.Cut(requestTarget, "http://"); ok {
 		requestTarget = after[strings.IndexByte(after, '/'):] // the absolute form of the same target
 	}
-	if want := method + " " + base + requestTarget + " HTTP/1.1"; got.line != want {
+	if want := method + " " + requestTarget + " HTTP/1.1"; got.line != want {
 		t.Errorf("request line %q, want %q", got.line, want)
 	}
 	if !bytes.Equal(got.body, sent.body) {
 		t.Errorf("body of %d bytes begins %.200q, want %d bytes, %.200q", len(got.body), got.body, len(sent.body), sent.body)
 	}
-	skip := []string{"host", "content-length", "x-relay-event-id"}
-	if proto := got.get("X-Forwarded-Proto"); sent.get("X-Forwarded-Proto") == "" && (proto == "http" || proto == "https") {
-		skip = append(skip, "x-forwarded-proto") // a legacy server does not say
+	hop := []string{
+		"connection", "proxy-connection", "keep-alive", "te", "transfer-encoding", "upgrade", "trailer", "proxy-authenticate", "proxy-authorization",
+		"content-length", "expect", "host", "x-relay-event-id", "x-relay-features", "x-forwarded-proto",
 	}
-	if got, want := got.fields(skip...), sent.crossing(); !slices.Equal(got, want) {
+	for name := range strings.SplitSeq(sent.get("Connection"), ",") {
+		hop = append(hop, strings.ToLower(strings.TrimSpace(name)))
+	}
+	if host := sent.get("Host"); host != "" && sent.get("X-Forwarded-Host") == "" {
+		sent.headers = append(slices.Clone(sent.headers), [2]string{"x-forwarded-host", host})
+	}
+	if got, want := got.fields("host", "content-length", "x-relay-event-id", "x-forwarded-proto"), sent.fields(hop...); !slices.Equal(got, want) {
 		t.Errorf("headers\n%q\nwant\n%q", got, want)
 	}
-	var ids, lengths []string
-	for _, h := range got.headers {
-		switch strings.ToLower(h[0]) {
-		case "x-relay-event-id":
-			ids = append(ids, h[1])
-		case "content-length":
-			lengths = append(lengths, h[1])
-		case "host":
-			if strings.Contains(h[1], "example") {
-				t.Errorf("Host %q is not the target's own", h[1])
-			}
-		}
+	own := recorded{headers: slices.DeleteFunc(slices.Clone(got.headers), func(h [2]string) bool {
+		return !slices.Contains([]string{"host", "content-length", "x-relay-event-id"}, strings.ToLower(h[0]))
+	})}
+	length := fmt.Sprintf("content-length: %d\n", len(sent.body))
+	if len(sent.body) == 0 {
+		length = "(" + length + ")?"
 	}
-	if len(ids) != 1 || len(ids[0]) < 26 { // 128 bits take 26 characters of base32
-		t.Errorf("X-Relay-Event-Id %q, want one of 128 random bits", ids)
-	}
-	if length := strconv.Itoa(len(sent.body)); len(lengths) > 1 || len(lengths) == 1 && lengths[0] != length || len(lengths) == 0 && length != "0" {
-		t.Errorf("Content-Length %q, want %s", lengths, length)
+	if list := strings.Join(own.fields(), "\n"); !regexp.MustCompile(`^` + length + `host: 127\.0\.0\.1:\d+\nx-relay-event-id: [^\n]{26,}$`).MatchString(list) { // 128 bits are 26 characters of base32
+		t.Errorf("the relay's own headers are\n%s", list)
 	}
 }
 
@@ -980,14 +903,13 @@ func silenced(t testing.TB, server string) string {
 	t.Helper()
 	transport := &http.Transport{}
 	t.Cleanup(transport.CloseIdleConnections)
-	proxy := &httputil.ReverseProxy{
+	front := httptest.NewServer(&httputil.ReverseProxy{
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.SetURL(must(url.Parse("http://" + server)))
 			r.Out.Header.Del("X-Relay-Features")
 		},
 		Transport: transport, FlushInterval: -1, ErrorLog: log.New(io.Discard, "", 0),
-	}
-	front := httptest.NewServer(proxy)
+	})
 	t.Cleanup(front.Close)
 	return hostOf(front.URL)
 }
@@ -1002,73 +924,59 @@ func TestFidelity(t *testing.T) {
 	startClient(t, server.addr, "m", target.url)
 	legacy := newTarget(t, nil)
 	startClient(t, silenced(t, server.addr), "m", legacy.url, "TARGET_CONCURRENCY=1")
-	chunked := "Transfer-Encoding: chunked"
-	latin1 := everyByte[0x80:]
-	form := "Content-Type: application/x-www-form-urlencoded"
-	jsonType := "Content-Type: application/json; charset=utf-8"
+	const chunked, text = "Transfer-Encoding: chunked", "Content-Type: text/plain"
+	to := func(target string) string { return compose("POST "+target+" HTTP/1.1", "{}") }
+	by := func(method, body string, headers ...string) string {
+		return compose(method+" /webhooks/m/x HTTP/1.1", body, headers...)
+	}
 
 	tests := []struct{ name, request string }{
 		// Bodies.
 		{"all byte values", webhook(everyByte, "Content-Type: application/octet-stream")},
 		{"all byte values without a type", webhook(everyByte)},
-		{"invalid UTF-8 as JSON", webhook("{\"a\":\"\xff\xc3\x28\xed\xa0\x80\"}", jsonType)},
-		{"latin1 text", webhook("caf\xe9", "Content-Type: text/plain; charset=iso-8859-1")},
-		{"JSON with odd spacing", webhook("{ \"b\" : 1.0e0,\t\"a\":\"\\u00e9\\/\" }", jsonType)},
-		{"JSON that is none", webhook("{", jsonType)},
-		{"byte order mark", webhook("\uFEFF{}", jsonType)},
-		{"gzip", webhook(gzipped(t, `{"hello":"world"}`), jsonType, "Content-Encoding: gzip")},
-		{"gzip that inflates to a second request", webhook(gzipped(t, strings.Repeat("x", 40)+"POST /admin HTTP/1.1\r\nHost: inner\r\nContent-Length: 0\r\n\r\n"), jsonType, "Content-Encoding: gzip")},
-		{"body that looks like a second request", webhook("POST /admin HTTP/1.1\r\nHost: inner\r\n\r\n", "Content-Type: text/plain")},
-		{"unknown encoding", webhook("\x28\xb5\x2f\xfd", "Content-Encoding: zstd")},
-		{"multipart", webhook("--b\r\nContent-Disposition: form-data; name=\"f\"; filename=\"x\"\r\n\r\n"+everyByte+"\r\n--b--\r\n", "Content-Type: multipart/form-data; boundary=b")},
-		{"form", webhook("x=1&x=2&a[b]=c&d=%e9+%zz&e;f", form)},
-		{"XML", webhook("<?xml version=\"1.0\"?>\r\n<a/>\r\n", "Content-Type: application/xml")},
-		{"cloudevents", webhook(`{"specversion":"1.0"}`, "Content-Type: application/cloudevents+json")},
-		{"trailing newlines", webhook("{}\n\r\n\n", jsonType)},
-		{"only a newline", webhook("\n", "Content-Type: text/plain")},
-		{"lines of an event stream", webhook("data: x\n\nevent: ready\ndata: {}\r\r", "Content-Type: text/plain")},
-		{"U+2028 and U+2029", webhook("{\"a\":\"\u2028\u2029\"}", jsonType)},
-		{"NUL", webhook("a\x00b", "Content-Type: text/plain")},
-		{"characters beyond the basic plane", webhook("😀\U0010FFFF", "Content-Type: text/plain")},
-		{"quotes and backslashes", webhook(`"\u0000\"<>&'`, "Content-Type: text/plain")},
+		{"invalid UTF-8 as JSON", webhook("{\"a\":\"\xff\xc3\x28\xed\xa0\x80\"}", "Content-Type: application/json; charset=utf-8")},
+		{"JSON with odd spacing", webhook("\uFEFF{ \"b\" : 1.0e0,\t\"a\":\"\\u00e9\\/\" }\n\r\n\n", "Content-Type: application/json")},
+		{"gzip that inflates to a second request", webhook(gzipped(t, strings.Repeat("x", 40)+"POST /admin HTTP/1.1\r\nHost: inner\r\nContent-Length: 0\r\n\r\n"), "Content-Encoding: gzip")},
+		{"body that looks like a second request", webhook("POST /admin HTTP/1.1\r\nHost: inner\r\n\r\n", text)},
+		{"form", webhook("x=1&x=2&a[b]=c&d=%e9+%zz&e;f", "Content-Type: application/x-www-form-urlencoded")},
+		{"only a newline", webhook("\n", text)},
+		{"lines of an event stream", webhook("data: x\n\nevent: ready\ndata: {}\r\r", text)},
+		{"characters of all kinds", webhook("a\x00b \u2028\u2029 😀\U0010FFFF \"\\u0000\\\"<>&'", text)},
 		{"3 MiB of binary, the default limit", webhook(strings.Repeat(everyByte, 3<<20/256))},
-		{"3 MiB of newlines", webhook(strings.Repeat("\n", 3<<20), "Content-Type: text/plain")},
-		{"3 MiB of control characters", webhook(strings.Repeat("\x01", 3<<20), "Content-Type: text/plain")},
+		{"3 MiB of newlines", webhook(strings.Repeat("\n", 3<<20), text)},
+		{"3 MiB of control characters", webhook(strings.Repeat("\x01", 3<<20), text)},
 
 		// Methods, with and without a body.
 		{"empty POST", webhook("")},
 		{"empty POST with its length", webhook("", "Content-Length: 0")},
 		{"GET", compose("GET /webhooks/m/x?hub.challenge=1 HTTP/1.1", "")},
-		{"GET with a body", compose("GET /webhooks/m/x HTTP/1.1", "{}", jsonType)},
-		{"HEAD", compose("HEAD /webhooks/m/x HTTP/1.1", "")},
-		{"OPTIONS", compose("OPTIONS /webhooks/m/x HTTP/1.1", "", "Origin: https://a.example", "Access-Control-Request-Method: POST")},
-		{"PUT", compose("PUT /webhooks/m/x HTTP/1.1", everyByte)},
-		{"empty PUT", compose("PUT /webhooks/m/x HTTP/1.1", "")},
-		{"PATCH", compose("PATCH /webhooks/m/x HTTP/1.1", "[]", "Content-Type: application/json-patch+json")},
-		{"empty PATCH", compose("PATCH /webhooks/m/x HTTP/1.1", "")},
-		{"DELETE", compose("DELETE /webhooks/m/x HTTP/1.1", "")},
-		{"DELETE with a body", compose("DELETE /webhooks/m/x HTTP/1.1", "{}", jsonType)},
-		{"TRACE", compose("TRACE /webhooks/m/x HTTP/1.1", "")},
-		{"CONNECT", compose("CONNECT /webhooks/m/x HTTP/1.1", "")},
-		{"a method of its own", compose("PROPFIND /webhooks/m/x HTTP/1.1", "<a/>", "Depth: 1")},
-		{"an empty method of its own", compose("M-SEARCH /webhooks/m/x HTTP/1.1", "")},
-		{"lower-case method", compose("post /webhooks/m/x HTTP/1.1", "{}", jsonType)},
+		{"GET with a body", by("GET", "{}")},
+		{"HEAD", by("HEAD", "")},
+		{"OPTIONS", by("OPTIONS", "", "Origin: https://a.example", "Access-Control-Request-Method: POST")},
+		{"PUT", by("PUT", everyByte)},
+		{"empty PUT", by("PUT", "")},
+		{"PATCH", by("PATCH", "[]", "Content-Type: application/json-patch+json")},
+		{"DELETE", by("DELETE", "")},
+		{"DELETE with a body", by("DELETE", "{}")},
+		{"TRACE", by("TRACE", "")},
+		{"CONNECT", by("CONNECT", "")},
+		{"a method of its own", by("PROPFIND", "<a/>", "Depth: 1")},
+		{"an empty method of its own", by("M-SEARCH", "")},
+		{"lower-case method", by("post", "{}")},
 
 		// Headers.
 		{"nothing but Host", webhook("{}")},
-		{"header bytes from 80 to FF", webhook("{}", "X-Latin1: "+latin1, "X-Utf8: h\u00e9llo \u2028")},
+		{"header bytes from 80 to FF", webhook("{}", "X-Latin1: "+everyByte[0x80:], "X-Utf8: h\u00e9llo \u2028")},
 		{"repeated headers", webhook("{}", "X-Dup: b", "x-dup: a", "X-Other: 1", "X-DUP: b", "X-Dup: c, d")},
 		{"repeated cookies", webhook("{}", "Cookie: a=1", "Cookie: b=2; c=3", "Set-Cookie: s=1; Path=/", "Set-Cookie: t=2")},
-		{"empty values", webhook("{}", "X-Empty: ", "Accept-Encoding: ", "Content-Type: ")},
-		{"empty User-Agent", webhook("{}", "User-Agent: ")},
+		{"empty values", webhook("{}", "X-Empty: ", "Accept-Encoding: ", "Content-Type: ", "User-Agent: ")},
 		{"repeated User-Agent", webhook("{}", "User-Agent: a", "User-Agent: b")},
 		{"tabs and quotes inside", webhook("{}", "X-Text: a\tb  \"c\\\" ;,=")},
 		{"odd names", webhook("{}", "x_under: 1", "X!#$%&'*+.^`|~: 2", "1: 3", "x--y: 4")},
 		{"what net/http would add", webhook("{}", "User-Agent: GitHub-Hookshot/1", "Accept-Encoding: br;q=1.0, gzip", "Content-Type: ", "Date: yesterday")},
 		{"what proxies add", webhook("{}", "X-Forwarded-For: 192.0.2.1, 192.0.2.2", "X-Forwarded-Proto: https", "Forwarded: for=192.0.2.1", "Via: 1.1 a", "X-Real-Ip: 192.0.2.1")},
 		{"X-Forwarded-Host that is there", webhook("{}", "X-Forwarded-Host: outer.example")},
-		{"credentials", webhook("{}", "Authorization: Basic YTpi", "X-Auth-Token: t", "X-Api-Key: k")},
-		{"conditions and ranges", webhook("{}", "If-None-Match: \"x\"", "Range: bytes=0-1", "Cache-Control: no-cache", "Pragma: no-cache")},
+		{"credentials, conditions and ranges", webhook("{}", "Authorization: Basic YTpi", "X-Auth-Token: t", "If-None-Match: \"x\"", "Range: bytes=0-1", "Cache-Control: no-cache", "Pragma: no-cache")},
 		{"names in Connection", webhook("{}", "Connection: X-Hop, close ,x-other-hop", "X-Hop: 1", "X-Other-Hop: 2", "X-Stays: 3")},
 		{"the fixed hop-by-hop list", webhook("{}", "Keep-Alive: timeout=5", "Proxy-Connection: keep-alive", "TE: trailers", "Upgrade: websocket", "Proxy-Authorization: Basic YTpi", "Proxy-Authenticate: Basic")},
 		{"names of the relay", webhook("{}", "X-Relay-Event-Id: forged", "X-Relay-Features: respond")},
@@ -1076,32 +984,26 @@ func TestFidelity(t *testing.T) {
 		{"many headers", webhook("{}", slices.Repeat([]string{"X-Many: 1"}, fieldLimit-1)...)},
 
 		// Request targets.
-		{"missing tail", compose("POST /webhooks/m HTTP/1.1", "{}")},
-		{"empty tail", compose("POST /webhooks/m/ HTTP/1.1", "{}")},
-		{"doubled slashes", compose("POST /webhooks/m//a//b/ HTTP/1.1", "{}")},
-		{"escaped slash", compose("POST /webhooks/m/a%2Fb%2fc HTTP/1.1", "{}")},
-		{"parameters", compose("POST /webhooks/m/a;v=1/b;;c HTTP/1.1", "{}")},
-		{"reserved characters", compose("POST /webhooks/m/a:b@c!$&'()*+,= HTTP/1.1", "{}")},
-		{"characters that should be escaped", compose("POST /webhooks/m/\"<>^`{|} HTTP/1.1", "{}")},
-		{"needless escapes", compose("POST /webhooks/m/%41%7e%25%3F%23 HTTP/1.1", "{}")},
-		{"escaped bytes", compose("POST /webhooks/m/%E9%ff%C3%a9 HTTP/1.1", "{}")},
-		{"bare bytes", compose("POST /webhooks/m/\xc3\xa9\xff?q=\xe9\xff HTTP/1.1", "{}")},
-		{"dots that are no segments", compose("POST /webhooks/m/...//.a/a../..a/.well-known HTTP/1.1", "{}")},
-		{"raw query", compose("POST /webhooks/m/x?x=1;y=2&sig=%zz HTTP/1.1", "{}")},
-		{"query of arrays and objects", compose("POST /webhooks/m/x?x=1&x=2&a[b]=c&a[toString]=1&__proto__[x]=1 HTTP/1.1", "{}")},
-		{"trailing question mark", compose("POST /webhooks/m/x? HTTP/1.1", "{}")},
-		{"several question marks", compose("POST /webhooks/m?a=b?c=/../d&?? HTTP/1.1", "{}")},
-		{"query that should be escaped", compose("POST /webhooks/m/x?q=\"<>^`{|}\\#f%00%0d%0a HTTP/1.1", "{}")},
-		{"fragment", compose("POST /webhooks/m/x#frag HTTP/1.1", "{}")},
-		{"absolute form", compose("POST http://relay.example.com/webhooks/m/a%2fb?x=%zz HTTP/1.1", "{}")},
-		{"long target", compose("POST /webhooks/m/"+strings.Repeat("p/", 2<<10)+"?"+strings.Repeat("q=1&", 2<<10)+" HTTP/1.1", "{}")},
+		{"missing tail", to("/webhooks/m")},
+		{"empty tail", to("/webhooks/m/")},
+		{"slashes, doubled and escaped", to("/webhooks/m//a//b%2Fc%2fd/")},
+		{"reserved characters", to("/webhooks/m/a;v=1/b;;c/a:b@c!$&'()*+,=")},
+		{"characters that should be escaped", to("/webhooks/m/\"<>^`{|}?q=\"<>^`{|}\\#f%00%0d%0a")},
+		{"escapes, needless and not", to("/webhooks/m/%41%7e%25%3F%23%E9%ff%C3%a9")},
+		{"bare bytes", to("/webhooks/m/\xc3\xa9\xff?q=\xe9\xff")},
+		{"dots that are no segments", to("/webhooks/m/...//.a/a../..a/.well-known")},
+		{"raw query", to("/webhooks/m/x?x=1;y=2&sig=%zz&a[b]=c&__proto__[x]=1")},
+		{"trailing question mark", to("/webhooks/m/x?")},
+		{"several question marks", to("/webhooks/m?a=b?c=/../d&??")},
+		{"fragment", to("/webhooks/m/x#frag")},
+		{"absolute form", to("http://relay.example.com/webhooks/m/a%2fb?x=%zz")},
+		{"long target", to("/webhooks/m/" + strings.Repeat("p/", 2<<10) + "?" + strings.Repeat("q=1&", 2<<10))},
 
 		// Senders.
 		{"chunks", webhook("5\r\nhello\r\n6\r\n world\r\n0\r\n\r\n", chunked)},
 		{"chunks with extensions and a trailer", webhook("5;a=b\r\nhello\r\n0\r\nX-Checksum: 1\r\n\r\n", chunked, "Trailer: X-Checksum")},
 		{"empty chunked body", webhook("0\r\n\r\n", chunked)},
-		{"chunks of binary", webhook("100\r\n"+everyByte+"\r\n0\r\n\r\n", chunked)},
-		{"100-continue", webhook("{}", jsonType, "Expect: 100-continue")},
+		{"100-continue", webhook("{}", "Expect: 100-continue")},
 		{"HTTP/1.0", compose("POST /webhooks/m/x?a HTTP/1.0", everyByte)},
 		{"HTTP/1.0 without Host", "POST /webhooks/m/x HTTP/1.0\r\nContent-Length: 2\r\n\r\n{}"},
 		{"empty Host", "POST /webhooks/m/x HTTP/1.1\r\nHost: \r\nContent-Length: 2\r\n\r\n{}"},
@@ -1110,27 +1012,25 @@ func TestFidelity(t *testing.T) {
 	ids := map[string]bool{}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			sent, err := readRecorded(bufio.NewReader(strings.NewReader(test.request)))
-			if err != nil {
-				t.Fatal(err)
-			}
+			sent := must(readRecorded(bufio.NewReader(strings.NewReader(test.request))))
 			if status, answer, _ := wire(t, server.addr, test.request); status != 200 || answer != "" {
 				t.Fatalf("answer %d %q, want 200 and nothing", status, answer)
 			}
 			got := target.next(t)
-			checkArrival(t, "", sent, got)
-			told := legacy.next(t)
+			checkArrival(t, sent, got)
+			if proto, want := got.get("X-Forwarded-Proto"), cmp.Or(sent.get("X-Forwarded-Proto"), "http"); proto != want {
+				t.Errorf("X-Forwarded-Proto %q, want %q", proto, want)
+			}
+			if ids[got.get("X-Relay-Event-Id")] {
+				t.Errorf("id %q came twice", got.get("X-Relay-Event-Id"))
+			}
+			ids[got.get("X-Relay-Event-Id")] = true
 			_, rest, _ := strings.Cut(sent.line, " ")
 			sent.line = "POST " + rest
 			if !utf8.Valid(sent.body) { // it has no place for such a body that legacy programs know
 				sent.body = nil
 			}
-			checkArrival(t, "", sent, told)
-			id := got.get("X-Relay-Event-Id")
-			if ids[id] {
-				t.Errorf("id %q came twice", id)
-			}
-			ids[id] = true
+			checkArrival(t, sent, legacy.next(t))
 		})
 	}
 	if n := len(target.got); n > 0 {
@@ -1149,155 +1049,19 @@ func TestFidelityOverHTTP2(t *testing.T) {
 	protocols.SetUnencryptedHTTP2(true)
 	transport := &http.Transport{Protocols: &protocols, DisableCompression: true}
 	t.Cleanup(transport.CloseIdleConnections)
-	requestTarget := "/webhooks/m/a%2Fb//c?x=1;y=2&sig=%zz"
-	header := http.Header{"Content-Type": {"application/octet-stream"}, "X-Dup": {"b", "a"}, "X-Latin1": {everyByte[0x80:]}, "User-Agent": {""}}
-	for name, body := range map[string]io.Reader{
-		"known length":   strings.NewReader(everyByte),
-		"unknown length": io.MultiReader(strings.NewReader(everyByte)),
-	} {
-		t.Run(name, func(t *testing.T) {
-			req := must(http.NewRequest("PUT", "http://"+server.addr+requestTarget, body))
-			req.Host, req.Header = "relay.example.com", header
-			resp, err := transport.RoundTrip(req)
-			if err != nil {
-				t.Fatal(err)
-			}
-			resp.Body.Close()
-			if resp.StatusCode != 200 || resp.ProtoMajor != 2 {
-				t.Fatalf("%s %s, want 200 over HTTP/2", resp.Proto, resp.Status)
-			}
-			checkArrival(t, "", recorded{
-				line: "PUT " + requestTarget + " HTTP/1.1", body: []byte(everyByte),
-				headers: [][2]string{{"Content-Type", "application/octet-stream"}, {"X-Dup", "b"}, {"X-Dup", "a"}, {"X-Latin1", everyByte[0x80:]}, {"Host", "relay.example.com"}},
-			}, target.next(t))
-		})
-	}
-}
-
-// TestSignatures computes signatures as providers document them and verifies
-// each at the target over the bytes that arrived there.
-func TestSignatures(t *testing.T) {
-	t.Parallel()
-	server := startServer(t)
-	target := newTarget(t, nil)
-	startClient(t, server.addr, "m", target.url)
-	const secret, id, ts = "It's a Secret to Everybody", "msg_2KWPBgLlAfxdpx2AI54pPJ85f4W", "1700000000"
-	mac := func(content string) []byte {
-		h := hmac.New(sha256.New, []byte(secret))
-		io.WriteString(h, content)
-		return h.Sum(nil)
-	}
-	hexMAC := func(content string) string { return hex.EncodeToString(mac(content)) }
-	base64MAC := func(content string) string { return base64.StdEncoding.EncodeToString(mac(content)) }
-	providers := []struct {
-		name string
-		sign func(body string) []string // header lines
-	}{
-		{"GitHub", func(body string) []string { return []string{"X-Hub-Signature-256: sha256=" + hexMAC(body)} }},
-		{"GitLab token", func(string) []string { return []string{"X-Gitlab-Token: " + secret} }},
-		{"GitLab signature", func(body string) []string {
-			return []string{"webhook-id: " + id, "webhook-timestamp: " + ts, "webhook-signature: v1," + base64MAC(id+"."+ts+"."+body)}
-		}},
-		{"Bitbucket", func(body string) []string { return []string{"X-Hub-Signature: sha256=" + hexMAC(body)} }},
-		{"Gitea", func(body string) []string { return []string{"X-Gitea-Signature: " + hexMAC(body)} }},
-		{"Stripe", func(body string) []string {
-			return []string{"Stripe-Signature: t=" + ts + ",v1=" + hexMAC(ts+"."+body) + ",v0=" + strings.Repeat("0", 64)}
-		}},
-		{"Slack", func(body string) []string {
-			return []string{"X-Slack-Request-Timestamp: " + ts, "X-Slack-Signature: v0=" + hexMAC("v0:"+ts+":"+body)}
-		}},
-		{"Shopify", func(body string) []string { return []string{"X-Shopify-Hmac-Sha256: " + base64MAC(body)} }},
-		{"Standard Webhooks", func(body string) []string {
-			return []string{"Webhook-Id: " + id, "Webhook-Timestamp: " + ts, "Webhook-Signature: v1," + base64MAC("other") + " v1," + base64MAC(id+"."+ts+"."+body)}
-		}},
-	}
-	bodies := []struct{ kind, body string }{
-		{"application/json", "{ \"action\":\"opened\",\"title\":\"caf\u00e9 \\u2028 \u2028 <&>\", \"n\":1.0 }\n"},
-		{"application/x-www-form-urlencoded", "payload=%7B%22a%22%3A1%7D&b=x+y&b=%20&c[]=1&;="},
-		{"application/octet-stream", everyByte},
-		{"", ""},
-	}
-	for _, provider := range providers {
-		for _, b := range bodies {
-			headers := provider.sign(b.body)
-			if b.kind != "" {
-				headers = append(headers, "Content-Type: "+b.kind)
-			}
-			if status, _, _ := wire(t, server.addr, webhook(b.body, headers...)); status != 200 {
-				t.Fatalf("%s: status %d", provider.name, status)
-			}
-			got := target.next(t)
-			for _, line := range provider.sign(string(got.body)) {
-				name, want, _ := strings.Cut(line, ": ")
-				if value := got.get(name); value != want {
-					t.Errorf("%s over %q: %s is %q, the body that arrived asks for %q", provider.name, b.kind, name, value, want)
-				}
-			}
+	const requestTarget = "/webhooks/m/a%2Fb//c?x=1;y=2&sig=%zz"
+	for name, body := range map[string]io.Reader{"known length": strings.NewReader(everyByte), "unknown length": io.MultiReader(strings.NewReader(everyByte))} {
+		req := must(requestOf(t.Context(), "PUT", "http://"+server.addr+requestTarget, body, "X-Dup", "b", "X-Dup", "a", "X-Latin1", everyByte[0x80:], "User-Agent", ""))
+		req.Host = "relay.example.com"
+		resp := must(transport.RoundTrip(req))
+		resp.Body.Close()
+		if resp.StatusCode != 200 || resp.ProtoMajor != 2 {
+			t.Fatalf("%s: %s %s, want 200 over HTTP/2", name, resp.Proto, resp.Status)
 		}
+		checkArrival(t, recorded{
+			"PUT " + requestTarget + " HTTP/1.1", [][2]string{{"X-Dup", "b"}, {"X-Dup", "a"}, {"X-Latin1", everyByte[0x80:]}, {"Host", "relay.example.com"}}, []byte(everyByte),
+		}, target.next(t))
 	}
-}
-
-// legacyStream is an event stream read as a legacy client reads it.
-type legacyStream struct {
-	conn net.Conn
-	resp *http.Response
-	body *bufio.Reader
-}
-
-// sseBlock is one event on a stream, by its fields.
-type sseBlock struct{ id, event, data string }
-
-// openStream subscribes to channel, with header lines.
-func openStream(t testing.TB, addr, channel string, headers ...string) *legacyStream {
-	t.Helper()
-	conn := connect(t, addr)
-	io.WriteString(conn, compose("GET /subscribe/"+channel+"/ HTTP/1.1", "", append(headers, "Accept: text/event-stream")...))
-	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if resp.StatusCode != 200 {
-		t.Fatalf("subscribe to %s: %s", channel, resp.Status)
-	}
-	return &legacyStream{conn, resp, bufio.NewReader(resp.Body)}
-}
-
-// next is the next event. Every line must be one that a simple reader knows.
-func (s *legacyStream) next(t testing.TB) (b sseBlock) {
-	t.Helper()
-	s.conn.SetDeadline(time.Now().Add(patience))
-	for {
-		line, err := s.body.ReadString('\n')
-		if err != nil {
-			t.Fatalf("stream ended: %v", err)
-		}
-		field, value, _ := strings.Cut(strings.TrimSuffix(line, "\n"), ": ")
-		switch field {
-		case "id":
-			b.id = value
-		case "event":
-			b.event = value
-		case "data":
-			b.data += value
-		case "":
-			return b
-		default:
-			t.Fatalf("line %q", line)
-		}
-	}
-}
-
-// message is the next webhook on the stream.
-func (s *legacyStream) message(t testing.TB) (data map[string]any) {
-	t.Helper()
-	b := s.next(t)
-	for b.event != "" {
-		b = s.next(t)
-	}
-	if err := json.Unmarshal([]byte(b.data), &data); err != nil {
-		t.Fatalf("%v in %q", err, b.data)
-	}
-	return data
 }
 
 // newSource is a source under the test's control. serve answers the n-th
@@ -1351,38 +1115,12 @@ func hostOf(url string) string {
 func TestChannelsAreOnlyNames(t *testing.T) {
 	t.Parallel()
 	server := startServer(t)
-	names := []string{
-		"notReady", "ready", "error", "newListener", "removeListener", "message", "heartbeat", "drain",
-		"__proto__", "constructor", "toString", "responses", "~", "...", "A_b-9", strings.Repeat("c", 128),
-	}
-	for _, name := range names {
-		url := "http://" + server.addr + "/webhooks/" + name + "/x"
-		if status, _, _ := send(t, "POST", url, "unheard"); status != 200 {
-			t.Errorf("%s with nobody connected: status %d, want 200", name, status)
-		}
-		stream := openStream(t, server.addr, name)
-		if b := stream.next(t); b.event != "ready" {
-			t.Errorf("%s: the stream begins with %q", name, b)
-		}
-		if status, _, _ := send(t, "POST", url, name); status != 200 {
-			t.Errorf("%s: status %d, want 200", name, status)
-		}
-		for _, want := range []string{"unheard", name} { // a fresh server keeps what may yet be heard
-			if got := stream.message(t); got["body"] != want {
-				t.Errorf("%s: a webhook has the body %q, want %q", name, got["body"], want)
-			}
-		}
-	}
-	for _, name := range []string{"", "a%20b", "%2e", "a:b", "@all", "caf%C3%A9", "caf\xe9", "a;b", strings.Repeat("c", 129)} {
-		for _, line := range []string{"POST /webhooks/%s/x", "GET /subscribe/%s/", "POST /subscribe/%s/responses"} {
-			if name == "" && strings.HasPrefix(line, "GET") {
-				continue // no channel at all is another page
-			}
-			status, answer, _ := wire(t, server.addr, compose(fmt.Sprintf(line, name)+" HTTP/1.1", ""))
-			if status != 400 || answer != `{"statusCode":400,"message":"invalid channel"}` {
-				t.Errorf("%s: answer %d %s, want 400", fmt.Sprintf(line, name), status, answer)
-			}
-		}
+	for _, name := range []string{"ready", "error", "removeListener", "message", "heartbeat", "drain", "__proto__", "responses", "~", "...", strings.Repeat("c", 128)} {
+		postAccepted(t, server, name, "unheard") // a fresh server keeps what may yet be heard
+		stream := openFeed(t, server, name)
+		stream.only(t, "unheard")
+		postAccepted(t, server, name, "heard")
+		stream.only(t, "heard")
 	}
 }
 
@@ -1746,32 +1484,6 @@ func TestHostileSource(t *testing.T) {
 	}
 }
 
-// TestTwoSlashesAreNoHost: "//host/path" behind an empty base path, from the
-// source or from a redirect, must not become a URL on another host.
-func TestTwoSlashesAreNoHost(t *testing.T) {
-	t.Parallel()
-	target := newTarget(t, func(r recorded) string {
-		if !strings.Contains(r.line, "/redirect ") {
-			return ok200
-		}
-		return "HTTP/1.1 307 Redirect\r\nContent-Length: 0\r\nLocation: http://" + r.get("Host") + "//evil.example/x\r\n\r\n"
-	})
-	var blocks []string
-	for _, url := range []string{"//evil.example/webhooks/m/x", "/webhooks/m//evil.example/x", "/webhooks/m/redirect", "/webhooks/m/last"} {
-		blocks = append(blocks, dataBlock(map[string]string{"originalUrl": url}))
-	}
-	startClient(t, hostOf(steady(t, blocks...).URL), "m", target.url, "TARGET_RETRY_WINDOW=0", "TARGET_CONCURRENCY=1")
-	for {
-		line := target.next(t).line
-		if !strings.HasPrefix(line, "POST /") {
-			t.Errorf("target got %q: no path, but a URL on another host", line)
-		}
-		if line == "POST /webhooks/m/last HTTP/1.1" {
-			return
-		}
-	}
-}
-
 // writePEM writes a block to a file of the test and returns its name.
 func writePEM(t testing.TB, kind string, der []byte) string {
 	t.Helper()
@@ -1900,36 +1612,6 @@ func TestCertificatesForClients(t *testing.T) {
 	}
 }
 
-// TestSlowSubscriber: a subscriber that never reads costs its queue and no more,
-// and others lose nothing.
-func TestSlowSubscriber(t *testing.T) {
-	server := startServer(t, append(probed, "SERVER_SUBSCRIBER_BUFFER=256kb", "LOG_LEVEL=info")...)
-	healthy := openStream(t, server.addr, "m")
-	slow := connect(t, server.addr)
-	io.WriteString(slow, compose("GET /subscribe/m/ HTTP/1.1", ""))
-	eventually(t, "second subscriber", func() bool { return scrape(t, server)["relay_subscribers"] == 2 })
-
-	before := heapInUse()
-	body := strings.Repeat("x", 64<<10)
-	transport := &http.Transport{}
-	defer transport.CloseIdleConnections()
-	const webhooks = 320 // 20 MiB
-	for n := range webhooks {
-		if o := post(t.Context(), transport, "POST", webhookURL(server, "m", strconv.Itoa(n)), body); o.err != nil {
-			t.Fatal(o.err)
-		}
-		if got := healthy.message(t)["path"]; got != fmt.Sprintf("/webhooks/m/%d", n) {
-			t.Fatalf("healthy subscriber got %q, want webhook %d", got, n)
-		}
-	}
-	if grown := heapInUse() - before; grown > 4<<20 {
-		t.Errorf("heap grew by %d bytes", grown)
-	}
-	if m := scrape(t, server); m["relay_subscribers"] != 2 || m["relay_subscribers_evicted_total"] != 0 || m["relay_events_full_total"] == 0 || m["relay_held_webhooks"] != 0 {
-		t.Errorf("metrics %v, want 2 subscribers, one of them found full", m)
-	}
-}
-
 // TestLegacyServerDrivesClient: the frames of the program this one succeeds.
 // Their ids count anew on every stream, there is no method, and the headers
 // describe the first hop.
@@ -1969,7 +1651,7 @@ func TestLegacyServerDrivesClient(t *testing.T) {
 		push,
 	} {
 		got := target.next(t)
-		checkArrival(t, "", sent, got)
+		checkArrival(t, sent, got)
 		ids[got.get("X-Relay-Event-Id")] = true
 	}
 	if len(ids) != 4 {
@@ -1986,121 +1668,40 @@ func TestLegacyServerDrivesClient(t *testing.T) {
 	}
 }
 
-// TestStreamForLegacyClient: what the predecessor's client needs of a stream.
+// TestStreamForLegacyClient: what the predecessor's client gets, as its own server
+// said it.
 func TestStreamForLegacyClient(t *testing.T) {
 	t.Parallel()
-	server := startServer(t, "SERVER_HEARTBEAT_INTERVAL=100", "AUTH_TOKEN=secret", "LOG_LEVEL=info")
-	for _, header := range [][]string{{}, {"X-Auth-Token: wrong"}, {"X-Auth-Token: "}, {"Authorization: Basic c2VjcmV0"}, {"Authorization: Bearer wrong"}} {
-		status, answer, _ := wire(t, server.addr, compose("GET /subscribe/m/ HTTP/1.1", "", header...))
-		if status != 401 || answer != `{"statusCode":401,"message":"missing or wrong token"}` {
-			t.Errorf("%q: answer %d %s, want 401", header, status, answer)
-		}
+	server := startServer(t, "AUTH_TOKEN=secret")
+	if denied := subscribeAt(t.Context(), server, "m"); denied.resp.StatusCode != 401 {
+		t.Errorf("without a token: %s", denied.resp.Status)
 	}
-	s := openStream(t, server.addr, "m", "x-auth-token: secret")
-	for name, want := range map[string]string{"Content-Type": "text/event-stream", "Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no", "Content-Encoding": ""} {
-		if got := s.resp.Header.Get(name); got != want {
-			t.Errorf("%s: %q, want %q", name, got, want)
-		}
-	}
-	if b := s.next(t); b != (sseBlock{"0", "ready", `{"heartbeatInterval":100}`}) {
-		t.Errorf("stream begins with %+v", b)
-	}
-
-	before := time.Now().UnixMilli()
-	wire(t, server.addr, compose("PUT http://other.example/webhooks/m/a%2Fb?a=1&b=2&b=3&c=%E9 HTTP/1.1", "d\r\n{\"test\":true}\r\n0\r\n\r\n",
-		"Content-Type: application/json", "Transfer-Encoding: chunked", "X-Dup: one", "X-Dup: two", "Set-Cookie: s1", "Cookie: c1; c2", "X-Latin1: \xe9", "Connection: close"))
-	m := s.message(t)
-	timestamp, _ := m["timestamp"].(float64)
-	if int64(timestamp) < before || int64(timestamp) > time.Now().UnixMilli() {
-		t.Errorf("timestamp %f", timestamp)
-	}
-	delete(m, "timestamp")
+	s := openFeed(t, server, "m", "X-Auth-Token", "secret")
 	type object = map[string]any
-	want := object{
-		"path": "/webhooks/m/a%2Fb", "originalUrl": "/webhooks/m/a%2Fb?a=1&b=2&b=3&c=%E9", "body": `{"test":true}`,
-		"query": object{"a": "1", "b": []any{"2", "3"}, "c": "%E9"},
-		"headers": object{
-			"host": "other.example", "content-type": "application/json", "content-length": "13", "cookie": "c1; c2",
-			"set-cookie": []any{"s1"}, "x-dup": []any{"one", "two"}, "x-latin1": "\u00e9",
-		},
-	}
-	if !reflect.DeepEqual(m, want) {
-		t.Errorf("webhook is\n%v\nwant\n%v", m, want)
-	}
-	wire(t, server.addr, compose("POST /webhooks/m HTTP/1.1", ""))
-	if m := s.message(t); m["body"] != "" || !reflect.DeepEqual(m["query"], object{}) || m["headers"].(object)["content-length"] != "0" {
-		t.Errorf("empty webhook is %v", m)
-	}
-
-	// It builds its URL from query, which has to hold what it can make a query of.
-	for query, want := range map[string]string{
-		"?labels=bug;urgent&n=1": "labels=bug%3Burgent&n=1", "?a=1&b=2&b=3": "a=1&b=2&b=3", "?sig=%zz&x": "sig=%25zz&x=", "?caf%C3%A9=%E9": "caf%C3%A9=%25E9", "": "", "?": "", "?&=": "=",
+	const head = `{"headers":{"host":"127.0.0.1:3000","user-agent":"probe/1.0","content-type":"application/json","x-dup":`
+	for i, tt := range []struct{ sent, want string }{
+		{compose("POST /webhooks/m HTTP/1.1", ""), `{"headers":{"host":"relay.example.com","content-length":"0"},"originalUrl":"/webhooks/m","path":"/webhooks/m","query":{},"body":""}`},
+		{"POST /webhooks/m/push-github?a=1&b=2&b=3 HTTP/1.1\r\nHost: 127.0.0.1:3000\r\nUser-Agent: probe/1.0\r\nContent-Type: application/json\r\nX-Dup: one, two\r\n" +
+			"Set-Cookie: s1\r\nSet-Cookie: s2\r\nCookie: c1; c2\r\nContent-Length: 13\r\n\r\n{\"test\":true}", head +
+			`"one, two","set-cookie":["s1","s2"],"cookie":"c1; c2","content-length":"13"},"originalUrl":"/webhooks/m/push-github?a=1&b=2&b=3","path":"/webhooks/m/push-github","query":{"a":"1","b":["2","3"]},"body":"{\"test\":true}"}`},
+		{"PUT http://127.0.0.1:3000/webhooks/m/a%2Fb?x=1;y&c=%E9 HTTP/1.1\r\nHost: other\r\nUser-Agent: probe/1.0\r\nContent-Type: application/json\r\nX-Dup: one\r\nX-Dup: two\r\n" +
+			"Set-Cookie: s1\r\nX-Latin1: \xe9\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\nd\r\n{\"test\":true}\r\n0\r\n\r\n", head +
+			`["one","two"],"set-cookie":["s1"],"x-latin1":"é","content-length":"13"},"originalUrl":"/webhooks/m/a%2Fb?x=1;y&c=%E9","path":"/webhooks/m/a%2Fb","query":{"x":"1;y","c":"%E9"},"body":"{\"test\":true}"}`},
 	} {
-		wire(t, server.addr, compose("POST /webhooks/m/x"+query+" HTTP/1.1", "{}"))
-		values := url.Values{}
-		for key, value := range s.message(t)["query"].(object) {
-			switch value := value.(type) {
-			case string:
-				values.Add(key, value)
-			case []any:
-				for _, v := range value {
-					values.Add(key, v.(string))
-				}
-			}
+		before := time.Now().UnixMilli()
+		wire(t, server.addr, tt.sent)
+		var got, want object
+		e := s.next(t, i+1)
+		if err := errors.Join(json.Unmarshal([]byte(e.data), &got), json.Unmarshal([]byte(tt.want), &want)); err != nil || e.name != "message" || e.id == "" {
+			t.Fatalf("event %+v: %v", e, err)
 		}
-		if got := values.Encode(); got != want {
-			t.Errorf("%q reaches its target as %q, want %q", query, got, want)
+		if at, _ := got["timestamp"].(float64); int64(at) < before || int64(at) > time.Now().UnixMilli() {
+			t.Errorf("timestamp %f", at)
+		}
+		if delete(got, "timestamp"); !reflect.DeepEqual(got, want) {
+			t.Errorf("webhook is\n%v\nwant\n%v", got, want)
 		}
 	}
-
-	// The sample of its own server.
-	wire(t, server.addr, "POST /webhooks/m/push-github?a=1&b=2&b=3 HTTP/1.1\r\nHost: 127.0.0.1:3000\r\nUser-Agent: probe/1.0\r\nContent-Type: application/json\r\nX-Dup: one, two\r\nSet-Cookie: s1\r\nSet-Cookie: s2\r\nCookie: c1; c2\r\nContent-Length: 13\r\n\r\n{\"test\":true}")
-	const sample = `{"headers":{"host":"127.0.0.1:3000","user-agent":"probe/1.0","content-type":"application/json","x-dup":"one, two","set-cookie":["s1","s2"],"cookie":"c1; c2","content-length":"13"},"originalUrl":"/webhooks/m/push-github?a=1&b=2&b=3","path":"/webhooks/m/push-github","query":{"a":"1","b":["2","3"]},"body":"{\"test\":true}"}`
-	var theirs object
-	if err := json.Unmarshal([]byte(sample), &theirs); err != nil {
-		t.Fatal(err)
-	}
-	ours := s.message(t)
-	delete(ours, "timestamp")
-	if !reflect.DeepEqual(ours, theirs) {
-		t.Errorf("webhook is\n%v\nwant\n%v", ours, theirs)
-	}
-
-	// Heartbeats come while webhooks flow, named and with data, or the client
-	// thinks the stream dead one second after the first it misses.
-	stop := make(chan struct{})
-	var sender sync.WaitGroup
-	sender.Go(func() {
-		transport := &http.Transport{}
-		defer transport.CloseIdleConnections()
-		for {
-			select {
-			case <-stop:
-				return
-			default:
-			}
-			if o := post(t.Context(), transport, "POST", "http://"+server.addr+"/webhooks/m", "{}"); o.err != nil {
-				t.Error(o.err)
-				return
-			}
-		}
-	})
-	beats, between := 0, 0
-	for beats < 3 || between < 20 {
-		switch b := s.next(t); b.event {
-		case "":
-			between++
-		case "heartbeat":
-			if b.data != "{}" {
-				t.Errorf("heartbeat with the data %q", b.data)
-			}
-			beats++
-		default:
-			t.Errorf("stream has a %q", b.event)
-		}
-	}
-	close(stop)
-	sender.Wait()
 }
 
 // Configuration.
@@ -2470,10 +2071,20 @@ func scrape(t testing.TB, p *program) map[string]float64 {
 }
 
 // checkProbes wants the statuses of /live, /ready and /health.
-func checkProbes(t testing.TB, p *program, when string, live, ready, health int) {
+func checkProbes(t testing.TB, p *program, when string, want ...int) {
 	t.Helper()
-	if l, r, h := probeStatus(t, p, "/live"), probeStatus(t, p, "/ready"), probeStatus(t, p, "/health"); l != live || r != ready || h != health {
-		t.Errorf("%s: /live %d, /ready %d, /health %d, want %d, %d, %d", when, l, r, h, live, ready, health)
+	if got := []int{probeStatus(t, p, "/live"), probeStatus(t, p, "/ready"), probeStatus(t, p, "/health")}; !slices.Equal(got, want) {
+		t.Errorf("%s: /live, /ready and /health are %d, want %d", when, got, want)
+	}
+}
+
+// checkMetrics wants these values, by name.
+func checkMetrics(t testing.TB, p *program, want map[string]float64) {
+	t.Helper()
+	got := scrape(t, p)
+	maps.DeleteFunc(got, func(name string, _ float64) bool { _, ok := want[name]; return !ok })
+	if !maps.Equal(got, want) {
+		t.Errorf("metrics are %v, want %v", got, want)
 	}
 }
 
@@ -2483,50 +2094,32 @@ func TestServerHealth(t *testing.T) {
 	t.Parallel()
 	server := startServer(t, "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=4s")
 	checkProbes(t, server, "at work", 200, 200, 200)
-	if status := probeStatus(t, server, "/nothing"); status != 404 {
-		t.Errorf("/nothing: status %d, want 404", status)
-	}
-	if status, _, header := send(t, "POST", "http://"+server.health+"/live", ""); status != 405 || header.Get("Allow") != "GET, HEAD" {
-		t.Errorf("POST /live: status %d, Allow %q, want 405", status, header.Get("Allow"))
-	}
 	before := scrape(t, server)
-	stream := openStream(t, server.addr, "m")
-	stream.next(t)
-	for i := range 3 {
-		send(t, "POST", fmt.Sprintf("http://%s/webhooks/m%d/%d?label=x", server.addr, i, i), "{}", "X-Label", "x")
+	stream := openFeed(t, server, "m")
+	for _, channel := range []string{"m0", "m1", "m2", "m"} {
+		postAccepted(t, server, channel, "x?label=x")
 	}
-	send(t, "POST", "http://"+server.addr+"/webhooks/m", "{}")
-	stream.message(t)
+	stream.only(t, "x")
 	wire(t, server.addr, compose("POST /webhooks/a%20b HTTP/1.1", ""))
-	after := scrape(t, server)
-	if !slices.Equal(slices.Sorted(maps.Keys(before)), slices.Sorted(maps.Keys(after))) {
+	if after := scrape(t, server); !slices.Equal(slices.Sorted(maps.Keys(before)), slices.Sorted(maps.Keys(after))) {
 		t.Errorf("metrics changed their names from %v to %v", before, after)
 	}
-	for name, want := range map[string]float64{
+	checkMetrics(t, server, map[string]float64{
 		`relay_webhooks_total{outcome="accepted",reason=""}`: 1, `relay_webhooks_total{outcome="lost",reason="unknown_channel"}`: 0,
 		`relay_webhooks_total{outcome="refused",reason="channel"}`: 1, `relay_webhooks_total{outcome="refused",reason="path"}`: 0, "relay_webhook_taken_seconds_count": 1,
 		"relay_events_delivered_total": 1, "relay_subscribers": 1, "relay_channels": 1, "relay_held_webhooks": 3, // which may yet be heard
-	} {
-		if after[name] != want {
-			t.Errorf("%s is %v, want %v", name, after[name], want)
-		}
-	}
+	})
 	server.cancel()
 	eventually(t, "unready", func() bool { return probeStatus(t, server, "/ready") == 503 })
 	checkProbes(t, server, "draining", 200, 503, 503)
-	if answer := raw(t, server.addr, compose("POST /webhooks/m HTTP/1.1", "late")); !strings.HasPrefix(answer, "HTTP/1.1 200 OK\r\nConnection: close\r\n") {
+	if answer := exchange(t, server.addr, compose("POST /webhooks/m/late HTTP/1.1", "")); !strings.HasPrefix(answer, "HTTP/1.1 200 OK\r\nConnection: close\r\n") {
 		t.Errorf("answer to a webhook while draining: %q, want 200 and the end of the connection", answer)
 	}
-	if got := stream.message(t)["body"]; got != "late" {
-		t.Errorf("stream has the body %q, want the late webhook", got)
-	}
-	stream.conn.SetDeadline(time.Now().Add(patience))
-	if _, err := io.ReadAll(stream.body); errors.Is(err, os.ErrDeadlineExceeded) {
-		t.Fatal("stream did not end")
-	}
+	stream.only(t, "late")
 	if err := server.stop(); err != nil {
 		t.Errorf("run returned %v", err)
 	}
+	stream.endedAt(t)
 }
 
 // TestClientHealth: ready means an open stream; a source that is away makes a
@@ -2547,24 +2140,17 @@ func TestClientHealth(t *testing.T) {
 		case <-r.Context().Done():
 		}
 	})
-	target := newTarget(t, nil)
-	client := start(t, "RELAY_MODE=client", "SOURCE_URL="+source.URL+"/subscribe/m", "TARGET_BASE_URL="+target.url, "RECONNECT_INTERVAL=1", "HEALTH_SERVICE_PORT=0")
+	client := start(t, "RELAY_MODE=client", "SOURCE_URL="+source.URL+"/subscribe/m", "TARGET_BASE_URL="+newTarget(t, nil).url, "RECONNECT_INTERVAL=1", "HEALTH_SERVICE_PORT=0")
 	client.wait("no stream from the source")
 	checkProbes(t, client, "before ready", 200, 503, 503)
 	up.Store(true)
 	client.wait("stream ready")
 	checkProbes(t, client, "ready", 200, 200, 200)
-	target.next(t)
 	client.wait("webhook forwarded")
 	client.wait("event refused")
-	m := scrape(t, client)
-	for name, want := range map[string]float64{
+	checkMetrics(t, client, map[string]float64{
 		"relay_events_total": 3, "relay_events_duplicate_total": 1, "relay_events_invalid_total": 1, `relay_forwards_total{code="2xx"}`: 1, `relay_forwards_total{code="timeout"}`: 0, "relay_stream_ends_total": 0,
-	} {
-		if m[name] != want {
-			t.Errorf("%s is %v, want %v", name, m[name], want)
-		}
-	}
+	})
 	up.Store(false)
 	close(end)
 	client.wait("stream ended")
@@ -2578,9 +2164,8 @@ func TestClientHealth(t *testing.T) {
 // and brings what it has to its end, for which it stays live.
 func TestClientFinishesForwards(t *testing.T) {
 	t.Parallel()
-	answer := make(chan string)
+	answer, left := make(chan string), make(chan struct{})
 	target := newTarget(t, func(recorded) string { return <-answer })
-	left := make(chan struct{})
 	source := newSource(t, func(_ int, w http.ResponseWriter, r *http.Request) {
 		tell(w, readyBlock, dataBlock(map[string]string{"originalUrl": "/webhooks/m/1"}))
 		<-r.Context().Done()
@@ -2597,11 +2182,8 @@ func TestClientFinishesForwards(t *testing.T) {
 		t.Fatal("ended with a forward under way")
 	case answer <- ok200:
 	}
-	if err := client.stop(); err != nil {
-		t.Errorf("run returned %v", err)
-	}
-	if n := len(client.log.lines("webhook forwarded")); n != 1 {
-		t.Errorf("%d webhooks forwarded, want 1", n)
+	if err := client.stop(); err != nil || len(client.log.lines("webhook forwarded")) != 1 {
+		t.Errorf("run returned %v, want one webhook forwarded", err)
 	}
 }
 
@@ -4292,41 +3874,6 @@ func TestSeveralChannels(t *testing.T) {
 	}
 	server.stop()
 	eventually(t, "not ready", func() bool { return probeStatus(t, client, "/ready") == 503 })
-}
-
-// TestForwardedProto: a target that trusts X-Forwarded-Proto and -Host computes the
-// URL that the provider used, over which Twilio signs
-// (https://www.twilio.com/docs/usage/security#validating-requests); a sender's or
-// a proxy's own field passes as it is.
-func TestForwardedProto(t *testing.T) {
-	t.Parallel()
-	const secret, body = "12345", "CallSid=CA1234567890ABCDE&Caller=%2B14158675309&Digits=1234"
-	sign := func(url string) string {
-		mac := hmac.New(sha1.New, []byte(secret))
-		mac.Write([]byte(url + "CallSidCA1234567890ABCDECaller+14158675309Digits1234"))
-		return base64.StdEncoding.EncodeToString(mac.Sum(nil))
-	}
-	server := startServer(t)
-	target := newTarget(t, nil)
-	startClient(t, server.addr, "sms", target.url)
-	for _, tt := range []struct{ url, proto string }{
-		{"http://relay.example.com/webhooks/sms?a=1", ""},
-		{"https://relay.example.com/webhooks/sms?a=1", "https"},
-	} {
-		headers := []string{"Host: relay.example.com", "X-Twilio-Signature: " + sign(tt.url), "Content-Type: application/x-www-form-urlencoded"}
-		if tt.proto != "" {
-			headers = append(headers, "X-Forwarded-Proto: "+tt.proto)
-		}
-		request := "POST /webhooks/sms?a=1 HTTP/1.1\r\n" + strings.Join(headers, "\r\n") + fmt.Sprintf("\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
-		if status, answer, _ := wire(t, server.addr, request); status != 200 {
-			t.Fatalf("%d %s", status, answer)
-		}
-		got := target.next(t)
-		url := got.get("X-Forwarded-Proto") + "://" + got.get("X-Forwarded-Host") + strings.Fields(got.line)[1]
-		if sign(url) != got.get("X-Twilio-Signature") {
-			t.Errorf("the target computes %q, want %q", url, tt.url)
-		}
-	}
 }
 
 // TestRetryStatuses: what an operator adds is tried again, and what he leaves out
