@@ -1359,139 +1359,80 @@ func FuzzRequestTarget(f *testing.F) {
 func TestHostileSource(t *testing.T) {
 	t.Parallel()
 	type object = map[string]any
-	tests := []struct {
-		name    string
-		message any
-		want    string // request line at a target with the base path /base; empty: refused
-	}{
-		{"dot segment", object{"originalUrl": "/webhooks/m/../x"}, ""},
-		{"dot segment at the end", object{"originalUrl": "/webhooks/m/a/.."}, ""},
-		{"escaped dot segment", object{"originalUrl": "/webhooks/m/a/%2e%2E/x"}, ""},
-		{"dot segment behind an escaped slash", object{"originalUrl": "/webhooks/m/a%2f..%2fx"}, ""},
-		{"dot segment with parameters", object{"originalUrl": "/webhooks/m/..;a/x"}, ""},
-		{"dot segment behind a host", object{"originalUrl": "http://a/webhooks/m/../x"}, ""},
-		{"backslash", object{"originalUrl": `/webhooks/m/..\x`}, ""},
-		{"escaped backslash", object{"originalUrl": "/webhooks/m/%5c%5cevil.example/x"}, ""},
-		{"NUL", object{"originalUrl": "/webhooks/m/a\x00"}, ""},
-		{"escaped NUL", object{"originalUrl": "/webhooks/m/a%00"}, ""},
-		{"line end in the path", object{"originalUrl": "/webhooks/m/a HTTP/1.1\r\nHost: evil.example\r\n\r\n"}, ""},
-		{"space in the path", object{"originalUrl": "/webhooks/m/a HTTP/1.1"}, ""},
-		{"line end in the query", object{"originalUrl": "/webhooks/m/a?\r\nX: y"}, ""},
-		{"space in the query", object{"originalUrl": "/webhooks/m/a?b c"}, ""},
-		{"broken escape", object{"originalUrl": "/webhooks/m/%zz"}, ""},
-		{"code point that is no byte", object{"originalUrl": "/webhooks/m/\u0142"}, ""},
-		{"no path", object{"originalUrl": "http://evil.example"}, ""},
-		{"nothing", object{}, ""},
-		{"asterisk", object{"originalUrl": "*"}, ""},
-		{"userinfo", object{"originalUrl": "@evil.example/x"}, ""},
-		{"authority", object{"originalUrl": "evil.example:80"}, ""},
-		{"userinfo behind a slash", object{"originalUrl": "/webhooks/m/@evil.example/x"}, "POST /base/webhooks/m/@evil.example/x"},
-		{"two slashes", object{"originalUrl": "/webhooks/m//evil.example/x?y"}, "POST /base/webhooks/m//evil.example/x?y"},
-		{"two slashes in front", object{"originalUrl": "//evil.example/webhooks/m/x?y"}, ""},
-		{"another channel", object{"originalUrl": "/webhooks/other/x"}, ""},
-		{"another channel in the absolute form", object{"originalUrl": "http://a/webhooks/other/x"}, ""},
-		{"a channel that begins alike", object{"originalUrl": "/webhooks/mm/x"}, ""},
-		{"outside", object{"originalUrl": "/admin"}, ""},
-		{"outside, with a query that looks like a URL", object{"originalUrl": "http:/webhooks/m?://h/admin"}, ""},
-		{"escaped name of the channel", object{"originalUrl": "/webhooks/%6d/x"}, ""},
-		{"escaped prefix", object{"originalUrl": "/webhooks%2fm/x"}, ""},
-		{"a query where the channel should be", object{"originalUrl": "/webhooks?/m/x"}, ""},
-		{"absolute form", object{"originalUrl": "http://evil.example/webhooks/m/x?y"}, "POST /base/webhooks/m/x?y"},
-		{"other scheme", object{"originalUrl": "file:///webhooks/m/passwd"}, ""},
-		{"a method of the legacy form", object{"originalUrl": "/webhooks/m/m", "method": "GET /admin"}, "POST /base/webhooks/m/m"},
-		{"empty method", httpBlock("m1", " /webhooks/m/m HTTP/1.1\n", ""), ""},
-		{"line end in the method", httpBlock("m2", "GET / HTTP/1.1\nX: y\n\nGET /webhooks/m/m HTTP/1.1\n", ""), ""},
-		{"space in the method", httpBlock("m3", "GET /admin /webhooks/m/m HTTP/1.1\n", ""), ""},
-		{"another version", httpBlock("m4", "GET /webhooks/m/m HTTP/1.0\n", ""), ""},
-		{"CR in a value, which ends a line of the stream", httpBlock("m6", "GET /webhooks/m/m HTTP/1.1\nX: a\rX-Evil: 1\n", ""), "GET /base/webhooks/m/m"},
-		{"folded line", httpBlock("m7", "GET /webhooks/m/m HTTP/1.1\nX: a\n X-Evil: 1\n", ""), ""},
-		{"blank before the colon of a field", httpBlock("m8", "GET /webhooks/m/m HTTP/1.1\nX-Evil : 1\n", ""), ""},
-		{"NUL in a field", httpBlock("m9", "GET /webhooks/m/m HTTP/1.1\nX: \x00\n", ""), ""},
-		{"another length", "id: m10\nevent: webhook\ndata: GET /webhooks/m/m HTTP/1.1\ndata: Content-Length: 1\ndata:\ndata: ab\n\n", ""},
-		{"no length", "id: m11\nevent: webhook\ndata: GET /webhooks/m/m HTTP/1.1\ndata:\ndata: ab\n\n", ""},
-		{"framing of a message", httpBlock("f1", "PUT /webhooks/m/f HTTP/1.1\nTransfer-Encoding: chunked\nHost: evil.example\nConnection: close, x-hop\nX-Hop: 1\nUpgrade: h2c\nExpect: 100-continue\nTE: gzip\nTrailer: X\n", "ab"), "PUT /base/webhooks/m/f"},
-		{"line end in a value", object{"originalUrl": "/webhooks/m/h", "headers": object{"x": "a\r\nX-Evil: 1"}}, ""},
-		{"bare line feed in a value", object{"originalUrl": "/webhooks/m/h", "headers": object{"x": []string{"a", "b\nc"}}}, ""},
-		{"NUL in a value", object{"originalUrl": "/webhooks/m/h", "headers": object{"x": "a\x00"}}, ""},
-		{"line end in a name", object{"originalUrl": "/webhooks/m/h", "headers": object{"x\r\nX-Evil": "1"}}, ""},
-		{"colon in a name", object{"originalUrl": "/webhooks/m/h", "headers": object{"x: y": "1"}}, ""},
-		{"empty name", object{"originalUrl": "/webhooks/m/h", "headers": object{"": "1"}}, ""},
-		{"code point in a value that is no byte", object{"originalUrl": "/webhooks/m/h", "headers": object{"x": "\u0142"}}, ""},
-		{"framing", object{"originalUrl": "/webhooks/m/f", "body": "ab", "headers": object{
-			"content-length": "9999", "Content-Length": []string{"1", "2"}, "transfer-encoding": "chunked", "Transfer-Encoding": "identity",
-			"host": "evil.example", "connection": "close, x-hop", "x-hop": "1", "upgrade": "h2c", "expect": "100-continue", "te": "gzip", "trailer": "X"}}, "POST /base/webhooks/m/f"},
-		{"wrong types", object{"originalUrl": 1}, ""},
-		{"headers as a list", object{"originalUrl": "/webhooks/m/h", "headers": []string{"x"}}, ""},
-		{"body as an object", object{"originalUrl": "/webhooks/m/h", "body": object{"a": 1}}, ""},
-		{"body that is no base64", httpBlock("b1", "POST /webhooks/m/h HTTP/1.1\nX-Relay-Body: base64\n", "*"), ""},
-		{"id that is no name", httpBlock("a/../b", "POST /webhooks/m/h HTTP/1.1\n", ""), ""},
-		{"no id", "event: webhook\nid\ndata: POST /webhooks/m/h HTTP/1.1\ndata: Content-Length: 0\ndata:\ndata:\n\n", ""},
-		{"null", nil, ""},
-		{"a number", 1, ""},
+	const post = "POST /webhooks/m/h HTTP/1.1\n"
+	blocks := []string{"data\n\n", "data: {\n\n", "data: {\"originalUrl\":\"/webhooks/m/x\"} {\n\n"} // first those that are refused
+	targets := 0
+	both := func(target string) []string {
+		targets++
+		return []string{dataBlock(object{"originalUrl": target}), httpBlock(fmt.Sprint("t", targets), "POST "+target+" HTTP/1.1\n", "")}
 	}
+	for _, target := range []string{
+		"/webhooks/m/../x", "/webhooks/m/a/..", "/webhooks/m/a/%2e%2E/x", "/webhooks/m/a%2f..%2fx", "/webhooks/m/..;a/x", "http://a/webhooks/m/../x", `/webhooks/m/..\x`,
+		"/webhooks/m/%5c%5cevil.example/x", "/webhooks/m/a\x00", "/webhooks/m/a%00", "/webhooks/m/a HTTP/1.1\r\nHost: evil.example\r\n\r\n", "/webhooks/m/a?\r\nX: y",
+		"/webhooks/m/a?b c", "/webhooks/m/%zz", "/webhooks/m/\u0142", "http://evil.example", "", "*", "@evil.example/x", "evil.example:80", "//evil.example/webhooks/m/x?y",
+		"/webhooks/other/x", "http://a/webhooks/other/x", "/webhooks/mm/x", "/admin", "http:/webhooks/m?://h/admin", "/webhooks/%6d/x", "/webhooks?/m/x", "file:///webhooks/m/passwd",
+	} {
+		blocks = append(blocks, both(target)...)
+	}
+	for _, message := range []any{
+		nil, 1, object{}, object{"originalUrl": 1}, object{"originalUrl": "/webhooks/m/h", "headers": []string{"x"}}, object{"originalUrl": "/webhooks/m/h", "body": object{"a": 1}},
+	} {
+		blocks = append(blocks, dataBlock(message))
+	}
+	for name, value := range map[string]any{"x": "a\r\nX-Evil: 1", "y": []string{"a", "b\nc"}, "z": "a\x00", "x\r\nX-Evil": "1", "x: y": "1", "": "1", "u": "\u0142"} {
+		blocks = append(blocks, dataBlock(object{"originalUrl": "/webhooks/m/h", "headers": object{name: value}}))
+	}
+	blocks = append(blocks,
+		httpBlock("m1", " /webhooks/m/m HTTP/1.1\n", ""), httpBlock("m2", "GET / HTTP/1.1\nX: y\n\nGET /webhooks/m/m HTTP/1.1\n", ""),
+		httpBlock("m3", "GET /admin /webhooks/m/m HTTP/1.1\n", ""), httpBlock("m4", "GET /webhooks/m/m HTTP/1.0\n", ""), httpBlock("m5", post+"X: a\n X-Evil: 1\n", ""),
+		httpBlock("m6", post+"X-Evil : 1\n", ""), httpBlock("m7", post+"X: \x00\n", ""), httpBlock("m8", post+"X-Relay-Body: base64\n", "*"), httpBlock("a/../b", post, ""),
+		"id: m9\nevent: webhook\ndata: GET /webhooks/m/m HTTP/1.1\ndata: Content-Length: 1\ndata:\ndata: ab\n\n", // another length, none, and no id
+		"id: m10\nevent: webhook\ndata: GET /webhooks/m/m HTTP/1.1\ndata:\ndata: ab\n\n",
+		"event: webhook\nid\ndata: POST /webhooks/m/h HTTP/1.1\ndata: Content-Length: 0\ndata:\ndata:\n\n")
+	refused := float64(len(blocks))
+
+	framing := object{
+		"content-length": "9999", "Content-Length": []string{"1", "2"}, "transfer-encoding": "chunked", "Transfer-Encoding": "identity", "host": "evil.example",
+		"connection": "close, x-hop", "x-hop": "1", "upgrade": "h2c", "expect": "100-continue", "te": "gzip", "trailer": "X",
+	}
+	blocks = append(blocks, "retry: 999999999999\n\n")
+	blocks = slices.Concat(blocks, both("/webhooks/m/@evil.example/x"), both("/webhooks/m//evil.example/x?y"), both("http://evil.example/webhooks/m/x?y"), []string{
+		dataBlock(object{"originalUrl": "/webhooks/m/m", "method": "GET /admin"}), // which the legacy form does not have
+		httpBlock("m11", "GET /webhooks/m/m HTTP/1.1\nX: a\rX-Evil: 1\n", ""),     // CR ends a line of the stream
+		dataBlock(object{"originalUrl": "/webhooks/m/f", "body": "ab", "headers": framing}),
+		httpBlock("m12", "PUT /webhooks/m/f HTTP/1.1\nTransfer-Encoding: chunked\nHost: evil.example\nConnection: close, x-hop\nX-Hop: 1\nUpgrade: h2c\n"+
+			"Expect: 100-continue\nTE: gzip\nTrailer: X\n", "ab"),
+	})
+	lines := []string{
+		"POST /webhooks/m/@evil.example/x", "POST /webhooks/m/@evil.example/x", "POST /webhooks/m//evil.example/x?y", "POST /webhooks/m//evil.example/x?y",
+		"POST /webhooks/m/x?y", "POST /webhooks/m/x?y", "POST /webhooks/m/m", "GET /webhooks/m/m", "POST /webhooks/m/f", "PUT /webhooks/m/f",
+	}
+	source := steady(t, blocks...)
 	for _, base := range []string{"/base", ""} {
-		t.Run("base "+base, func(t *testing.T) {
-			refused := 3
-			blocks := []string{"data\n\n", "data: {\n\n", "data: {\"originalUrl\":\"/webhooks/m/x\"} {\n\n"}
-			var want []string
-			add := func(block, line string) {
-				blocks = append(blocks, block)
-				if line == "" {
-					refused++
-				} else {
-					want = append(want, strings.Replace(line, "/base", base, 1)+" HTTP/1.1")
+		target := newTarget(t, nil)
+		client := startClient(t, hostOf(source.URL), "m", target.url+base, "TARGET_CONCURRENCY=1", "HEALTH_SERVICE_PORT=0")
+		for _, line := range lines {
+			r := target.next(t)
+			if want := strings.Replace(line, " ", " "+base, 1) + " HTTP/1.1"; r.line != want {
+				t.Errorf("target got %q, want %q", r.line, want)
+			}
+			if strings.HasSuffix(line, "/f") && string(r.body) != "ab" {
+				t.Errorf("%s: body %q, want its own two bytes", line, r.body)
+			}
+			for _, name := range []string{"X-Evil", "X-Hop", "Connection", "Transfer-Encoding", "Upgrade", "Expect", "Te", "Trailer"} {
+				if value := r.get(name); value != "" || r.get("Host") != hostOf(target.url) {
+					t.Errorf("%s: %s: %s and Host: %s reached the target", line, name, value, r.get("Host"))
 				}
 			}
-			for i, test := range tests {
-				if block, ok := test.message.(string); ok {
-					add(block, test.want)
-					continue
-				}
-				add(dataBlock(test.message), test.want)
-				if m, ok := test.message.(object); ok && len(m) == 1 { // the same target in the other form
-					target, _ := m["originalUrl"].(string)
-					add(httpBlock(strconv.Itoa(i), "POST "+target+" HTTP/1.1\n", ""), test.want)
-				}
-			}
-			blocks = append(blocks, "retry: 999999999999\n\n", dataBlock(object{"originalUrl": "/webhooks/m/last"}))
-			want = append(want, "POST "+base+"/webhooks/m/last HTTP/1.1")
-			target := newTarget(t, nil)
-			source := steady(t, blocks...)
-			client := startClient(t, hostOf(source.URL), "m", target.url+base, "TARGET_CONCURRENCY=1", "HEALTH_SERVICE_PORT=0")
-			var got []string
-			for range want {
-				r := target.next(t)
-				got = append(got, r.line)
-				if host := r.get("Host"); host != hostOf(target.url) {
-					t.Errorf("%s: Host %q, want the target's", r.line, host)
-				}
-				for _, name := range []string{"X-Evil", "X-Hop", "Connection", "Transfer-Encoding", "Upgrade", "Expect", "Te", "Trailer"} {
-					if value := r.get(name); value != "" {
-						t.Errorf("%s: %s: %s reached the target", r.line, name, value)
-					}
-				}
-				if strings.Contains(r.line, "/f ") && string(r.body) != "ab" {
-					t.Errorf("%s: body %q, want its own two bytes", r.line, r.body)
-				}
-			}
-			if !slices.Equal(got, want) {
-				t.Errorf("target got\n%q\nwant\n%q", got, want)
-			}
-			if n := scrape(t, client)["relay_events_invalid_total"]; n != float64(refused) {
-				t.Errorf("%v events refused, want %d", n, refused)
-			}
-		})
+		}
+		checkMetrics(t, client, map[string]float64{"relay_events_invalid_total": refused})
 	}
 }
 
 // writePEM writes a block to a file of the test and returns its name.
 func writePEM(t testing.TB, kind string, der []byte) string {
 	t.Helper()
-	name := filepath.Join(t.TempDir(), "pem")
-	if err := os.WriteFile(name, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return name
+	return tokensFile(t, string(pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der})))
 }
 
 // newTLSServer is a server with a certificate that no root vouches for.
@@ -1508,52 +1449,32 @@ func newTLSServer(t testing.TB, handler http.HandlerFunc) *httptest.Server {
 // TARGET_INSECURE_SKIP_VERIFY is for the target alone.
 func TestCertificatesAreVerified(t *testing.T) {
 	t.Parallel()
-	forwarded := make(chan string, 10)
-	target := newTLSServer(t, func(_ http.ResponseWriter, r *http.Request) { forwarded <- r.URL.Path })
-	var subscriptions atomic.Int64
-	source := newTLSServer(t, func(w http.ResponseWriter, r *http.Request) {
-		subscriptions.Add(1)
+	var asked atomic.Int64
+	target := newTLSServer(t, func(http.ResponseWriter, *http.Request) { asked.Add(1) })
+	answer := func(w http.ResponseWriter, r *http.Request) {
+		asked.Add(1)
 		tell(w, readyBlock, dataBlock(map[string]string{"originalUrl": "/webhooks/m/x"}))
 		<-r.Context().Done()
-	})
-	env := []string{"RELAY_MODE=client", "SOURCE_URL=" + source.URL + "/subscribe/m/", "TARGET_BASE_URL=" + target.URL, "RECONNECT_INTERVAL=1", "TARGET_RETRY_WINDOW=0", "AUTH_TOKEN=secret"}
-	root := "CA_FILE=" + writePEM(t, "CERTIFICATE", source.Certificate().Raw) // both servers'
-	arrives := func(want string) {
-		t.Helper()
-		select {
-		case got := <-forwarded:
-			if got != want {
-				t.Errorf("target got %q, want %q", got, want)
-			}
-		case <-time.After(patience):
-			t.Fatalf("%s did not reach the target", want)
+	}
+	source := newTLSServer(t, answer)
+	plain := newSource(t, func(_ int, w http.ResponseWriter, r *http.Request) { answer(w, r) })
+	for _, tt := range []struct {
+		source, set, said string
+		asked             int64 // who
+	}{
+		{source.URL, "TARGET_INSECURE_SKIP_VERIFY=true", "no stream from the source", 0},
+		{plain.URL, "", "webhook given up", 1},
+		{plain.URL, "TARGET_INSECURE_SKIP_VERIFY=true", "webhook forwarded", 2},
+		{source.URL, "CA_FILE=" + writePEM(t, "CERTIFICATE", source.Certificate().Raw), "webhook forwarded", 2}, // both servers'
+	} {
+		asked.Store(0)
+		client := start(t, "RELAY_MODE=client", "SOURCE_URL="+tt.source+"/subscribe/m/", "TARGET_BASE_URL="+target.URL, "RECONNECT_INTERVAL=1", "TARGET_RETRY_WINDOW=0", "AUTH_TOKEN=secret", tt.set)
+		line := client.wait(tt.said)[0]
+		client.stop()
+		if why, failed := line["err"].(string); asked.Load() != tt.asked || failed != (tt.asked < 2) || failed && !strings.Contains(why, "certificate") {
+			t.Errorf("%+v: %d were asked, and the client says %v", tt, asked.Load(), line)
 		}
 	}
-
-	client := start(t, append(env, "TARGET_INSECURE_SKIP_VERIFY=true")...)
-	if err := fmt.Sprint(client.wait("no stream from the source")[0]["err"]); !strings.Contains(err, "certificate") {
-		t.Errorf("no stream because %s, want a certificate that nobody vouches for", err)
-	}
-	client.stop()
-	if n := subscriptions.Load(); n > 0 {
-		t.Fatalf("%d requests with a token were sent to an unverified source", n)
-	}
-	client = start(t, append(env, root)...)
-	client.wait("stream ready")
-	arrives("/webhooks/m/x")
-	client.stop()
-
-	plain := steady(t, dataBlock(map[string]string{"originalUrl": "/webhooks/m/y"}))
-	client = start(t, append(env, "SOURCE_URL="+plain.URL+"/subscribe/m/")...)
-	if err := fmt.Sprint(client.wait("webhook given up")[0]["err"]); !strings.Contains(err, "certificate") {
-		t.Errorf("forward ended because %s, want a certificate that nobody vouches for", err)
-	}
-	client.stop()
-	if n := len(forwarded); n > 0 {
-		t.Fatalf("%d webhooks were sent to an unverified target", n)
-	}
-	start(t, append(env, "SOURCE_URL="+plain.URL+"/subscribe/m/", "TARGET_INSECURE_SKIP_VERIFY=true")...)
-	arrives("/webhooks/m/y")
 }
 
 // TestCertificatesForClients is the main path between a server and a client that
@@ -1561,52 +1482,40 @@ func TestCertificatesAreVerified(t *testing.T) {
 // are renewed. A client without one has no stream, and a provider needs none.
 func TestCertificatesForClients(t *testing.T) {
 	t.Parallel()
-	file := func(name string) string { return filepath.Join(t.TempDir(), name) }
-	serverCert, serverKey, ca, cert, key := file("server.crt"), file("server.key"), file("ca.crt"), file("client.crt"), file("client.key")
+	serverCert, serverKey, ca, cert, key := tokensFile(t, ""), tokensFile(t, ""), tokensFile(t, ""), tokensFile(t, ""), tokensFile(t, "")
 	first, second := newAuthority(t, nil), newAuthority(t, nil)
 	writeCertificate(t, serverCert, serverKey, 1)
 	replace(t, ca, first.pem)
 	writePair(t, cert, key, first.pair(t, nil))
 	server := startServer(t, "SERVER_TLS_CERT_FILE="+serverCert, "SERVER_TLS_KEY_FILE="+serverKey, "SERVER_TLS_CLIENT_CA_FILE="+ca)
-	if n := len(server.log.lines("anybody may subscribe: neither AUTH_TOKEN nor AUTH_TOKENS_FILE is set")); n != 0 {
+	if len(server.log.lines("anybody may subscribe: neither AUTH_TOKEN nor AUTH_TOKENS_FILE is set")) != 0 {
 		t.Error("the server says that anybody may subscribe")
 	}
 	target := newTarget(t, nil)
-	env := []string{"SOURCE_URL=https://" + server.addr + "/subscribe/m", "CA_FILE=" + serverCert}
-	without := start(t, append([]string{"RELAY_MODE=client", "TARGET_BASE_URL=" + target.url}, env...)...)
+	env := []string{"RELAY_MODE=client", "TARGET_BASE_URL=" + target.url, "SOURCE_URL=https://" + server.addr + "/subscribe/m", "CA_FILE=" + serverCert, "RECONNECT_INTERVAL=50"}
+	without := start(t, env...)
 	if got := without.wait("no stream from the source")[0]; got["level"] != "ERROR" || !strings.Contains(fmt.Sprint(got["err"]), "401") {
 		t.Errorf("without a certificate: %v", got)
 	}
 	without.stop()
-	client := startClient(t, server.addr, "m", target.url, append(env, "SOURCE_TLS_CERT_FILE="+cert, "SOURCE_TLS_KEY_FILE="+key)...)
-	ready := func(n int) {
+	client := start(t, append(env, "SOURCE_TLS_CERT_FILE="+cert, "SOURCE_TLS_KEY_FILE="+key)...)
+	arrives := func(name string, streams int, pairs ...tls.Certificate) {
 		t.Helper()
-		eventually(t, "streams", func() bool { return len(client.log.lines("stream ready")) == n })
-	}
-	arrives := func(name string, pair *tls.Certificate) {
-		t.Helper()
-		config := &tls.Config{InsecureSkipVerify: true}
-		if pair != nil {
-			config.Certificates = []tls.Certificate{*pair}
-		}
-		transport := &http.Transport{TLSClientConfig: config, DisableKeepAlives: true}
+		eventually(t, "streams", func() bool { return len(client.log.lines("stream ready")) == streams })
+		transport := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true, Certificates: pairs}, DisableKeepAlives: true}
 		if got := post(t.Context(), transport, "POST", "https://"+server.addr+"/webhooks/m/"+name, "{}"); got.status != 200 {
 			t.Errorf("%s: %+v", name, got)
 		}
-		if got := target.next(t).line; got != "POST /webhooks/m/"+name+" HTTP/1.1" {
-			t.Errorf("target got %q", got)
+		if got := target.next(t); got.line != "POST /webhooks/m/"+name+" HTTP/1.1" || got.get("X-Forwarded-Proto") != "https" {
+			t.Errorf("target got %q by %q", got.line, got.get("X-Forwarded-Proto"))
 		}
 	}
-	ready(1)
-	arrives("of-nobody", nil)
-	arrives("of-a-stranger", second.pair(t, nil))
-
+	arrives("of-nobody", 1)
+	arrives("of-a-stranger", 1, *second.pair(t, nil))
 	writePair(t, cert, key, second.pair(t, nil)) // the stream is still that of the old one
-	arrives("before", nil)
-	ready(1)
+	arrives("before", 1)
 	replace(t, ca, second.pem)
-	ready(2)
-	arrives("after", nil)
+	arrives("after", 2)
 	if n := len(client.log.lines("no stream from the source")); n != 0 {
 		t.Errorf("%d tries were refused", n)
 	}
