@@ -553,8 +553,7 @@ func TestDemoSettings(t *testing.T) {
 	p := launch(t, []string{"RELAY_MODE=demo", "HEALTH_SERVICE_PORT=0", "LOG_LEVEL="})
 	complete := func() bool { return demoTranscript.MatchString(logLine.ReplaceAllString(p.stderr.String(), "")) }
 	eventually(t, "the demo has begun", complete)
-	p.cmd.Process.Signal(os.Interrupt)
-	if code := p.code(t); code != 0 || !complete() {
+	if code := p.code(t, os.Interrupt); code != 0 || !complete() {
 		t.Errorf("Ctrl-C: exit code %d:\n%s", code, &p.stderr)
 	}
 }
@@ -2083,9 +2082,10 @@ func TestClientFinishesForwards(t *testing.T) {
 func TestNothingLeaks(t *testing.T) {
 	t.Parallel()
 	secret := func(where string) string { return "canary-" + where + "-canary" }
+	credentials := func(where string) string { return secret(where+"-user") + ":" + secret(where+"-password") }
 	const secretNumber = "6561737465726567.5"
 	var said []string // what somebody outside could read
-	note := func(where, text string) { said = append(said, where+": "+text) }
+	note := func(where string, texts ...any) { said = append(said, where+": "+fmt.Sprint(texts...)) }
 
 	failures := map[string]string{
 		"status":    "HTTP/1.1 500 " + secret("reason") + "\r\nX: " + secret("reply-header") + "\r\nContent-Length: 2\r\n\r\n{}",
@@ -2106,10 +2106,12 @@ func TestNothingLeaks(t *testing.T) {
 		return failures[failure]
 	})
 	server := startServer(t, "AUTH_TOKEN="+secret("token"), "RESPONSE_MODE=held=status", "RESPONSE_TIMEOUT=300", "SERVER_MAX_PAYLOAD_SIZE_LIMIT=1kb", probed[0], probed[1])
-	credentials := func(where string) string { return secret(where+"-user") + ":" + secret(where+"-password") + "@" }
-	targetURL := "http://" + credentials("target") + hostOf(target.url)
-	client := startClient(t, server.addr, "held", targetURL, "AUTH_TOKEN="+secret("token"), "TARGET_RETRY_WINDOW=0", "TARGET_TIMEOUT=100", "HEALTH_SERVICE_PORT=0",
-		"SOURCE_URL=http://"+credentials("source")+server.addr+"/subscribe/held/?k="+secret("source-query"))
+	startFrom := func(source string) *program {
+		return start(t, "RELAY_MODE=client", "SOURCE_URL=http://"+credentials("source")+"@"+source+"/subscribe/held?k="+secret("source-query"), "AUTH_TOKEN="+secret("token"),
+			"TARGET_BASE_URL=http://"+credentials("target")+"@"+hostOf(target.url), "TARGET_RETRY_WINDOW=0", "TARGET_TIMEOUT=100", "RECONNECT_INTERVAL=1", "HEALTH_SERVICE_PORT=0")
+	}
+	client := startFrom(server.addr)
+	client.wait("stream ready")
 	headers := []string{
 		"X-Secret: " + secret("header"), "Authorization: Bearer " + secret("authorization"), "Cookie: " + secret("cookie"),
 		"Referer: http://" + secret("referer") + "/", "User-Agent: " + secret("user-agent"), "X-Auth-Token: " + secret("wrong-token"),
@@ -2122,31 +2124,20 @@ func TestNothingLeaks(t *testing.T) {
 			if failure != "status" && status != 502 && status != 504 && status/100 != 2 && status/100 != 3 {
 				t.Errorf("%s: status %d", failure, status)
 			}
-			note(failure, fmt.Sprint(header, answer))
+			note(failure, header, answer)
 			for len(target.got) > 0 {
 				reached = strings.Contains((<-target.got).line, "?fail="+failure+"&") || reached
 			}
 		}
 	}
+
 	// Every answer that refuses.
-	bearer := "Authorization: Bearer " + secret("token")
-	report := "HTTP/1.1 200 OK\r\nX-Relay-Event-Id: " + testID + "\r\n"
-	for i, request := range []string{
+	const toReports, report = "POST /subscribe/held/responses HTTP/1.1", "HTTP/1.1 200 OK\r\nX-Relay-Event-Id: " + testID + "\r\n"
+	requests := []string{
 		compose("GET /subscribe/held/?q="+secret("query")+" HTTP/1.1", "", headers...),
 		compose("GET /subscribe/held/ HTTP/1.1", "", "Authorization: Bearer "+secret("wrong-token"), "Connection: close"),
 		compose("POST /subscribe/held/ HTTP/1.1", secret("body"), headers...),
-		compose("POST /subscribe/held/responses HTTP/1.1", secret("report"), headers...),
-		compose("POST /subscribe/held/responses HTTP/1.1", secret("report"), bearer),
-		compose("POST /subscribe/held/responses HTTP/1.1", "HTTP/1.1 "+secret("report-status")+" OK\r\n\r\n", bearer),
-		compose("POST /subscribe/held/responses HTTP/1.1", "HTTP/1.1 600 "+secret("report-reason")+"\r\n\r\n", bearer),
-		compose("POST /subscribe/held/responses HTTP/1.1", report+secret("report-field")+"\r\n\r\n", bearer),
-		compose("POST /subscribe/held/responses HTTP/1.1", report+"X: "+secret("report-value")+"\x00\r\nContent-Length: 0\r\n\r\n", bearer),
-		compose("POST /subscribe/held/responses HTTP/1.1", report+"X-Relay-Error: "+secret("report-error")+"\r\nContent-Length: 0\r\n\r\n", bearer),
-		compose("POST /subscribe/held/responses HTTP/1.1", report+"Content-Length: "+secret("report-length")+"\r\n\r\n", bearer),
-		compose("POST /subscribe/held/responses HTTP/1.1", report+"Transfer-Encoding: "+secret("report-encoding")+"\r\n\r\n", bearer),
-		compose("POST /subscribe/held/responses HTTP/1.1", report+"Transfer-Encoding: chunked\r\n\r\n"+secret("report-chunk")+"\r\n", bearer),
-		compose("POST /subscribe/held/responses HTTP/1.1", report+"Content-Length: 99\r\n\r\n"+secret("report-body"), bearer),
-		compose("POST /subscribe/held/responses HTTP/1.1", "HTTP/1.1 200 OK\r\nX-Relay-Event-Id: "+secret("report-id")+"\r\nContent-Length: 0\r\n\r\n", bearer),
+		compose(toReports, secret("report"), headers...),
 		compose("POST /webhooks/"+secret("channel")+"!/x HTTP/1.1", secret("body"), headers...),
 		compose("POST /webhooks/m/../"+secret("path")+" HTTP/1.1", secret("body"), headers...),
 		compose("POST /"+secret("path")+"?"+secret("query")+" HTTP/1.1", secret("body"), headers...),
@@ -2157,42 +2148,54 @@ func TestNothingLeaks(t *testing.T) {
 		compose("POST /webhooks/m HTTP/1.1", "", secret("field")+" : x"),
 		compose("POST /webhooks/m HTTP/1.1", "", "Host: "+secret("host")),
 		secret("line") + "\r\n\r\n",
+	}
+	for _, body := range []string{
+		secret("report"), "HTTP/1.1 " + secret("report-status") + " OK\r\n\r\n", "HTTP/1.1 600 " + secret("report-reason") + "\r\n\r\n",
+		report + secret("report-field") + "\r\n\r\n", report + "X: " + secret("report-value") + "\x00\r\nContent-Length: 0\r\n\r\n",
+		report + "X-Relay-Error: " + secret("report-error") + "\r\nContent-Length: 0\r\n\r\n", report + "Content-Length: " + secret("report-length") + "\r\n\r\n",
+		report + "Transfer-Encoding: " + secret("report-encoding") + "\r\n\r\n", report + "Transfer-Encoding: chunked\r\n\r\n" + secret("report-chunk") + "\r\n",
+		report + "Content-Length: 99\r\n\r\n" + secret("report-body"), strings.Replace(report, testID, secret("report-id"), 1) + "Content-Length: 0\r\n\r\n",
 	} {
+		requests = append(requests, compose(toReports, body, "Authorization: Bearer "+secret("token")))
+	}
+	for _, request := range requests {
 		status, answer, header := wire(t, server.addr, request)
 		if status < 400 {
 			t.Errorf("%.60q: status %d, want a refusal", request, status)
 		}
-		note(fmt.Sprint("refusal ", i), fmt.Sprint(header, answer))
+		note("refusal", header, answer)
 	}
 	for _, page := range []string{"/health", "/ready", "/metrics", "/status", "/" + secret("query")} {
 		for _, p := range []*program{server, client} {
 			_, answer, header := send(t, "GET", "http://"+p.health+page, "")
-			note("page", fmt.Sprint(header, answer))
+			note("page", header, answer)
 		}
 	}
 
 	// Sources that fail.
-	malformed := steady(t,
+	type object = map[string]any
+	const target200 = "POST /webhooks/held/x HTTP/1.1\n"
+	var blocks []string
+	for _, more := range []object{
+		{"headers": object{"x": secret("event-value") + "\r\n"}}, {"headers": object{"x": object{secret("event-key"): secret("event-value")}}},
+		{"headers": object{"x": secret("event-value") + "\u0142"}}, {"originalUrl": "/webhooks/held/../" + secret("event-path") + "?" + secret("event-query")},
+		{"originalUrl": "/webhooks/held/x? " + secret("event-query")}, {"body": object{secret("event-key"): 1}}, {"timestamp": secret("event-time")},
+	} {
+		message := object{"originalUrl": "/webhooks/held/x"}
+		maps.Copy(message, more)
+		blocks = append(blocks, dataBlock(message))
+	}
+	for i, head := range []string{
+		target200 + "X-Relay-Body: base64\n", "POST /webhooks/held/../" + secret("event-path") + " HTTP/1.1\n", "POST " + secret("event-target") + " HTTP/1.1\n",
+		"POST /webhooks/held/x " + secret("event-version") + "\n", target200 + secret("event-field") + "\n", target200 + "X: " + secret("event-value") + "\x00\n",
+		target200 + "X: " + secret("event-value") + "\u0142\n", target200 + "Content-Length: " + secret("event-length") + "\n",
+	} {
+		blocks = append(blocks, httpBlock(strconv.Itoa(i), head, secret("event-base64")+"*"))
+	}
+	blocks = append(blocks,
 		"data: "+secret("event")+"\n\n", "data: {\"body\":\""+secret("event-body")+"\n\n", "event: "+secret("event-name")+"\ndata: {}\n\n",
-		dataBlock(map[string]any{"originalUrl": "/webhooks/held/x", "headers": map[string]any{"x": secret("event-value") + "\r\n"}}),
-		dataBlock(map[string]any{"originalUrl": "/webhooks/held/x", "headers": map[string]any{"x": map[string]any{secret("event-key"): secret("event-value")}}}),
-		dataBlock(map[string]any{"originalUrl": "/webhooks/held/x", "headers": map[string]any{"x": secret("event-value") + "\u0142"}}),
-		dataBlock(map[string]any{"originalUrl": "/webhooks/held/../" + secret("event-path") + "?" + secret("event-query")}),
-		dataBlock(map[string]any{"originalUrl": "/webhooks/held/x? " + secret("event-query")}),
-		dataBlock(map[string]any{"originalUrl": "/webhooks/held/x", "body": map[string]any{secret("event-key"): 1}}),
-		httpBlock("1", "POST /webhooks/held/x HTTP/1.1\nX-Relay-Body: base64\n", secret("event-base64")+"*"),
-		httpBlock("2", "POST /webhooks/held/../"+secret("event-path")+" HTTP/1.1\n", ""),
-		httpBlock("3", "POST "+secret("event-target")+" HTTP/1.1\n", ""),
-		httpBlock("4", "POST /webhooks/held/x "+secret("event-version")+"\n", ""),
-		httpBlock("5", "POST /webhooks/held/x HTTP/1.1\n"+secret("event-field")+"\n", ""),
-		httpBlock("6", "POST /webhooks/held/x HTTP/1.1\nX: "+secret("event-value")+"\x00\n", ""),
-		httpBlock("7", "POST /webhooks/held/x HTTP/1.1\nX: "+secret("event-value")+"\u0142\n", ""),
-		httpBlock("8", "POST /webhooks/held/x HTTP/1.1\nContent-Length: "+secret("event-length")+"\n", ""),
-		dataBlock(map[string]any{"originalUrl": "/webhooks/held/x", "timestamp": secret("event-time")}),
-		"data: {\"originalUrl\":\"/webhooks/held/x\",\"timestamp\":"+secretNumber+"}\n\n",
-		httpBlock(secret("event-id")+" ", "POST /webhooks/held/x HTTP/1.1\n", ""),
-		dataBlock(map[string]any{"originalUrl": "/webhooks/held/last?fail=broken"}),
-	)
+		"data: {\"originalUrl\":\"/webhooks/held/x\",\"timestamp\":"+secretNumber+"}\n\n", httpBlock(secret("event-id")+" ", target200, ""),
+		dataBlock(object{"originalUrl": "/webhooks/held/last?fail=broken"}))
 	refusing := newSource(t, func(n int, w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Location", "http://user:"+secret("source-location")+"@x/")
 		w.Header().Set("X", secret("source-header"))
@@ -2202,51 +2205,38 @@ func TestNothingLeaks(t *testing.T) {
 	})
 	garbage := newTarget(t, func(recorded) string { return "HTTP/1.1 200 OK\r\n" + secret("source-field") + "\r\n\r\n" })
 	programs := []*program{client, server}
-	for source, message := range map[string]string{malformed.URL: "webhook given up", refusing.URL: "no stream from the source", garbage.url: "no stream from the source"} {
-		p := start(t, "RELAY_MODE=client", "SOURCE_URL=http://"+credentials("source")+hostOf(source)+"/subscribe/held?k="+secret("source-query"), "TARGET_BASE_URL="+targetURL,
-			"AUTH_TOKEN="+secret("token"), "TARGET_RETRY_WINDOW=0", "RECONNECT_INTERVAL=1")
-		p.wait(message)
-		if source == refusing.URL {
-			eventually(t, "every refusal", func() bool { return len(p.log.lines(message)) >= 4 })
-		}
-		if source == malformed.URL {
-			if n := len(p.log.lines("event refused")); n != 19 {
-				t.Errorf("%d events refused, want 19", n)
-			}
+	for _, tt := range []struct {
+		source, message string
+		lines           int
+	}{{steady(t, blocks...).URL, "webhook given up", 1}, {refusing.URL, "no stream from the source", 4}, {garbage.url, "no stream from the source", 1}} {
+		p := startFrom(hostOf(tt.source))
+		eventually(t, tt.message, func() bool { return len(p.log.lines(tt.message)) >= tt.lines })
+		if n := len(p.log.lines("event refused")); tt.message == "webhook given up" && n != len(blocks)-2 { // but for the last and the one of another name
+			t.Errorf("%d events refused, want %d", n, len(blocks)-2)
 		}
 		programs = append(programs, p)
 	}
-	redis := startServer(t, "REDIS_URL=redis://"+credentials("redis")+"127.0.0.1:1/0", "AUTH_TOKEN="+secret("token"))
+	redis := startServer(t, "REDIS_URL=redis://"+credentials("redis")+"@127.0.0.1:1/0", "AUTH_TOKEN="+secret("token"))
 	redis.wait("redis is down")
 	status, answer, header := wire(t, redis.addr, compose("POST /webhooks/m?"+secret("query")+" HTTP/1.1", secret("body"), headers...))
-	if status != 503 {
+	if note("redis is down", header, answer); status != 503 {
 		t.Errorf("redis is down: status %d, want 503", status)
 	}
-	note("redis is down", fmt.Sprint(header, answer))
 
 	for _, p := range append(programs, redis) {
 		p.stop()
-		note("log", p.log.String())
+		note("log", p.log)
 	}
 	all := strings.Join(said, "\n")
 	for _, shows := range []string{"path", "channel"} { // of webhooks, which the log and the status page name
 		all = strings.ReplaceAll(all, secret(shows), shows)
 	}
-	leaked := map[string]bool{}
-	for _, m := range regexp.MustCompile(`canary-(.*?)-canary`).FindAllStringSubmatchIndex(all, -1) {
-		if where := all[m[2]:m[3]]; !leaked[where] {
-			leaked[where] = true
-			t.Errorf("%s leaks in …%q…", where, all[max(0, m[0]-200):min(len(all), m[1]+60)])
-		}
-	}
-	if strings.Contains(all, secretNumber) {
-		t.Error("a number of an event leaks")
-	}
+	leaks := []string{`canary-.*?-canary`, regexp.QuoteMeta(secretNumber)}
 	for _, where := range []string{"source", "target"} {
-		user, password, _ := strings.Cut(strings.TrimSuffix(credentials(where), "@"), ":")
-		if strings.Contains(all, base64.StdEncoding.EncodeToString([]byte(user+":"+password))) {
-			t.Errorf("credentials of %s leak in base64", where)
-		}
+		leaks = append(leaks, regexp.QuoteMeta(base64.StdEncoding.EncodeToString([]byte(credentials(where)))))
+	}
+	for _, m := range regexp.MustCompile(strings.Join(leaks, "|")).FindAllStringIndex(all, 10) {
+		t.Errorf("a secret leaks in …%q…", all[max(0, m[0]-200):min(len(all), m[1]+60)])
 	}
 }
 
@@ -2262,9 +2252,18 @@ type process struct {
 // launch starts the program with env and args; it is killed when the test ends.
 func launch(t testing.TB, env []string, args ...string) *process {
 	t.Helper()
+	return launchTo(t, nil, env, args...)
+}
+
+// launchTo is launch with a file for the log.
+func launchTo(t testing.TB, log *os.File, env []string, args ...string) *process {
+	t.Helper()
 	p := &process{cmd: exec.CommandContext(t.Context(), os.Args[0], args...), exited: make(chan struct{})}
 	p.cmd.Env = append([]string{"RELAY_TEST_MAIN=1", "GORACE=atexit_sleep_ms=0", "SERVER_PORT=0", "LOG_FORMAT=json", "LOG_LEVEL=debug"}, env...)
 	p.cmd.Stdout, p.cmd.Stderr = &p.out, &p.stderr
+	if log != nil {
+		p.cmd.Stderr = log
+	}
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -2276,8 +2275,12 @@ func launch(t testing.TB, env []string, args ...string) *process {
 	return p
 }
 
-func (p *process) code(t testing.TB) int {
+// code waits for the end, after signals.
+func (p *process) code(t testing.TB, signals ...os.Signal) int {
 	t.Helper()
+	for _, signal := range signals {
+		p.cmd.Process.Signal(signal)
+	}
 	select {
 	case <-p.exited:
 	case <-time.After(patience):
@@ -2298,15 +2301,8 @@ func TestLogReaderGoes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer r.Close()
-	cmd := exec.CommandContext(t.Context(), os.Args[0])
-	cmd.Env = []string{"RELAY_TEST_MAIN=1", "GORACE=atexit_sleep_ms=0", "RELAY_MODE=server", "SERVER_PORT=0", "LOG_FORMAT=json"}
-	cmd.Stderr = w
-	err = cmd.Start()
+	p := launchTo(t, w, []string{"RELAY_MODE=server"})
 	w.Close()
-	if err != nil {
-		t.Fatal(err)
-	}
 	var record struct{ Msg, Addr string }
 	for lines := json.NewDecoder(r); record.Msg != "listening"; {
 		if err := lines.Decode(&record); err != nil {
@@ -2315,50 +2311,12 @@ func TestLogReaderGoes(t *testing.T) {
 	}
 	r.Close()
 	_, port, _ := net.SplitHostPort(record.Addr)
-	transport := &http.Transport{}
-	defer transport.CloseIdleConnections()
 	for range 3 {
-		if got := post(t.Context(), transport, "POST", "http://127.0.0.1:"+port+"/webhooks/ci", "{}"); got.status != 200 {
-			t.Errorf("a webhook gets %d", got.status)
-		}
+		postAccepted(t, &program{addr: "127.0.0.1:" + port}, "ci", "x")
 	}
-	cmd.Process.Signal(syscall.SIGTERM)
-	if err := cmd.Wait(); err != nil {
-		t.Error(err)
+	if code := p.code(t, syscall.SIGTERM); code != 0 {
+		t.Errorf("exit code %d", code)
 	}
-}
-
-// textLine is a record of the log for people.
-var textLine = regexp.MustCompile(`^time=\S+ level=ERROR msg=("(?:[^"\\]|\\.)*"|\S+)(?:.* err=("(?:[^"\\]|\\.)*"|\S+))?`)
-
-// lastError is the message of the last line of a log and its err, behind a colon,
-// when all lines are records in format and the last one is an error.
-func lastError(log, format string) string {
-	lines := strings.Split(strings.TrimSuffix(log, "\n"), "\n")
-	last := lines[len(lines)-1]
-	if format == "text" {
-		m := textLine.FindStringSubmatch(last)
-		if m == nil {
-			return "no record: " + last
-		}
-		for i, quoted := range m {
-			if text, err := strconv.Unquote(quoted); err == nil {
-				m[i] = text
-			}
-		}
-		return strings.TrimSuffix(m[1]+": "+m[2], ": ")
-	}
-	text := ""
-	for _, line := range lines {
-		var record struct{ Level, Msg, Err string }
-		if json.Unmarshal([]byte(line), &record) != nil || record.Level == "" {
-			return "no record: " + line
-		}
-		if text = record.Msg + ": " + record.Err; record.Level != "ERROR" {
-			text = "no error: " + line
-		}
-	}
-	return strings.TrimSuffix(text, ": ")
 }
 
 // TestExitCodes: 0 in order, 1 for what failed at run time, 2 for a mistake in how
@@ -2373,65 +2331,66 @@ func TestExitCodes(t *testing.T) {
 	defer l.Close()
 	_, taken, _ := net.SplitHostPort(l.Addr().String())
 	client := []string{"RELAY_MODE=client", "SOURCE_URL=http://127.0.0.1:1/subscribe/m", "TARGET_BASE_URL=http://127.0.0.1:1"}
+	const mistakes = "the configuration has mistakes"
 	inUse := ": listen tcp :" + taken + ": bind: address already in use"
-	tests := []struct {
-		name      string
-		env, args []string
-		code      int
-		out       string // its beginning
-		said      string // the last error on stderr begins so
+	for _, test := range []struct {
+		name string
+		env  []string
+		code int
+		said string
 	}{
-		{"help", nil, []string{"-help"}, 0, "webhook-relay " + version, ""},
-		{"version", nil, []string{"-version"}, 0, "webhook-relay " + version + "\n", ""},
-		{"argument", []string{"RELAY_MODE=server"}, []string{"server"}, 2, "", `webhook-relay: unexpected argument "server"`},
-		{"no environment", nil, nil, 2, "", "not started: the configuration has mistakes"},
-		{"two mistakes", []string{"RELAY_MODE=server", "SERVER_PORT=x", "LOG_LEVEL=x"}, nil, 2, "", "not started: the configuration has mistakes"},
-		{"no such file", []string{"RELAY_MODE=server", "AUTH_TOKENS_FILE=/nonexistent"}, nil, 2, "", "not started: the configuration has mistakes"},
-		{"no such format", []string{"RELAY_MODE=server", "LOG_FORMAT=xml"}, nil, 2, "", "not started: the configuration has mistakes"},
-		{"port in use", []string{"RELAY_MODE=server", "SERVER_PORT=" + taken}, nil, 1, "", "failed: listen for webhooks (SERVER_PORT)" + inUse},
-		{"port of probes in use", []string{"RELAY_MODE=server", "HEALTH_SERVICE_PORT=" + taken}, nil, 1, "", "failed: listen for probes (HEALTH_SERVICE_PORT)" + inUse},
-		{"port of a client's probes in use", append(client, "HEALTH_SERVICE_PORT="+taken), nil, 1, "", "failed: listen for probes (HEALTH_SERVICE_PORT)" + inUse},
-		{"no Redis", []string{"RELAY_MODE=server", "REDIS_URL=redis://127.0.0.1:1", "REDIS_MAX_RECONNECT_ATTEMPTS=1"}, nil, 1, "", "failed: "},
-	}
-	for _, test := range tests {
-		for _, format := range []string{"json", "text"} {
-			p := launch(t, append([]string{"LOG_FORMAT=" + format}, test.env...), test.args...)
-			if code := p.code(t); code != test.code || !strings.HasPrefix(p.out.String(), test.out) || (test.out == "") != (p.out.String() == "") {
-				t.Errorf("%s: exit code %d, want %d; output %.80q, want %q", test.name, code, test.code, p.out.String(), test.out)
+		{"no environment", nil, 2, mistakes},
+		{"two mistakes", []string{"RELAY_MODE=server", "SERVER_PORT=x", "LOG_LEVEL=x"}, 2, mistakes},
+		{"no such file", []string{"RELAY_MODE=server", "AUTH_TOKENS_FILE=/nonexistent"}, 2, mistakes},
+		{"no such format", []string{"RELAY_MODE=server", "LOG_FORMAT=xml"}, 2, mistakes},
+		{"port in use", []string{"RELAY_MODE=server", "SERVER_PORT=" + taken}, 1, "listen for webhooks (SERVER_PORT)" + inUse},
+		{"port of probes in use", []string{"RELAY_MODE=server", "HEALTH_SERVICE_PORT=" + taken}, 1, "listen for probes (HEALTH_SERVICE_PORT)" + inUse},
+		{"port of a client's probes in use", append(client, "HEALTH_SERVICE_PORT="+taken), 1, "listen for probes (HEALTH_SERVICE_PORT)" + inUse},
+		{"no Redis", []string{"RELAY_MODE=server", "REDIS_URL=redis://127.0.0.1:1", "REDIS_MAX_RECONNECT_ATTEMPTS=1"}, 1, "redis"},
+	} {
+		for format, form := range map[string][2]string{"json": {`{"time":.*`, `"level":"ERROR","msg":"(failed"|not started: )`}, "text": {`time=.*`, `level=ERROR msg=(failed |"not started: )`}} {
+			p := launch(t, append([]string{"LOG_FORMAT=" + format}, test.env...))
+			if code := p.code(t); code != test.code || p.out.String() != "" {
+				t.Errorf("%s: exit code %d, want %d; output %.80q", test.name, code, test.code, p.out.String())
 			}
-			said := p.stderr.String()
-			if test.args == nil {
-				if slices.Contains(test.env, "LOG_FORMAT=xml") {
-					format = "json" // as ever where there is no terminal
-				}
-				said = lastError(said, format)
+			if slices.Contains(test.env, "LOG_FORMAT=xml") && format == "text" {
+				continue // JSON as ever where there is no terminal
 			}
-			if !strings.HasPrefix(said, test.said) || test.said == "" && said != "" {
-				t.Errorf("%s, %s: said %q, want %q; stderr:\n%s", test.name, format, said, test.said, &p.stderr)
-			}
-			if test.name != "help" {
-				continue
-			}
-			for _, s := range settings(&Config{}) {
-				if n := strings.Count(p.out.String(), "\n"+s.name+" "); n != 1 {
-					t.Errorf("%s is in the help %d times", s.name, n)
-				}
+			said := regexp.MustCompile("^(" + form[0] + "\n)*" + form[0] + form[1] + ".*" + regexp.QuoteMeta(test.said) + ".*\n$")
+			if !said.MatchString(p.stderr.String()) {
+				t.Errorf("%s: said\n%s, want lines like\n%s", test.name, &p.stderr, said)
 			}
 		}
 	}
-	if code := launch(t, []string{"RELAY_MODE=server"}, "-verbose").code(t); code != 2 {
-		t.Errorf("unknown flag: exit code %d, want 2", code)
+	for _, test := range []struct {
+		argument  string
+		code      int
+		out, said string // their beginnings
+	}{
+		{"-version", 0, "webhook-relay " + version + "\n", ""},
+		{"-help", 0, "webhook-relay " + version, ""},
+		{"-verbose", 2, "webhook-relay " + version, "flag provided but not defined: -verbose"},
+		{"server", 2, "", `webhook-relay: unexpected argument "server"`},
+	} {
+		p := launch(t, []string{"RELAY_MODE=server"}, test.argument)
+		code, out, said := p.code(t), p.out.String(), p.stderr.String()
+		if code != test.code || !strings.HasPrefix(out, test.out) || !strings.HasPrefix(said, test.said) || (test.out == "") != (out == "") || (test.said == "") != (said == "") {
+			t.Errorf("%s: exit code %d, want %d; output %.80q, want %q; said %q, want %q", test.argument, code, test.code, out, test.out, said, test.said)
+		}
+		for _, s := range settings(&Config{}) {
+			if n := strings.Count(out, "\n"+s.name+" "); test.argument == "-help" && n != 1 {
+				t.Errorf("%s is in the help %d times", s.name, n)
+			}
+		}
 	}
 
 	for _, signal := range []os.Signal{syscall.SIGTERM, os.Interrupt} {
-		server := launch(t, []string{"RELAY_MODE=server"})
-		client := launch(t, client)
+		server, client := launch(t, []string{"RELAY_MODE=server"}), launch(t, client)
 		server.logged(t, "listening")
 		client.logged(t, "no stream from the source")
-		for name, p := range map[string]*process{"server": server, "client": client} {
-			p.cmd.Process.Signal(signal)
-			if code := p.code(t); code != 0 {
-				t.Errorf("%s after %v: exit code %d, want 0:\n%s", name, signal, code, &p.stderr)
+		for _, p := range []*process{server, client} {
+			if code := p.code(t, signal); code != 0 {
+				t.Errorf("after %v: exit code %d, want 0:\n%s", signal, code, &p.stderr)
 			}
 		}
 	}
@@ -2441,12 +2400,7 @@ func TestExitCodes(t *testing.T) {
 	p.logged(t, "shutting down")
 	eventually(t, "end at the second signal", func() bool { // which may come before the program listens for it
 		p.cmd.Process.Signal(syscall.SIGTERM)
-		select {
-		case <-p.exited:
-			return true
-		default:
-			return false
-		}
+		return isClosed(p.exited)
 	})
 	if code := p.code(t); code != 1 {
 		t.Errorf("second signal: exit code %d, want 1", code)
@@ -2457,22 +2411,15 @@ func TestExitCodes(t *testing.T) {
 // 200; otherwise with 1, and says why in one line.
 func TestProbeFlag(t *testing.T) {
 	t.Parallel()
-	portOf := func(addr string) string {
-		_, port, _ := net.SplitHostPort(addr)
-		return "HEALTH_SERVICE_PORT=" + port
-	}
+	portOf := func(addr string) string { return "HEALTH_SERVICE_PORT=" + addr[strings.LastIndexByte(addr, ':')+1:] }
 	answers := func(status int) string {
-		l := loopback(t)
-		serveOn(t, &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			http.Error(w, "draining\x1b", status)
-		})}, l)
-		return portOf(l.Addr().String())
+		return portOf(newSource(t, func(_ int, w http.ResponseWriter, _ *http.Request) { http.Error(w, "draining\x1b", status) }).URL)
 	}
 	silent, closed := loopback(t), loopback(t)
 	t.Cleanup(func() { silent.Close() })
 	closed.Close()
 	server := portOf(startServer(t, "HEALTH_SERVICE_PORT=0").health)
-	tests := []struct {
+	for _, test := range []struct {
 		env, path string
 		code      int
 		stderr    string
@@ -2487,8 +2434,7 @@ func TestProbeFlag(t *testing.T) {
 		{portOf(closed.Addr().String()), "ready", 1, "webhook-relay: probe /ready: dial tcp 127.0.0.1:"},
 		{portOf(silent.Addr().String()), "ready", 1, "webhook-relay: probe /ready: context deadline exceeded\n"},
 		{"HEALTH_SERVICE_PORT=x", "ready", 1, `webhook-relay: probe /ready: HEALTH_SERVICE_PORT: "x": must be `},
-	}
-	for _, test := range tests {
+	} {
 		t.Run(test.path+" "+test.env, func(t *testing.T) {
 			t.Parallel()
 			p := launch(t, []string{test.env, "HTTP_PROXY=http://127.0.0.1:1"}, "-probe", test.path)
@@ -2505,21 +2451,13 @@ func TestProbeFlag(t *testing.T) {
 func TestStderrIsTheLogAlone(t *testing.T) {
 	t.Parallel()
 	target := newTarget(t, func(recorded) string { return ok200 + "canary" })
-	second := make(chan struct{})
-	source := newSource(t, func(_ int, w http.ResponseWriter, r *http.Request) {
-		tell(w, readyBlock, dataBlock(map[string]string{"originalUrl": "/webhooks/m/1"}))
-		<-second
-		tell(w, dataBlock(map[string]string{"originalUrl": "/webhooks/m/2"}))
-		<-r.Context().Done()
-	})
-	p := launch(t, []string{"RELAY_MODE=client", "SOURCE_URL=" + source.URL + "/subscribe/m", "TARGET_BASE_URL=" + target.url})
-	target.next(t)
-	p.logged(t, "webhook forwarded")
-	close(second)
-	target.next(t)
-	eventually(t, "second forward", func() bool { return len(p.stderr.lines("webhook forwarded")) == 2 })
-	p.cmd.Process.Signal(syscall.SIGTERM)
-	if code := p.code(t); code != 0 {
+	server := startServer(t)
+	p := launch(t, []string{"RELAY_MODE=client", "SOURCE_URL=http://" + server.addr + "/subscribe/m", "TARGET_BASE_URL=" + target.url})
+	for i := range 2 {
+		postAccepted(t, server, "m", "x")
+		eventually(t, "a forward", func() bool { return len(p.stderr.lines("webhook forwarded")) == i+1 })
+	}
+	if code := p.code(t, syscall.SIGTERM); code != 0 {
 		t.Errorf("exit code %d", code)
 	}
 	for line := range strings.Lines(p.stderr.String()) {
@@ -2536,13 +2474,13 @@ func TestStderrIsTheLogAlone(t *testing.T) {
 func TestEnvironmentProxy(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
-		name, host     string // host of source and target; %s is which one, PORT one that listens
-		noProxy        string
-		source, target string // who is asked for it, and how
+		source, target  string // hosts; PORT is one that listens
+		noProxy         string
+		asked, forwards string // who is asked for them, and how
 	}{
-		{"names", "%s.example", "", "proxy http://source.example", "proxy http://target.example"},
-		{"an address", "0.0.0.0:PORT", "target.example", "proxy http://0.0.0.0:PORT", "proxy http://0.0.0.0:PORT"},
-		{"an exception", "0.0.0.0:PORT", "target.example, 0.0.0.0", "itself ", "itself "},
+		{"source.example", "target.example", "", "proxy http://source.example", "proxy http://target.example"},
+		{"0.0.0.0:PORT", "0.0.0.0:PORT", "target.example", "proxy http://0.0.0.0:PORT", "proxy http://0.0.0.0:PORT"},
+		{"0.0.0.0:PORT", "0.0.0.0:PORT", "target.example, 0.0.0.0", "itself ", "itself "},
 	} {
 		asked := make(chan string, 100)
 		answers := func(who string) string {
@@ -2555,24 +2493,23 @@ func TestEnvironmentProxy(t *testing.T) {
 			}).URL
 		}
 		proxy, itself := answers("proxy"), answers("itself")
-		_, port, _ := net.SplitHostPort(hostOf(itself))
-		base := func(name string) string {
-			return "http://" + strings.NewReplacer("%s", name, "PORT", port).Replace(test.host)
+		port := func(s string) string {
+			return strings.ReplaceAll(s, "PORT", itself[strings.LastIndexByte(itself, ':')+1:])
 		}
 		launch(t, []string{
-			"RELAY_MODE=client", "SOURCE_URL=" + base("source") + "/subscribe/m/", "TARGET_BASE_URL=" + base("target"),
+			"RELAY_MODE=client", "SOURCE_URL=http://" + port(test.source) + "/subscribe/m/", "TARGET_BASE_URL=http://" + port(test.target),
 			"HTTP_PROXY=" + proxy, "NO_PROXY=" + test.noProxy,
 		})
 		for _, want := range []string{
-			"GET " + test.source + "/subscribe/m/", "POST " + test.target + "/webhooks/m/x?y=%zz", "POST " + test.source + "/subscribe/m/responses",
+			"GET " + test.asked + "/subscribe/m/", "POST " + test.forwards + "/webhooks/m/x?y=%zz", "POST " + test.asked + "/subscribe/m/responses",
 		} {
 			select {
 			case got := <-asked:
-				if want = strings.ReplaceAll(want, "PORT", port); got != want {
-					t.Errorf("%s: request %q, want %q", test.name, got, want)
+				if got != port(want) {
+					t.Errorf("request %q, want %q", got, port(want))
 				}
 			case <-time.After(patience):
-				t.Fatalf("%s: no %q", test.name, want)
+				t.Fatalf("no %q", want)
 			}
 		}
 	}
