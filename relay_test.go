@@ -91,8 +91,12 @@ func (w *wants) skip(t testing.TB, what, how string) {
 func (w *wants) String() string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if len(w.tests) > 0 {
-		return fmt.Sprintf("skipped %d tests for want of: %v", len(w.tests), w.how)
+	var missing []string
+	for _, what := range slices.Sorted(maps.Keys(w.how)) {
+		missing = append(missing, fmt.Sprintf("no %s (%s)", what, w.how[what]))
+	}
+	if len(missing) > 0 {
+		return fmt.Sprintf("skipped %d tests: %s", len(w.tests), strings.Join(missing, ", "))
 	}
 	if testing.Verbose() || os.Getenv("CI") != "" {
 		return "skipped no test for want of anything"
@@ -1052,19 +1056,17 @@ type reading struct {
 type spyBus struct {
 	*Hub
 	mu   sync.Mutex
-	seen []string // "channel target"
+	seen [][2]string // channel and path
 }
 
 func (b *spyBus) Publish(ctx context.Context, e *Event) (int, error) {
-	p := newParser(bytes.NewReader(block(e.chunk)))
-	event, err := p.next()
+	m, _ := newParser(bytes.NewReader(block(e.chunk))).next()
+	w, err := decodeOwn(m.name, m.id, m.data)
 	if err != nil {
 		return 0, err
 	}
-	line, _, _ := strings.Cut(string(event.data), "\n")
-	_, target, _ := strings.Cut(strings.TrimSuffix(line, " HTTP/1.1"), " ")
 	b.mu.Lock()
-	b.seen = append(b.seen, e.Channel+" "+target)
+	b.seen = append(b.seen, [2]string{e.Channel, w.Path})
 	b.mu.Unlock()
 	return b.Hub.Publish(ctx, e)
 }
@@ -1128,27 +1130,22 @@ func (r *reading) arrived(t testing.TB) (lines []string) {
 	if status := r.http1(t, "POST", end); status != 200 {
 		t.Fatalf("the last webhook got %d", status)
 	}
-	for {
-		line := r.target.next(t).line
-		if line == "POST /base"+end+" HTTP/1.1" {
-			break
-		}
+	for line := r.target.next(t).line; line != "POST /base"+end+" HTTP/1.1"; line = r.target.next(t).line {
 		lines = append(lines, line)
-		parts := strings.Split(line, " ")
-		path, _, _ := strings.Cut(parts[min(1, len(parts)-1)], "?")
-		if len(parts) != 3 || !below(path, "/base/webhooks/demo") || !confined("/base/webhooks/demo", strings.TrimPrefix(path, "/base/webhooks/demo")) {
+		_, path, _ := strings.Cut(line, " /base")
+		path, _, _ = strings.Cut(strings.TrimSuffix(path, " HTTP/1.1"), "?")
+		if !below(path, "/webhooks/demo") || !confined("/webhooks/demo", strings.TrimPrefix(path, "/webhooks/demo")) || strings.Contains(path, " ") {
 			t.Errorf("the target got %q", line)
 		}
 	}
 	r.published.mu.Lock()
 	defer r.published.mu.Unlock()
-	for _, event := range r.published.seen {
-		channel, url, _ := strings.Cut(event, " ")
-		if path, _, _ := strings.Cut(url, "?"); !below(path, "/webhooks/"+channel) {
-			t.Errorf("on channel %q was published %q", channel, url)
+	for _, e := range r.published.seen {
+		if !below(e[1], "/webhooks/"+e[0]) {
+			t.Errorf("on channel %q was published %q", e[0], e[1])
 		}
 	}
-	r.published.seen = r.published.seen[:0]
+	r.published.seen = nil
 	return lines
 }
 
@@ -1159,31 +1156,22 @@ var targets = []struct {
 	path           string // of what is forwarded, below the base
 }{
 	{"POST", "/webhooks/demo", 200, "/webhooks/demo"},
-	{"POST", "/webhooks/demo/x?y", 200, "/webhooks/demo/x?y"},
 	{"POST", "http://h/webhooks/demo/x", 200, "/webhooks/demo/x"},
 	{"POST", "HTTPS://h/webhooks/demo", 200, "/webhooks/demo"},
 	{"POST", "http://h:1/webhooks/demo/x?y://z/w", 200, "/webhooks/demo/x?y://z/w"},
 	{"POST", "http://[::1]/webhooks/demo//x", 200, "/webhooks/demo//x"},
 	{"POST", "/webhooks/demo/http://h/x", 200, "/webhooks/demo/http://h/x"},
-	{"POST", "/webhooks/demo/x://h/admin", 200, "/webhooks/demo/x://h/admin"},
 	{"POST", "/webhooks/demo?/../../x", 200, "/webhooks/demo?/../../x"},
-	{"POST", "/webhooks/demo?://h/admin", 200, "/webhooks/demo?://h/admin"},
 	{"POST", "/webhooks/other/x", 200, ""},
-	{"POST", "/webhooks/demo2/x", 200, ""},
 	{"POST", "http://h/webhooks/other?/webhooks/demo", 200, ""},
 
 	{"GET", "http:/webhooks/demo?://h/admin/config", 400, ""},
 	{"POST", "http:/webhooks/demo/x://h/admin", 400, ""},
-	{"DELETE", "zz:/webhooks/demo?://h/api", 400, ""},
 	{"POST", "zz://h/webhooks/demo/x", 400, ""},
-	{"POST", "zz:/webhooks/demo", 400, ""},
-	{"POST", "https:/webhooks/demo", 400, ""},
 	{"POST", "http:webhooks/demo", 400, ""},
 	{"POST", "http:///webhooks/demo/x", 400, ""},
 	{"POST", "http://h", 400, ""},
-	{"POST", "http://h?/webhooks/demo/x", 400, ""},
 	{"POST", "http://h?://i/webhooks/demo/x", 400, ""},
-	{"POST", "ftp://h/webhooks/demo/x", 400, ""},
 	{"POST", "?/webhooks/demo", 400, ""},
 	{"POST", "webhooks/demo", 400, ""},
 	{"CONNECT", "evil/webhooks/demo/x://h/run", 400, ""},
@@ -1196,20 +1184,13 @@ var targets = []struct {
 	{"GET", "/webhooks/de%6do/x", 400, ""},
 	{"GET", "/webhooks/demo%2fx", 400, ""},
 	{"POST", "//webhooks/demo/x", 404, ""},
-	{"POST", "//h/webhooks/demo/x", 404, ""},
-	{"POST", "http://h//webhooks/demo/x", 404, ""},
 	{"POST", "/x?/webhooks/demo/x", 404, ""},
-	{"POST", "/x/webhooks/demo/x", 404, ""},
 	{"POST", "/./webhooks/demo/x", 404, ""},
-	{"POST", "/webhooks/./demo/x", 400, ""},
 	{"POST", "/webhooks/other/../demo/x", 400, ""},
-	{"POST", "/webhooks/demo/../other", 400, ""},
 	{"POST", "/webhooks/demo/../../admin", 400, ""},
 	{"POST", "/webhooks/demo/..%2f..%2fadmin", 400, ""},
 	{"POST", "/webhooks/demo/..;/admin", 400, ""},
-	{"POST", "/webhooks/demo/..#/admin", 400, ""},
 	{"POST", "/webhooks/demo#/x", 400, ""},
-	{"POST", "/webhooks/demo:/x", 400, ""},
 	{"POST", "/webhooks/demo\\..\\..\\admin", 400, ""},
 	{"POST", "http://h/webhooks/demo/../../admin", 400, ""},
 }
@@ -1439,31 +1420,28 @@ func TestCertificatesForClients(t *testing.T) {
 // describe the first hop.
 func TestLegacyServerDrivesClient(t *testing.T) {
 	t.Parallel()
-	const sample = `{"headers":{"host":"127.0.0.1:3000","user-agent":"probe/1.0","content-type":"application/json","x-dup":"one, two","set-cookie":["s1","s2"],"cookie":"c1; c2","content-length":"13"},"originalUrl":"/webhooks/x/push-github?a=1&b=2&b=3","path":"/webhooks/x/push-github","query":{"a":"1","b":["2","3"]},"body":"{\"test\":true}","timestamp":1700000000000}`
-	const inflated = `{"headers":{"host":"relay.example.com","content-encoding":"gzip","content-length":"3","x-latin1":"\u00e9\u00ff","transfer-encoding":"chunked","trailer":"X","expect":"100-continue","connection":"close"},"originalUrl":"http://relay.example.com/webhooks/x/\u00e9?q=%zz;r","path":"/webhooks/x/\u00e9","query":{},"body":"inflated","timestamp":1700000000000}`
+	const sample = `{"headers":{"host":"127.0.0.1:3000","user-agent":"probe/1.0","content-type":"application/json","x-dup":"one, two","set-cookie":["s1","s2"],"cookie":"c1; c2","content-length":"13"},` +
+		`"originalUrl":"/webhooks/x/push-github?a=1&b=2&b=3","path":"/webhooks/x/push-github","query":{"a":"1","b":["2","3"]},"body":"{\"test\":true}","timestamp":1700000000000}`
+	const inflated = `{"headers":{"host":"relay.example.com","content-encoding":"gzip","content-length":"3","x-latin1":"\u00e9\u00ff","transfer-encoding":"chunked","trailer":"X","connection":"close"},` +
+		`"originalUrl":"http://relay.example.com/webhooks/x/\u00e9?q=%zz;r","path":"/webhooks/x/\u00e9","query":{},"body":"inflated","timestamp":1700000000000}`
 	const object = `{"headers":{"content-type":"text/plain","content-length":"99"},"originalUrl":"/webhooks/x/?","path":"/webhooks/x/","query":{},"body":"[object Object]","timestamp":1700000000000}`
-	first := make(chan http.Header, 10)
+	asked := make(chan string, 10)
 	source := newSource(t, func(n int, w http.ResponseWriter, r *http.Request) {
-		if r.Method != "GET" || r.URL.Path != "/subscribe/x/" {
-			t.Errorf("%s %s, want GET /subscribe/x/", r.Method, r.URL.Path)
-		}
-		first <- r.Header
-		w.Header().Set("Cache-Control", "no-cache, no-transform")
+		asked <- fmt.Sprint(r.Method, r.URL, r.Header["X-Auth-Token"], r.Header["Accept"], r.Header["X-Relay-Features"])
 		tell(w, "id: 0\nevent: ready\ndata: {\"heartbeatInterval\":5000}\n\n", "id: 1\nevent: heartbeat\ndata: {}\n\n")
-		switch n {
-		case 0:
+		if n == 0 {
 			tell(w, "id: 2\ndata: "+sample+"\n\nid: 3\ndata: "+inflated+"\n\n")
 			panic(http.ErrAbortHandler) // it ends its streams without a last chunk
-		case 1:
-			tell(w, "id: 2\ndata: "+object+"\n\nid: 3\ndata: "+sample+"\n\n")
-			<-r.Context().Done()
 		}
+		tell(w, "id: 2\ndata: "+object+"\n\nid: 3\ndata: "+sample+"\n\n")
+		<-r.Context().Done()
 	})
 	target := newTarget(t, nil)
 	client := startClient(t, hostOf(source.URL), "x", target.url, "AUTH_TOKEN=tok\xe9n", "TARGET_CONCURRENCY=1")
 	push := recorded{
-		line: "POST /webhooks/x/push-github?a=1&b=2&b=3 HTTP/1.1", body: []byte(`{"test":true}`),
-		headers: [][2]string{{"host", "127.0.0.1:3000"}, {"user-agent", "probe/1.0"}, {"content-type", "application/json"}, {"x-dup", "one, two"}, {"set-cookie", "s1"}, {"set-cookie", "s2"}, {"cookie", "c1; c2"}},
+		"POST /webhooks/x/push-github?a=1&b=2&b=3 HTTP/1.1",
+		[][2]string{{"host", "127.0.0.1:3000"}, {"user-agent", "probe/1.0"}, {"content-type", "application/json"}, {"x-dup", "one, two"}, {"set-cookie", "s1"}, {"set-cookie", "s2"}, {"cookie", "c1; c2"}},
+		[]byte(`{"test":true}`),
 	}
 	ids := map[string]bool{}
 	for _, sent := range []recorded{
@@ -1476,17 +1454,8 @@ func TestLegacyServerDrivesClient(t *testing.T) {
 		checkArrival(t, sent, got)
 		ids[got.get("X-Relay-Event-Id")] = true
 	}
-	if len(ids) != 4 {
-		t.Errorf("%d ids for 4 webhooks", len(ids))
-	}
-	header := <-first
-	for name, want := range map[string]string{"X-Auth-Token": "tok\xe9n", "Accept": "text/event-stream", "X-Relay-Features": "http, respond, drain"} {
-		if got := header.Get(name); got != want {
-			t.Errorf("subscription has %s %q, want %q", name, got, want)
-		}
-	}
-	if records := client.log.lines("event refused"); len(records) > 0 {
-		t.Errorf("refused: %v", records)
+	if got, want := <-asked, "GET/subscribe/x/ [tok\xe9n] [text/event-stream] [http, respond, drain]"; got != want || len(ids) != 4 || len(client.log.lines("event refused")) > 0 {
+		t.Errorf("asked %q, want %q; %d ids for 4 webhooks; none may be refused", got, want, len(ids))
 	}
 }
 
@@ -1909,29 +1878,37 @@ func TestServerHealth(t *testing.T) {
 }
 
 // TestClientHealth: ready means an open stream; a source that is away makes a
-// client unready and never dead.
+// client unready and never dead. A client that is told to end takes nothing new
+// and brings what it has to its end, for which it stays live.
 func TestClientHealth(t *testing.T) {
 	t.Parallel()
+	end, left, answer := make(chan struct{}), make(chan struct{}), make(chan string, 1)
 	var up atomic.Bool
-	end := make(chan struct{})
+	var ready atomic.Int64
 	source := newSource(t, func(_ int, w http.ResponseWriter, r *http.Request) {
 		if !up.Load() {
 			w.WriteHeader(503)
 			return
 		}
-		event := httpBlock("same", "POST /webhooks/m/x HTTP/1.1\n", "")
-		tell(w, readyBlock, event, event, "data: {\n\n")
-		select {
-		case <-end:
-		case <-r.Context().Done():
+		if ready.Add(1) == 1 {
+			event := httpBlock("same", "POST /webhooks/m/x HTTP/1.1\n", "")
+			tell(w, readyBlock, event, event, "data: {\n\n")
+			<-end
+			return
 		}
+		tell(w, readyBlock, httpBlock("last", "POST /webhooks/m/x HTTP/1.1\n", ""))
+		<-r.Context().Done()
+		close(left)
 	})
-	client := start(t, "RELAY_MODE=client", "SOURCE_URL="+source.URL+"/subscribe/m", "TARGET_BASE_URL="+newTarget(t, nil).url, "RECONNECT_INTERVAL=1", "HEALTH_SERVICE_PORT=0")
+	target := newTarget(t, func(recorded) string { return <-answer })
+	client := start(t, "RELAY_MODE=client", "SOURCE_URL="+source.URL+"/subscribe/m", "TARGET_BASE_URL="+target.url, "RECONNECT_INTERVAL=1", probed[0])
 	client.wait("no stream from the source")
 	checkProbes(t, client, "before ready", 200, 503, 503)
 	up.Store(true)
 	client.wait("stream ready")
 	checkProbes(t, client, "ready", 200, 200, 200)
+	target.next(t)
+	answer <- ok200
 	client.wait("webhook forwarded")
 	client.wait("event refused")
 	checkMetrics(t, client, map[string]float64{
@@ -1941,35 +1918,15 @@ func TestClientHealth(t *testing.T) {
 	close(end)
 	client.wait("stream ended")
 	checkProbes(t, client, "after the stream", 200, 503, 503)
-	if err := client.stop(); err != nil {
-		t.Errorf("run returned %v", err)
-	}
-}
-
-// TestClientFinishesForwards: a client that is told to end takes nothing new
-// and brings what it has to its end, for which it stays live.
-func TestClientFinishesForwards(t *testing.T) {
-	t.Parallel()
-	answer, left := make(chan string), make(chan struct{})
-	target := newTarget(t, func(recorded) string { return <-answer })
-	source := newSource(t, func(_ int, w http.ResponseWriter, r *http.Request) {
-		tell(w, readyBlock, dataBlock(map[string]string{"originalUrl": "/webhooks/m/1"}))
-		<-r.Context().Done()
-		close(left)
-	})
-	client := startClient(t, hostOf(source.URL), "m", target.url, probed...)
+	up.Store(true)
 	target.next(t)
+	awaitReady(t, client)
 	client.cancel()
 	<-left
 	eventually(t, "unready", func() bool { return probeStatus(t, client, "/ready") == 503 })
 	checkProbes(t, client, "finishing", 200, 503, 503)
-	select {
-	case <-client.done:
-		t.Fatal("ended with a forward under way")
-	case answer <- ok200:
-	}
-	if err := client.stop(); err != nil || len(client.log.lines("webhook forwarded")) != 1 {
-		t.Errorf("run returned %v, want one webhook forwarded", err)
+	if answer <- ok200; client.stop() != nil || len(client.log.lines("webhook forwarded")) != 2 {
+		t.Errorf("run returned %v, want two webhooks forwarded", client.err)
 	}
 }
 
