@@ -3031,7 +3031,7 @@ func readYAML(t testing.TB, text string) yaml {
 		indent int
 		key    string
 	}
-	y, items := yaml{}, map[string]int{} // how many there are so far, by path
+	y, items, columns := yaml{}, map[string]int{}, map[string]int{} // how many items there are so far, and where they or fields begin, by path
 	var open []level
 	path := func() string {
 		var keys []string
@@ -3052,11 +3052,16 @@ func readYAML(t testing.TB, text string) yaml {
 		for len(open) > 0 && open[len(open)-1].indent >= indent {
 			open = open[:len(open)-1]
 		}
-		if item, ok := strings.CutPrefix(value, "- "); ok {
-			list := path()
-			open = append(open, level{indent, strconv.Itoa(items[list])})
-			items[list]++
+		parent := path()
+		item, isItem := strings.CutPrefix(value, "- ")
+		if column, ok := columns[parent]; ok && column != indent || isItem != (items[parent] > 0) && ok {
+			t.Fatalf("line %q is indented oddly", line)
+		}
+		if columns[parent] = indent; isItem {
+			open = append(open, level{indent, strconv.Itoa(items[parent])})
+			items[parent]++
 			value, indent = item, indent+2
+			columns[path()] = indent
 		}
 		if m := yamlField.FindStringSubmatch(value); m != nil {
 			open = append(open, level{indent, m[1]})
