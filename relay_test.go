@@ -2586,7 +2586,7 @@ func TestDoor(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			d := newDoor(t, tt.most, tt.trusted...)
 			var want, got []int // how often each is closed
-			for _, step := range strings.Fields(tt.steps) {
+			for step := range strings.FieldsSeq(tt.steps) {
 				what, leaver, leaves := strings.Cut(step, ">")
 				if strings.Contains("abcd", what) {
 					what = fmt.Sprint("192.0.2.", 1+what[0]-'a')
