@@ -547,7 +547,7 @@ func TestOneLineEach(t *testing.T) {
 	}
 	secretly := func(base string) string { return strings.Replace(base, "://", "://canary:canary@", 1) }
 	client := start(t, "RELAY_MODE=client", "AUTH_TOKEN=canary", "SOURCE_URL="+strings.Join(sources, ","), "TARGET_RETRY_WINDOW=2s", "RECONNECT_INTERVAL=50",
-		"TARGET_RETRY_STATUSES=408, 425", "TARGET_CONCURRENCY=1", "TARGET_STRIP_PREFIX=false, hangs=true", "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=1s",
+		"TARGET_RETRY_STATUSES=408, 425", "TARGET_TIMEOUT=10m", "TARGET_CONCURRENCY=1", "TARGET_STRIP_PREFIX=false, hangs=true", "HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=1s",
 		fmt.Sprintf("TARGET_BASE_URL=%s/base?k=canary, hangs=%s, ad=%[3]s, sd=%[3]s, rd=%[3]s", secretly(target.url), hangs.url, secretly(down)))
 	eventually(t, "all streams", func() bool { return len(client.log.lines("stream ready")) == len(sources) })
 	for range 2 { // for a target that does not answer, which stops no other
@@ -3384,18 +3384,13 @@ func TestAlertsFire(t *testing.T) {
 			t.Errorf("promtool %s: %v\n%s", strings.Join(args, " "), err, out)
 		}
 	}
-	redis := startRedis(t)
-	a, b := startReplicas(t, redis, "AUTH_TOKEN=secret", "RESPONSE_MODE=accept, slack=response")
-	target := newTarget(t, nil)
-	client := startClient(t, a.addr, "ci", target.url, append(probed, "AUTH_TOKEN=secret", "SOURCE_URL=http://"+a.addr+"/subscribe/ci, http://"+a.addr+"/subscribe/slack")...)
+	a, b := startReplicas(t, startRedis(t), "AUTH_TOKEN=secret", "RESPONSE_MODE=accept, slack=response")
+	client := startClient(t, a.addr, "ci", newTarget(t, nil).url, append(probed, "AUTH_TOKEN=secret", "SOURCE_URL=http://"+a.addr+"/subscribe/ci, http://"+a.addr+"/subscribe/slack")...)
 	eventually(t, "both streams", func() bool { return len(client.log.lines("stream ready")) == 2 })
-	for _, server := range []string{a.addr, b.addr} {
-		for _, channel := range []string{"ci", "slack"} {
-			for range 10 {
-				if status, _, _ := send(t, "POST", "http://"+server+"/webhooks/"+channel, "{}"); status != 200 {
-					t.Fatalf("%s: %d", channel, status)
-				}
-			}
+	for range 10 {
+		for _, server := range []*program{a, b} {
+			postAccepted(t, server, "ci", "x")
+			postAccepted(t, server, "slack", "x")
 		}
 	}
 	eventually(t, "all are settled", func() bool { return scrape(t, a)["relay_held_webhooks"]+scrape(t, b)["relay_held_webhooks"] == 0 })
@@ -3414,27 +3409,25 @@ func TestAlertsFire(t *testing.T) {
 	series[`process_open_fds{instance="another",job="other"}`], series[`process_max_fds{instance="another",job="other"}`] = "1000", "1000"
 
 	block := regexp.MustCompile("(?s)```yaml\n(groups:\n.*?)```").FindStringSubmatch(readFile(t, "docs/operations.md"))
-	rules := filepath.Join(t.TempDir(), "rules.yaml")
-	if err := os.WriteFile(rules, []byte(block[1]), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	rules := tokensFile(t, block[1])
 	promtool("", "check", "rules", rules)
 
 	type change struct{ series, values string } // a regular expression; as promtool has them, with @ for the value as it is
 	const once = "0+0x5 1+0x25"
 	every := func(minute int) string { return fmt.Sprintf("@+%dx30", minute) }
 	is := func(value int) string { return fmt.Sprintf("%d+0x30", value) }
+	one := func(series, values string) []change { return []change{{series, values}} }
 	lost := func(reason string) []change {
-		return []change{{`relay_webhooks_total{outcome="lost",reason="` + reason + `",instance="b".*`, every(1)}}
+		return one(`relay_webhooks_total{outcome="lost",reason="`+reason+`",instance="b".*`, every(1))
 	}
 	refused := func(reason string) []change {
-		return []change{{`relay_webhooks_total{outcome="refused",reason="` + reason + `",instance="a".*`, every(1)}}
+		return one(`relay_webhooks_total{outcome="refused",reason="`+reason+`",instance="a".*`, every(1))
+	}
+	answers := func(bounds string) []change {
+		return one(`relay_webhook_answer_seconds_bucket{le="(`+bounds+`)",.*`, every(60))
 	}
 	code := func(code string, more int) change {
 		return change{`relay_forwards_total{channel="slack",code="` + code + `",.*`, every(more)}
-	}
-	answers := func(bounds string) []change {
-		return []change{{`relay_webhook_answer_seconds_bucket{le="(` + bounds + `)",.*`, every(60)}}
 	}
 	cases := []struct {
 		name    string
@@ -3445,7 +3438,7 @@ func TestAlertsFire(t *testing.T) {
 		{"lost, no client", lost("no_client"), "WebhooksLost"},
 		{"lost, no space", lost("no_space"), "WebhooksLost"},
 		{"lost at the end", lost("shutdown"), "WebhooksLost"},
-		{"a stranger's channel", []change{{lost("unknown_channel")[0].series, once}}, ""},
+		{"a stranger's channel", one(lost("unknown_channel")[0].series, once), ""},
 		{"a misspelled channel", lost("unknown_channel"), "WebhooksUnheard"},
 		{"target down", refused("unreachable"), "WebhooksUnanswered"},
 		{"target silent", refused("timeout"), "WebhooksUnanswered"},
@@ -3453,23 +3446,23 @@ func TestAlertsFire(t *testing.T) {
 		{"bus down", refused("bus"), "WebhooksRefused"},
 		{"no space", refused("budget"), "WebhooksRefused"},
 		{"a scanner", refused("path"), ""},
-		{"no stream anywhere", []change{{"relay_subscribers{.*", is(0)}}, "NoSubscriber"},
+		{"no stream anywhere", one("relay_subscribers{.*", is(0)), "NoSubscriber"},
 		{"the other replica has the streams", []change{{`relay_subscribers{instance="a".*`, is(0)}, {`relay_subscribers{instance="b".*`, is(2)}}, ""},
-		{"no Redis", []change{{`relay_redis_up{instance="b".*`, is(0)}}, "RedisDown"},
-		{"no stream", []change{{`relay_stream_ready{channel="ci".*`, is(0)}}, "NoStream"},
+		{"no Redis", one(`relay_redis_up{instance="b".*`, is(0)), "RedisDown"},
+		{"no stream", one(`relay_stream_ready{channel="ci".*`, is(0)), "NoStream"},
 		{"target answers 500", []change{code("5xx", 1), code("2xx", 5)}, "ForwardsFail"},
 		{"target answers 404", []change{code("4xx", 1)}, "ForwardsFail"},
 		{"target unreachable", []change{code("unreachable", 1)}, "ForwardsFail"},
 		{"target seldom fails", []change{code("5xx", 1), code("2xx", 20), code("3xx", 5)}, ""},
-		{"one channel's half is full", []change{{`relay_held_bytes{instance="a".*`, is(120 << 20)}}, "HeldNearLimit"},
-		{"some are held", []change{{`relay_held_bytes{instance="a".*`, is(64 << 20)}}, ""},
-		{"wrong token", []change{{`relay_subscribers_refused_total{reason="token",instance="b".*`, every(2)}}, "WrongToken"},
-		{"wrong address", []change{{`relay_subscribers_refused_total{reason="address",instance="b".*`, every(2)}}, ""},
+		{"one channel's half is full", one(`relay_held_bytes{instance="a".*`, is(120 << 20)), "HeldNearLimit"},
+		{"some are held", one(`relay_held_bytes{instance="a".*`, is(64 << 20)), ""},
+		{"wrong token", one(`relay_subscribers_refused_total{reason="token",instance="b".*`, every(2)), "WrongToken"},
+		{"wrong address", one(`relay_subscribers_refused_total{reason="address",instance="b".*`, every(2)), ""},
 		{"answers take 4 s", answers(`5|10|30|60|\+Inf`), "AnswersSlow"},
 		{"answers take 1 s", answers(`1|2.5|5|10|30|60|\+Inf`), ""},
-		{"a stranger's guess", []change{{`relay_subscribers_refused_total{reason="token",instance="b".*`, once}}, ""},
-		{"a client that does not read", []change{{`relay_subscribers_evicted_total{instance="a".*`, every(1)}}, "SubscribersStuck"},
-		{"no place", []change{{`relay_connections_closed_total{instance="a".*`, every(1)}}, "ConnectionsFull"},
+		{"a stranger's guess", one(`relay_subscribers_refused_total{reason="token",instance="b".*`, once), ""},
+		{"a client that does not read", one(`relay_subscribers_evicted_total{instance="a".*`, every(1)), "SubscribersStuck"},
+		{"no place", one(`relay_connections_closed_total{instance="a".*`, every(1)), "ConnectionsFull"},
 		{"descriptors", []change{{`process_open_fds{instance="client".*`, is(900)}, {`process_max_fds{instance="client".*`, is(1000)}}, "DescriptorsFew"},
 	}
 	var text strings.Builder
@@ -3502,9 +3495,5 @@ func TestAlertsFire(t *testing.T) {
 			t.Errorf("no change makes %s fire", m[1])
 		}
 	}
-	tests := filepath.Join(t.TempDir(), "tests.yaml")
-	if err := os.WriteFile(tests, []byte(text.String()), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	promtool("", "test", "rules", tests)
+	promtool("", "test", "rules", tokensFile(t, text.String()))
 }
