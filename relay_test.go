@@ -1515,45 +1515,8 @@ func complaint(t testing.TB, env ...string) string {
 	return e.Error()
 }
 
-// TestMistakesAreReportedAtOnce: each variable on a line of its own, and no
-// secret in any.
-func TestMistakesAreReportedAtOnce(t *testing.T) {
-	for _, role := range []string{"server", "client"} {
-		env := []string{"RELAY_MODE=" + role}
-		var want, got []string
-		for _, s := range settings(&Config{}) {
-			values, ok := mistaken[s.name]
-			if !ok {
-				t.Errorf("is there no mistake in %s?", s.name)
-			}
-			if values != nil {
-				env = append(env, s.name+"="+values[0])
-				if s.role == "both" || s.role == role {
-					want = append(want, s.name)
-				}
-			}
-		}
-		text := complaint(t, env...)
-		for line := range strings.SplitSeq(text, "\n") {
-			name, rest, _ := strings.Cut(line, ": ")
-			got = append(got, name)
-			if !regexp.MustCompile("must |range |channel is |no such file").MatchString(rest) {
-				t.Errorf("%s: unexpected line %q", role, line)
-			}
-		}
-		if !slices.Equal(got, want) || strings.Contains(text, "hunter2") {
-			t.Errorf("%s: complaints about\n%q, want\n%q, and no secret in\n%s", role, got, want, text)
-		}
-	}
-	text := complaint(t, "RELAY_MODE=both", "SERVER_PORT=abc", "RECONNECT_INTERVAL=abc", "SERVER_TLS_CERT_FILE=/nonexistent", "SERVER_TLS_KEY_FILE=/nonexistent")
-	for _, name := range []string{"RELAY_MODE", "SERVER_PORT", "RECONNECT_INTERVAL"} { // of any role when there is none
-		if !strings.Contains(text, name) {
-			t.Errorf("%s is not in %q", name, text)
-		}
-	}
-}
-
-// TestMistakes: one at a time; exactly the variable that is wrong is named.
+// TestMistakes: exactly the variable that is wrong is named; of many at once, each
+// on a line of its own; and no secret in any.
 func TestMistakes(t *testing.T) {
 	t.Parallel()
 	server, client := []string{"RELAY_MODE=server"}, []string{"RELAY_MODE=client", "SOURCE_URL=http://relay/subscribe/m", "TARGET_BASE_URL=http://target"}
@@ -1563,14 +1526,39 @@ func TestMistakes(t *testing.T) {
 			t.Errorf("%q: %q, want one line about %s", more, text, name)
 		}
 	}
-	for _, s := range settings(&Config{}) {
-		for _, value := range mistaken[s.name] {
-			if s.role != "client" {
-				check(s.name, server, s.name+"="+value)
+	for role, env := range map[string][]string{"server": server, "client": client} {
+		var all, want, got []string
+		for _, s := range settings(&Config{}) {
+			values, ok := mistaken[s.name]
+			if !ok {
+				t.Errorf("is there no mistake in %s?", s.name)
 			}
-			if s.role != "server" {
-				check(s.name, client, s.name+"="+value)
+			for i, value := range values {
+				if i == 0 {
+					all = append(all, s.name+"="+value)
+				}
+				if s.role == "both" || s.role == role {
+					check(s.name, env, s.name+"="+value)
+					want = append(want, s.name)
+				}
 			}
+		}
+		text := complaint(t, append(env, all...)...)
+		for line := range strings.SplitSeq(text, "\n") {
+			name, rest, _ := strings.Cut(line, ": ")
+			got = append(got, name)
+			if !regexp.MustCompile("must |range |channel is |no such file").MatchString(rest) {
+				t.Errorf("%s: unexpected line %q", role, line)
+			}
+		}
+		if want = slices.Compact(want); !slices.Equal(got, want) || strings.Contains(text, "hunter2") {
+			t.Errorf("%s: complaints about\n%q, want\n%q, and no secret in\n%s", role, got, want, text)
+		}
+	}
+	text := complaint(t, "RELAY_MODE=both", "SERVER_PORT=abc", "RECONNECT_INTERVAL=abc", "SERVER_TLS_CERT_FILE=/nonexistent", "SERVER_TLS_KEY_FILE=/nonexistent")
+	for _, name := range []string{"RELAY_MODE", "SERVER_PORT", "RECONNECT_INTERVAL"} { // of any role when there is none
+		if !strings.Contains(text, name) {
+			t.Errorf("%s is not in %q", name, text)
 		}
 	}
 	check("RELAY_MODE", nil)
