@@ -3066,9 +3066,7 @@ func TestManifests(t *testing.T) {
 	}{
 		{"Deployment", "spec.selector", "matchLabels.app=webhook-relay-SIDE"},
 		{"Deployment", "spec.template.metadata.labels", "app=webhook-relay-SIDE app.kubernetes.io/component=SIDE app.kubernetes.io/name=webhook-relay"},
-		{"PodDisruptionBudget", "spec.selector", "matchLabels.app=webhook-relay-SIDE"},
 		{"NetworkPolicy", "spec.podSelector", "matchLabels.app=webhook-relay-SIDE"},
-		{"Service", "spec.selector", "app=webhook-relay-SIDE"},
 		{"Deployment", pod + "securityContext", "runAsGroup=65532 runAsNonRoot=true runAsUser=65532 seccompProfile.type=RuntimeDefault"},
 		{"Deployment", pod + "automountServiceAccountToken", "false"},
 		{"Deployment", pod + "enableServiceLinks", "false"}, // a Service named server would set SERVER_PORT
@@ -3081,7 +3079,7 @@ func TestManifests(t *testing.T) {
 		{"redis Deployment", container + "ports", "0.containerPort=6379 0.name=redis"},
 		{"redis Deployment", container + "readinessProbe.exec", "command.0=redis-cli command.1=ping"},
 		{"redis Deployment", container + "livenessProbe.exec", "command.0=redis-cli command.1=ping"},
-		{"redis Service", "spec.ports", "0.name=redis 0.port=6379 0.targetPort=6379"},
+		{"redis Service", "spec", "ports.0.name=redis ports.0.port=6379 ports.0.targetPort=6379 selector.app=webhook-relay-redis"},
 		{"redis Service", "metadata.name", "webhook-relay-redis"}, // in REDIS_URL
 		{ours, "spec.strategy.rollingUpdate.maxUnavailable", "0"},
 		{ours, "spec.template.metadata.annotations", "prometheus.io/path=/metrics prometheus.io/port=9000 prometheus.io/scrape=true"},
@@ -3089,10 +3087,10 @@ func TestManifests(t *testing.T) {
 		{ours, container + "readinessProbe", fmt.Sprintf(probe, 1, "ready", 5, 5)},
 		{"server Deployment", container + "ports", fmt.Sprintf("0.containerPort=%d 0.name=web 1.containerPort=%d 1.name=health", c.Port, c.HealthPort)},
 		{"client Deployment", container + "ports", fmt.Sprintf("0.containerPort=%d 0.name=health", c.HealthPort)},
-		{"server Service", "spec.ports", "0.name=web 0.port=3000 0.targetPort=3000"},
+		{"server Service", "spec", "ports.0.name=web ports.0.port=3000 ports.0.targetPort=3000 selector.app=webhook-relay-server"},
 		{"server Service", "metadata.name", "webhook-relay-server-svc"},
-		{"server PodDisruptionBudget", "spec.maxUnavailable", "1"}, // or the drain of a node is blocked, with one replica
-		{"server PodDisruptionBudget", "spec.unhealthyPodEvictionPolicy", "AlwaysAllow"},
+		// Or the drain of a node is blocked, with one replica or with Redis down.
+		{"PodDisruptionBudget", "spec", "maxUnavailable=1 selector.matchLabels.app=webhook-relay-SIDE unhealthyPodEvictionPolicy=AlwaysAllow"},
 		{"server Ingress", "spec.rules.0.host", "relay.example.com"},
 		{"server Ingress", "spec.rules.0.http.paths.0", fmt.Sprintf(path, "/webhooks/")},
 		{"server Ingress", "spec.rules.0.http.paths.1", fmt.Sprintf(path, "/subscribe/")},
@@ -3106,10 +3104,9 @@ func TestManifests(t *testing.T) {
 		{"HTTPRoute", "spec.rules.0.matches", "0.path.type=PathPrefix 0.path.value=/webhooks/ 1.path.type=PathPrefix 1.path.value=/subscribe/"},
 		{"HTTPRoute", "spec.rules.0.timeouts", "request=0s"}, // the Gateway's would cut streams
 		{"HTTPRoute", "spec.rules.0.backendRefs", "0.name=webhook-relay-server-svc 0.port=3000"},
-		{"server NetworkPolicy", "spec.policyTypes", "0=Ingress 1=Egress"},
+		{"(server|client) NetworkPolicy", "spec.policyTypes", "0=Ingress 1=Egress"},
 		{"server NetworkPolicy", "spec.ingress", "0.ports.0.port=3000 0.ports.0.protocol=TCP 1.from.0.namespaceSelector={} 1.ports.0.port=9000 1.ports.0.protocol=TCP"},
 		{"server NetworkPolicy", "spec.egress", dns + "1.ports.0.port=6379 1.ports.0.protocol=TCP 1.to.0.podSelector.matchLabels.app=webhook-relay-redis"},
-		{"client NetworkPolicy", "spec.policyTypes", "0=Ingress 1=Egress"},
 		{"client NetworkPolicy", "spec.ingress", "0.from.0.namespaceSelector={} 0.ports.0.port=9000 0.ports.0.protocol=TCP"},
 		{"client NetworkPolicy", "spec.egress", dns + "1.ports.0.port=443 1.ports.0.protocol=TCP 2.to.0.namespaceSelector={}"},
 		{"redis NetworkPolicy", "spec.policyTypes", "0=Ingress"},
