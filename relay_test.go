@@ -2846,7 +2846,7 @@ func TestReasons(t *testing.T) {
 }
 
 // TestAlerts: the rules ask for metrics that the program has, and for the growth of
-// counters, and the PodMonitor finds all pods.
+// counters.
 func TestAlerts(t *testing.T) {
 	known := slices.Concat(slices.Collect(maps.Values(programMetrics()))...)
 	rules := yamlBlock(t, "docs/operations.md", "groups:\n").each("groups.0.rules")
@@ -2877,13 +2877,6 @@ func TestAlerts(t *testing.T) {
 				}
 			}
 		}
-	}
-	const labels = "app.kubernetes.io/component" // of which TestManifests holds the pods to the same
-	monitor := yamlBlock(t, "docs/operations.md", "apiVersion: monitoring.coreos.com/v1\n").under("spec").String()
-	if want := "podMetricsEndpoints.0.path=/metrics podMetricsEndpoints.0.port=health selector.matchExpressions.0.key=" + labels +
-		" selector.matchExpressions.0.operator=In selector.matchExpressions.0.values.0=server selector.matchExpressions.0.values.1=client" +
-		" selector.matchLabels.app.kubernetes.io/name=webhook-relay"; monitor != want {
-		t.Errorf("the PodMonitor has\n%s\nwant\n%s", monitor, want)
 	}
 }
 
@@ -3033,13 +3026,14 @@ func yamlBlock(t testing.TB, page, begin string) yaml {
 }
 
 // TestManifests holds the manifests to the program: ports, probes, variables, the
-// time to drain, what a pod of it may do, and who is let through to whom.
+// time to drain, what a pod of it may do, and who is let through to whom; and the
+// PodMonitor to its pods.
 func TestManifests(t *testing.T) {
 	c := configOf(t, "RELAY_MODE=server", "KUBERNETES_SERVICE_HOST=10.0.0.1")
 	text := readFile(t, "manifests.yaml")
 	const commented = "\n# apiVersion: gateway" // the HTTPRoute, which ends the file
 	plain, route, _ := strings.Cut(text, commented)
-	objects := map[string]yaml{} // by side and kind
+	objects := map[string]yaml{"monitoring PodMonitor": yamlBlock(t, "docs/operations.md", "apiVersion: monitoring.coreos.com/v1\n")} // by side and kind
 	var kinds []string
 	for _, document := range append(strings.Split(plain, "\n---\n"), strings.ReplaceAll(commented+route, "\n# ", "\n")) {
 		if d := readYAML(t, document); len(d) > 0 {
@@ -3075,6 +3069,9 @@ func TestManifests(t *testing.T) {
 		{"server Deployment", container + "resources", "limits.cpu=1 limits.memory=512Mi requests.cpu=100m requests.memory=128Mi"},
 		{"client Deployment", container + "resources", "limits.cpu=1 limits.memory=256Mi requests.cpu=50m requests.memory=64Mi"},
 		{"redis Deployment", container + "resources", "limits.cpu=1 limits.memory=256Mi requests.cpu=50m requests.memory=64Mi"},
+		{"PodMonitor", "spec.podMetricsEndpoints", "0.path=/metrics 0.port=health"},
+		{"PodMonitor", "spec.selector.matchLabels", "app.kubernetes.io/name=webhook-relay"},
+		{"PodMonitor", "spec.selector.matchExpressions", "0.key=app.kubernetes.io/component 0.operator=In 0.values.0=server 0.values.1=client"},
 		{"redis Deployment", "spec.replicas", "0"}, // it runs only when it is asked for
 		{"redis Deployment", container + "ports", "0.containerPort=6379 0.name=redis"},
 		{"redis Deployment", container + "readinessProbe.exec", "command.0=redis-cli command.1=ping"},
@@ -3174,31 +3171,24 @@ func TestManifests(t *testing.T) {
 
 // TestDockerfile: a static binary on nothing, run by a user that is nobody.
 func TestDockerfile(t *testing.T) {
-	stages := strings.Split("\n"+readFile(t, "Dockerfile"), "\nFROM ")
-	last := stages[len(stages)-1]
 	c := configOf(t, "RELAY_MODE=server")
-	for _, want := range []string{
-		`^scratch\n`, `(?m)^COPY --from=build /image/ /$`,
-		`org\.opencontainers\.image\.version="\$\{VERSION\}"`, `org\.opencontainers\.image\.revision="\$\{REVISION\}"`,
-		`org\.opencontainers\.image\.source="\$\{SOURCE\}"`, `org\.opencontainers\.image\.licenses="MIT"`,
-		`(?m)^ARG VERSION=`, `(?m)^ARG REVISION=`, `(?m)^ARG SOURCE=`,
-		`(?m)^USER [1-9]\d*(:[1-9]\d*)?$`, fmt.Sprintf(`(?m)^EXPOSE %d %d$`, c.Port, c.HealthPort), `(?m)^ENTRYPOINT \["/\S+"\]$`,
+	build, last, _ := strings.Cut(readFile(t, "Dockerfile"), "\nFROM scratch\n")
+	for stage, wants := range map[string][]string{
+		build: {`--platform=\$BUILDPLATFORM golang:`, `CGO_ENABLED=0 GOOS=\$TARGETOS GOARCH=\$TARGETARCH`, `-trimpath -buildvcs=false -ldflags="-s -w -X main\.release=`},
+		last: {
+			`(?m)^COPY --from=build /image/ /$`, `org\.opencontainers\.image\.version="\$\{VERSION\}"`, `org\.opencontainers\.image\.revision="\$\{REVISION\}"`,
+			`org\.opencontainers\.image\.source="\$\{SOURCE\}"`, `org\.opencontainers\.image\.licenses="MIT"`, `(?m)^ARG VERSION=`, `(?m)^ARG REVISION=`, `(?m)^ARG SOURCE=`,
+			`(?m)^USER [1-9]\d*(:[1-9]\d*)?$`, fmt.Sprintf(`(?m)^EXPOSE %d %d$`, c.Port, c.HealthPort), `(?m)^ENTRYPOINT \["/\S+"\]$`,
+		},
 	} {
-		if !regexp.MustCompile(want).MatchString(last) {
-			t.Errorf("last stage has no %s:\n%s", want, last)
+		for _, want := range wants {
+			if !regexp.MustCompile(want).MatchString(stage) {
+				t.Errorf("no %s in\n%s", want, stage)
+			}
 		}
 	}
-	if n := strings.Count(last, "\nCOPY "); n != 1 {
-		t.Errorf("last stage copies %d times: times of files and directories are those of one tree", n)
-	}
-	build := strings.Join(stages[:len(stages)-1], "\n")
-	for _, want := range []string{"--platform=$BUILDPLATFORM golang:", "CGO_ENABLED=0", "GOOS=$TARGETOS", "GOARCH=$TARGETARCH", "-trimpath", "-buildvcs=false", `-ldflags="-s -w`} {
-		if !strings.Contains(build, want) {
-			t.Errorf("build has no %s", want)
-		}
-	}
-	if name := regexp.MustCompile(`-X main\.(\w+)=`).FindStringSubmatch(build); name != nil && name[1] != "release" {
-		t.Errorf("build sets %s, which is no variable for it", name[1])
+	if n := strings.Count(last, "COPY "); n != 1 || strings.Contains(last, "\nFROM ") {
+		t.Errorf("last stage copies %d times, or is not the last: times of files and directories are those of one tree", n)
 	}
 }
 
