@@ -2855,14 +2855,11 @@ func TestReasons(t *testing.T) {
 	if want := [2][]string{webhookReasons, subscriberReasons}; !reflect.DeepEqual(columns, want) {
 		t.Errorf("reasons are %q, want %q", columns, want)
 	}
-	for _, reason := range lostReasons {
-		if !strings.Contains(section, "`"+reason+"` (") {
-			t.Errorf("why webhooks are lost: %s is missing", reason)
-		}
-	}
-	for _, reason := range deniedReasons {
-		if !strings.Contains(page, "`"+reason+"`") {
-			t.Errorf("why a client has no stream: %s is missing", reason)
+	for form, reasons := range map[string][]string{"`%s` (": lostReasons, "`%s`": deniedReasons} {
+		for _, reason := range reasons {
+			if !strings.Contains(page, fmt.Sprintf(form, reason)) {
+				t.Errorf("why webhooks are lost, or a client has no stream: %s is missing", reason)
+			}
 		}
 	}
 }
