@@ -1061,6 +1061,20 @@ func hostOf(url string) string {
 	return strings.TrimPrefix(strings.TrimPrefix(url, "http://"), "https://")
 }
 
+// TestChannelsAreOnlyNames: no channel reaches anything inside the server,
+// whether somebody listens on it or not.
+func TestChannelsAreOnlyNames(t *testing.T) {
+	t.Parallel()
+	server := startServer(t)
+	for _, name := range []string{"ready", "error", "removeListener", "message", "heartbeat", "drain", "__proto__", "responses", "~", "...", strings.Repeat("c", 128)} {
+		postAccepted(t, server, name, "unheard") // a fresh server keeps what may yet be heard
+		stream := openFeed(t, server, name)
+		stream.only(t, "unheard")
+		postAccepted(t, server, name, "heard")
+		stream.only(t, "heard")
+	}
+}
+
 // reading is a relay whose every published event and every forwarded request
 // is looked at: one server, and one client of the channel demo whose target has
 // the base path /base.
