@@ -269,7 +269,7 @@ var (
 // takes the name of another one's samples.
 func TestMetrics(t *testing.T) {
 	suffixes := map[string][]string{"counter": {""}, "gauge": {""}, "summary": {"", "_sum", "_count"}, "histogram": {"_bucket", "_sum", "_count"}}
-	roles := programMetrics(t)
+	roles := programMetrics()
 	const source, target = "http://relay.test/subscribe/", "http://target.test"
 	roles["client"] = clientMetrics([]*Client{newClientOf(t, source+"a", target), newClientOf(t, source+"b", target)})
 	for role, metrics := range roles {
@@ -348,7 +348,7 @@ func TestProbesComeThrough(t *testing.T) {
 	io.WriteString(half, "GET /live HTTP/1.1\r\nHost: x\r\n") // a header without an end
 	for range 20 {
 		for _, page := range []string{"/live", "/ready", "/health", "/metrics"} {
-			answer := raw(t, server.health, "GET "+page+" HTTP/1.1\r\nHost: x\r\n\r\n") // to its end
+			answer := exchange(t, server.health, "GET "+page+" HTTP/1.1\r\nHost: x\r\n\r\n") // to its end
 			if !strings.HasPrefix(answer, "HTTP/1.1 200 OK\r\n") || !strings.Contains(answer, "\r\nConnection: close\r\n") {
 				t.Fatalf("%s: %.200q", page, answer)
 			}
@@ -402,7 +402,7 @@ func TestPage(t *testing.T) {
 	answered := postHeld(t, server, "slow", "one")
 	ours.holds("held")
 	theirs.holds("forwarding")
-	release <- createdAnswer
+	release <- says(201, "")
 	expectAnswer(t, answered, 201)
 	ours.holds("answered")
 

@@ -670,7 +670,7 @@ func TestRoutes(t *testing.T) {
 		{400, "invalid path", "", []string{"POST /webhooks/ci/../x", "POST /webhooks/ci/%2e%2E/canary", "POST http://x/webhooks/ci/../y"}}, // pathCases has more
 	} {
 		for _, request := range tt.requests {
-			answer := raw(t, l.Addr().String(), request+" HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n")
+			answer := exchange(t, l.Addr().String(), request+" HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n")
 			method, _, _ := strings.Cut(request, " ")
 			resp := must(http.ReadResponse(bufio.NewReader(strings.NewReader(answer)), &http.Request{Method: method}))
 			body, want := string(must(io.ReadAll(resp.Body))), ""

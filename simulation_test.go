@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -74,7 +75,7 @@ type simWorld struct {
 	began time.Time
 	kind  int
 	modes byChannel[string]
-	redis simRedis
+	redis *simHost
 	front *simHost  // where senders and legacy readers live
 	log   logBuffer // all that was said
 	wg    sync.WaitGroup
@@ -82,6 +83,7 @@ type simWorld struct {
 	buffer, concurrency int64
 	maxAge              time.Duration
 	latency             time.Duration // longest, of a connection
+	redisDelay          time.Duration // longest, of a message in Redis
 	delay               time.Duration // before a replica shuts down
 
 	mu       sync.Mutex
@@ -93,6 +95,7 @@ type simWorld struct {
 	targets  map[string]*simTarget // by channel
 	posts    []*simPost
 	events   map[string]*simEvent // by id
+	lanes    map[string]time.Time // when the last message of each arrives in Redis
 }
 
 // simPost is one webhook, which its sender posts once.
@@ -198,10 +201,12 @@ func (c simConn) RemoteAddr() net.Addr { return c.from }
 func (c simConn) Read(p []byte) (int, error) {
 	for {
 		n, err := c.Conn.Read(p)
-		if errors.Is(err, os.ErrDeadlineExceeded) {
+		if errors.Is(err, os.ErrDeadlineExceeded) || err == io.ErrClosedPipe { // by this side
 			return n, err
 		}
-		time.Sleep(c.hosts[0].w.upTo(c.hosts[0].w.latency))
+		if w := c.hosts[0].w; c.hosts[1] != w.redis { // whose messages take their own time
+			time.Sleep(w.upTo(w.latency))
+		}
 		for _, h := range c.hosts {
 			h.mu.Lock()
 			wait := time.Until(h.stalled)
@@ -267,10 +272,12 @@ func (h *simHost) open(all bool) (links []*simLink) {
 
 // crash breaks all of h for good.
 func (h *simHost) crash() {
-	h.refuse(true)
+	h.cut(true)
 	h.Close()
 	for _, l := range h.open(true) {
-		l.cut()
+		if !l.mute.Load() { // it will be cut
+			l.cut()
+		}
 	}
 }
 
@@ -289,305 +296,222 @@ func (h *simHost) stall(d time.Duration) {
 	h.stalled = time.Now().Add(d)
 }
 
-// The bus.
+// Redis, which is one of the tests, behind the same connections.
 
-// simRedis passes on what replicas publish, as Redis does, but keeps the order
-// only of what one replica sends to one name.
-type simRedis struct {
-	w     *simWorld
-	mu    sync.Mutex
-	delay time.Duration        // guarded by mu, like all below: longest of one way
-	subs  map[simSub]bool      // who listens to what
-	lanes map[string]time.Time // when the last message of each arrives
-}
+const simPrefix = "relay:"
 
-type simSub struct {
-	*simSession
-	name string
-}
-
-// later calls f after a while, and never before what came earlier on lane.
-func (rd *simRedis) later(lane string, f func()) {
-	rd.mu.Lock()
-	defer rd.mu.Unlock()
-	due := time.Now().Add(rd.w.upTo(rd.delay))
-	if last := rd.lanes[lane]; !due.After(last) {
-		due = last.Add(1)
-	}
-	rd.lanes[lane] = due
-	time.AfterFunc(time.Until(due), f)
-}
-
-// listening lists who listens to names for which ok.
-func (rd *simRedis) listening(ok func(simSub) bool) (list []simSub) {
-	rd.mu.Lock()
-	defer rd.mu.Unlock()
-	for sub, listens := range rd.subs {
-		if listens && ok(sub) {
-			list = append(list, sub)
+// startRedis starts it. It keeps the order only of what one replica sends to one
+// name: less than a true one.
+func (w *simWorld) startRedis() {
+	w.redis = w.newHost("redis")
+	serveRedis(w.t, w.redis, w.overhear, func(lane string, arrive func()) {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		due := time.Now().Add(time.Duration(w.chances.Int64N(int64(w.redisDelay) + 1)))
+		if last := w.lanes[lane]; !due.After(last) {
+			due = last.Add(1)
 		}
-	}
-	return list
-}
-
-// publish hands data to all who listen to name.
-func (rd *simRedis) publish(from *simBus, name string, data []byte) int {
-	to := rd.listening(func(sub simSub) bool { return sub.name == name })
-	for _, sub := range to {
-		rd.later(from.replica+" "+name+" "+sub.bus.replica, func() { sub.receive(name, data) })
-	}
-	return len(to)
-}
-
-func (rd *simRedis) set(sub simSub, wanted bool) {
-	rd.mu.Lock()
-	defer rd.mu.Unlock()
-	rd.subs[sub] = wanted && !isClosed(sub.over)
-}
-
-// simBus is the Bus of one replica: a RedisBus, but for its sessions.
-type simBus struct {
-	*RedisBus
-	redis *simRedis
-	link  *simSession // guarded by mu, like the next: the session, begun or not
-	dead  bool        // no session any more
-}
-
-// simSession is one life of a bus's connections.
-type simSession struct {
-	bus  *simBus
-	over chan struct{}
-}
-
-// watch is the hub's, which holds its lock.
-func (b *simBus) watch(channel string) {
-	time.AfterFunc(0, func() {
-		if s, _ := b.now(); s != nil {
-			s.steer(channel)
-		}
+		w.lanes[lane] = due
+		time.AfterFunc(time.Until(due), arrive)
 	})
 }
 
-// now is the session, and a channel that is closed when it has begun.
-func (b *simBus) now() (*simSession, chan struct{}) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.link, b.back
-}
-
-// steer makes the subscription to name what the hub wants it to be.
-func (s *simSession) steer(name string) {
-	b, sub := s.bus, simSub{s, name}
-	b.redis.later(b.replica+" command", func() {
-		b.redis.set(sub, name[0] == '@' || b.hub.Wants(name))
-		b.redis.later(b.replica+" confirmation", func() { s.confirmed(sub) })
-	})
-}
-
-func (s *simSession) confirmed(sub simSub) {
-	b := s.bus
-	b.mu.Lock()
-	current := b.link == s && len(b.redis.listening(func(o simSub) bool { return o == sub })) > 0
-	begins := current && sub.name == b.allName()
-	if begins {
-		close(b.back)
-	} else if current && sub.name[0] != '@' {
-		b.hub.Confirm(sub.name)
-	}
-	b.mu.Unlock()
-	if begins {
-		b.count()
-		b.Tell(Signal{Kind: signalJoined, From: b.replica})
-		b.Tell(Signal{Kind: signalAgain, From: b.replica})
-	}
-}
-
-// connect begins a session.
-func (b *simBus) connect() {
-	b.mu.Lock()
-	s := &simSession{bus: b, over: make(chan struct{})}
-	begins := !b.dead && b.link == nil
-	if begins {
-		b.link = s
-	}
-	b.mu.Unlock()
-	if begins {
-		for _, name := range append(b.hub.Channels(), b.replicaName(b.replica), b.allName()) {
-			s.steer(name)
-		}
-	}
-}
-
-// drop ends the session. Redis sees that at once, or within late.
-func (b *simBus) drop(late time.Duration) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.hub.Suspend()
-	s := b.link
-	if s == nil {
+// overhear notes what replicas publish.
+func (w *simWorld) overhear(name, message string) {
+	if name = strings.TrimPrefix(name, simPrefix); name[0] != '@' {
+		e := must(openEvent(name, []byte(message)))
+		w.note("%s publishes event=%s round=%d only=%s", e.Holder, e.ID, e.Round, e.Only)
 		return
 	}
-	close(s.over)
-	if b.link = nil; isClosed(b.back) {
-		b.back = make(chan struct{})
+	for data := []byte(message); len(data) > 0; {
+		var wire string
+		data = must(cutFields(data, &wire))
+		sig := must(openSignal([]byte(wire)))
+		w.told(&sig)
 	}
-	unseen := max(0, b.redis.w.upTo(2*late)-late) // as often as not for no time
-	time.AfterFunc(unseen, func() {
-		for _, sub := range b.redis.listening(func(sub simSub) bool { return sub.simSession == s }) {
-			b.redis.set(sub, false)
-		}
-	})
 }
 
-const simUnseen = 1500 * time.Millisecond
-
-// away drops the session for a while.
-func (b *simBus) away(d time.Duration) {
-	b.drop(simUnseen)
-	if d > time.Second {
-		time.AfterFunc(time.Second, b.OnCutOff)
-	}
-	time.AfterFunc(d, b.connect)
-}
-
-// receive is session.receive.
-func (s *simSession) receive(name string, data []byte) {
-	b, w := s.bus, s.bus.redis.w
-	if isClosed(s.over) {
-		return
-	}
-	if name[0] == '@' {
-		sig, err := openSignal(data)
-		if err != nil || sig.From == b.replica {
-			return
-		}
-		w.note("%s hears %s from=%s client=%s round=%d given=%v of %s%s", b.replica, sig.Kind, sig.From, sig.Client, sig.Round, sig.Given, sig.Event, sig.Subscriber)
-		switch sig.Kind {
-		case signalJoined:
-			b.count()
-			return
-		case signalHand:
-			w.mu.Lock()
-			e := w.event(sig.Event)
-			e.holder = append(e.holder, b.replica)
-			w.mu.Unlock()
-		}
-		b.hub.OnSignal(sig)
-		return
-	}
-	e, err := openEvent(name, bytes.Clone(data))
-	if err != nil {
-		w.t.Error(err)
-		return
-	}
-	given := b.hub.Deliver(e)
-	w.note("%s delivers event=%s holder=%s round=%d only=%s to %v", b.replica, e.ID, e.Holder, e.Round, e.Only, given)
+// told notes what one replica tells another, or itself.
+func (w *simWorld) told(sig *Signal) {
 	w.mu.Lock()
-	publication := fmt.Sprint(e.Holder, e.Round)
-	for _, g := range given {
-		w.event(e.ID).given[publication] = append(w.event(e.ID).given[publication], g.Client)
+	defer w.mu.Unlock()
+	e := w.event(sig.Event)
+	switch sig.Kind {
+	case signalReceipt:
+		publication := fmt.Sprint(sig.To, sig.Round)
+		for _, g := range sig.Given {
+			e.given[publication] = append(e.given[publication], g.Client)
+		}
+	case signalHand:
+		e.handed = true
 	}
-	w.mu.Unlock()
-	sig := receipt(e, b.replica, given)
-	e.release()
-	b.Tell(sig)
 }
 
-// do publishes data, as RedisBus does: again when the session breaks.
-func (b *simBus) do(ctx context.Context, name string, data []byte) (int, error) {
-	data = bytes.Clone(data)
-	for {
-		s, back := b.now()
-		if !isClosed(back) {
+// unhurried is a connection whose writer never waits, as where there are buffers: who
+// writes to Redis holds a lock, under which time would stand still.
+type unhurried struct {
+	net.Conn
+	sent chan []byte
+	over context.Context
+	end  context.CancelFunc // of over
+}
+
+func newUnhurried(conn net.Conn) *unhurried {
+	u := &unhurried{Conn: conn, sent: make(chan []byte, 1<<12)}
+	u.over, u.end = context.WithCancel(context.Background())
+	go func() { // ends with the connection
+		defer u.end()
+		for {
 			select {
-			case <-back:
-				continue
-			case <-ctx.Done():
-				return 0, errBusDown
-			}
-		}
-		reply := make(chan int, 1)
-		b.redis.later(b.replica+" "+name, func() {
-			if isClosed(s.over) && b.redis.w.upTo(1) == 0 { // it got through, or not
+			case p := <-u.sent:
+				if _, err := conn.Write(p); err != nil {
+					return
+				}
+			case <-u.over.Done():
 				return
 			}
-			n := b.redis.publish(b, name, data)
-			b.redis.later(b.replica+" reply", func() { reply <- n })
-		})
-		select {
-		case n := <-reply:
-			return n, nil
-		case <-s.over:
 		}
-		if ctx.Err() != nil {
-			return 0, errBroken
-		}
+	}()
+	return u
+}
+
+func (u *unhurried) Write(p []byte) (int, error) {
+	select {
+	case u.sent <- bytes.Clone(p):
+		return len(p), nil
+	case <-u.over.Done():
+		return 0, net.ErrClosed
 	}
 }
 
-func (b *simBus) Publish(ctx context.Context, e *Event) (int, error) {
-	return b.do(ctx, e.Channel, e.message())
+func (u *unhurried) Close() error {
+	u.end()
+	return u.Conn.Close()
 }
 
-func (b *simBus) Send(ctx context.Context, sig Signal) (int, error) {
-	if b.here(sig) {
-		return 1, nil
-	}
-	if sig.Kind == signalHand {
-		b.redis.w.mu.Lock()
-		b.redis.w.event(sig.Event).handed = true
-		b.redis.w.mu.Unlock()
-	}
-	return b.do(ctx, b.signalName(&sig), sig.encode())
+// fakeRedis is a Redis in memory. It knows just what a RedisBus asks for.
+type fakeRedis struct {
+	overhear func(name, message string)
+	later    func(lane string, arrive func()) // decides when a message arrives
+
+	mu   sync.Mutex
+	subs map[net.Conn]map[string]bool // guarded by mu, like the next
+	out  map[net.Conn]chan string     // what is to be written
 }
 
-func (b *simBus) Tell(sig Signal) {
-	s, back := b.now()
-	if b.here(sig) || !isClosed(back) {
-		return
-	}
-	name, data := b.signalName(&sig), sig.encode()
-	b.redis.later(b.replica+" "+name, func() {
-		if !isClosed(s.over) {
-			b.redis.publish(b, name, data)
+// serveRedis serves until l is closed and all connections are gone.
+func serveRedis(t testing.TB, l net.Listener, overhear func(name, message string), later func(lane string, arrive func())) {
+	f := &fakeRedis{overhear: overhear, later: later, subs: map[net.Conn]map[string]bool{}, out: map[net.Conn]chan string{}}
+	running(t, func(context.Context) {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			out := make(chan string, 1<<16)
+			f.mu.Lock()
+			f.subs[conn], f.out[conn] = map[string]bool{}, out
+			f.mu.Unlock()
+			go f.serve(conn) // both end with the connection
+			go func() {
+				for text := range out {
+					io.WriteString(conn, text)
+				}
+			}()
 		}
 	})
 }
 
-func (b *simBus) Flush(ctx context.Context) { b.Send(ctx, Signal{Kind: signalJoined, From: b.replica}) }
-
-// others are the replicas that listen.
-func (b *simBus) others() map[string]bool {
-	list := map[string]bool{}
-	for _, sub := range b.redis.listening(func(sub simSub) bool { return len(sub.name) == 1+replicaLength && sub.name[0] == '@' && sub.bus != b }) {
-		list[sub.bus.replica] = true
+// say queues text for conn, unless that is gone. It needs mu.
+func (f *fakeRedis) say(conn net.Conn, text string) {
+	if out := f.out[conn]; out != nil {
+		out <- text
 	}
-	return list
 }
 
-func (b *simBus) Peers(ctx context.Context) ([]string, error) {
-	return slices.Collect(maps.Keys(b.others())), b.Check(ctx)
-}
-
-func (b *simBus) Check(context.Context) error {
-	if _, back := b.now(); !isClosed(back) {
-		return errBusDown
+// serve answers the commands that come over conn: arrays of strings.
+func (f *fakeRedis) serve(conn net.Conn) {
+	r := bufio.NewReader(conn)
+	var n, size int
+	for {
+		if _, err := fmt.Fscanf(r, "*%d\r\n", &n); err != nil {
+			break
+		}
+		command := make([]string, n)
+		for i := range command {
+			fmt.Fscanf(r, "$%d\r\n", &size)
+			text := make([]byte, size+2)
+			io.ReadFull(r, text)
+			command[i] = string(text[:size])
+		}
+		f.mu.Lock()
+		f.say(conn, f.reply(conn, command))
+		f.mu.Unlock()
 	}
-	return nil
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	close(f.out[conn])
+	delete(f.subs, conn)
+	delete(f.out, conn)
+	conn.Close()
 }
 
-// Run looks for replicas that are gone.
-func (b *simBus) Run(ctx context.Context) error {
-	for b.connect(); sleep(ctx, pingInterval); {
-		if b.Check(ctx) == nil {
-			b.count()
+// bulk is an array in the protocol of Redis: strings, and integers as such.
+func bulk(values ...any) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "*%d\r\n", len(values))
+	for _, v := range values {
+		if n, ok := v.(int); ok {
+			fmt.Fprintf(&b, ":%d\r\n", n)
+		} else {
+			fmt.Fprintf(&b, "$%d\r\n%s\r\n", len(fmt.Sprint(v)), v)
 		}
 	}
-	b.drop(0)
-	return nil
+	return b.String()
 }
 
-func (b *simBus) count() { b.notePeers(b.others()) }
+// reply is what Redis says to command. It needs mu.
+func (f *fakeRedis) reply(conn net.Conn, command []string) string {
+	switch name := command[len(command)-1]; strings.ToUpper(command[0]) {
+	case "SUBSCRIBE":
+		f.subs[conn][name] = true
+		return bulk("subscribe", name, len(f.subs[conn]))
+	case "UNSUBSCRIBE":
+		delete(f.subs[conn], name)
+		return bulk("unsubscribe", name, len(f.subs[conn]))
+	case "PUBLISH":
+		name, n := command[1], 0
+		f.overhear(name, command[2])
+		for sub, names := range f.subs {
+			if names[name] {
+				n++
+				f.later(fmt.Sprint(conn.RemoteAddr(), name, sub.RemoteAddr()), func() {
+					f.mu.Lock()
+					defer f.mu.Unlock()
+					f.say(sub, bulk("message", name, command[2]))
+				})
+			}
+		}
+		return fmt.Sprintf(":%d\r\n", n)
+	case "PUBSUB": // CHANNELS
+		var all []any
+		for _, names := range f.subs {
+			for name := range names {
+				all = append(all, name)
+			}
+		}
+		return bulk(all...)
+	case "ROLE":
+		return bulk("master", 0)
+	case "PING":
+		if len(f.subs[conn]) > 0 {
+			return bulk("pong", "")
+		}
+		return "+PONG\r\n"
+	default:
+		return "+OK\r\n"
+	}
+}
 
 // Processes.
 
@@ -637,22 +561,42 @@ type simReplica struct {
 	simProcess
 	hub    *Hub
 	server *Server
-	bus    *simBus
+	bus    *RedisBus
 	web    *http.Server
 	finish func()
-	leaves time.Time // guarded by w.mu: when it began to shut down
+	leaves time.Time // guarded by w.mu, like the next: when it began to shut down
+	back   time.Time // when it can reach Redis again
 }
 
 func (w *simWorld) startReplica() *simReplica {
 	r := &simReplica{hub: &Hub{Limits: Limits{Subscribers: 1000, PerAddress: 1000, Buffer: w.buffer}, Budget: &Budget{Limit: 64 << 20}}}
 	log := r.start(w, newReplica())
-	r.bus = &simBus{RedisBus: NewRedisBus(RedisOptions{}, r.who, r.hub, log), redis: &w.redis}
-	r.hub.Watch = r.bus.watch
+	r.bus = NewRedisBus(RedisOptions{
+		Server: RedisServer{Addr: "redis:6379"}, Prefix: simPrefix, MaxAttempts: -1,
+		Backoff: Backoff{Initial: 100 * time.Millisecond, Max: time.Second, Factor: 2, Jitter: true},
+	}, r.who, r.hub, log)
+	r.bus.Dial = func(ctx context.Context, _, _ string) (net.Conn, error) {
+		w.mu.Lock()
+		away := time.Now().Before(r.back)
+		w.mu.Unlock()
+		if away {
+			return nil, errSimRefused
+		}
+		conn, err := r.host.dial(ctx, w.redis)
+		if err != nil {
+			return nil, err
+		}
+		return newUnhurried(conn), nil
+	}
 	r.server = must(NewServer(ServerOptions{
 		Replica: r.who, MaxPayload: 3 << 20, Heartbeat: time.Second, HoldTime: simHoldTime, StreamMaxAge: w.maxAge,
 		HandlerTimeout: simHandler, Modes: w.modes, Timeouts: byChannel[time.Duration]{Default: simResponse},
 	}, r.hub, r.bus, log))
-	r.hub.OnSignal, r.bus.OnCutOff = r.server.signal, r.server.AskToMove
+	r.hub.Watch, r.bus.OnCutOff = r.bus.watch, r.server.AskToMove
+	r.hub.OnSignal = func(sig Signal) {
+		r.hears(&sig)
+		r.server.signal(sig)
+	}
 	r.web = webServer(r.server, log)
 	ctx, cancel := context.WithCancel(context.Background())
 	var parts sync.WaitGroup
@@ -670,6 +614,48 @@ func (w *simWorld) startReplica() *simReplica {
 	w.replicas = append(w.replicas, r)
 	return r
 }
+
+// hears notes what the replica is told.
+func (r *simReplica) hears(sig *Signal) {
+	switch {
+	case sig.From == r.who && sig.To == r.who:
+		r.w.told(sig)
+	case sig.Kind == signalHand:
+		r.w.mu.Lock()
+		e := r.w.event(sig.Event)
+		e.holder = append(e.holder, r.who)
+		r.w.mu.Unlock()
+	}
+	event := ""
+	if sig.Event != "" {
+		event = " event=" + sig.Event
+	}
+	r.w.note("%s hears %s%s from=%s subscriber=%s client=%s round=%d given=%v", r.who, sig.Kind, event, sig.From, sig.Subscriber, sig.Client, sig.Round, sig.Given)
+}
+
+// away takes Redis from r for d: both see that at once, or one of them later, or
+// both.
+func (r *simReplica) away(d time.Duration) {
+	r.w.mu.Lock()
+	r.back = time.Now().Add(d)
+	r.w.mu.Unlock()
+	for _, l := range r.host.open(true) {
+		if l.hosts[1] != r.w.redis {
+			continue
+		}
+		if r.w.upTo(1) == 0 {
+			l.cut()
+			continue
+		}
+		l.mute.Store(true)
+		time.AfterFunc(r.w.upTo(simUnseen), l.cut)
+		if r.w.upTo(1) == 0 {
+			l.ends[0].Close()
+		}
+	}
+}
+
+const simUnseen = 1500 * time.Millisecond
 
 // stop is SIGTERM, as runServer takes it.
 func (r *simReplica) stop() {
@@ -696,10 +682,7 @@ func (r *simReplica) crash() {
 		return
 	}
 	r.dead.Store(true)
-	r.bus.mu.Lock()
-	r.bus.dead = true
-	r.bus.mu.Unlock()
-	r.bus.drop(simUnseen)
+	r.away(time.Hour)
 	r.host.crash()
 	r.server.Shutdown()
 	r.web.Close()
@@ -944,7 +927,8 @@ func newSimWorld(t *testing.T, seed uint64) *simWorld {
 		buffer: 16 << 20, concurrency: 32, latency: 5 * time.Millisecond,
 		hosts: map[string]*simHost{}, targets: map[string]*simTarget{}, events: map[string]*simEvent{},
 	}
-	w.redis = simRedis{w: w, delay: 5 * time.Millisecond, subs: map[simSub]bool{}, lanes: map[string]time.Time{}}
+	w.redisDelay, w.lanes = 5*time.Millisecond, map[string]time.Time{}
+	w.startRedis()
 	w.front = w.newHost("front")
 	for _, channel := range simChannels {
 		w.startTarget(channel)
@@ -969,6 +953,7 @@ func (w *simWorld) close() {
 		s.host.crash()
 	}
 	w.front.crash()
+	w.redis.crash()
 	w.wg.Wait()
 	time.Sleep(time.Minute) // timers
 }
@@ -983,7 +968,7 @@ func simulate(t *testing.T, seed uint64) {
 	w.concurrency = []int64{32, 4, 1}[r.IntN(3)]
 	w.latency = within(0, 20*time.Millisecond)
 	w.delay = within(0, 2*time.Second)
-	w.redis.delay = within(0, []time.Duration{2 * time.Millisecond, 20 * time.Millisecond, 200 * time.Millisecond}[r.IntN(3)])
+	w.redisDelay = within(0, []time.Duration{2 * time.Millisecond, 20 * time.Millisecond, 200 * time.Millisecond}[r.IntN(3)])
 	if r.IntN(4) == 0 {
 		w.maxAge = within(5*time.Second, 20*time.Second)
 	}
@@ -1071,7 +1056,7 @@ func simulate(t *testing.T, seed uint64) {
 				}
 				for _, r := range from {
 					w.note("the bus of %s is away for %v", r.who, d/2)
-					r.bus.away(d/2 + w.upTo(time.Second))
+					r.away(d/2 + w.upTo(time.Second))
 				}
 			},
 			func() { replaced(client().crash, newClient) },
@@ -1343,8 +1328,8 @@ func TestSimulationAgain(t *testing.T) {
 			var posts []*simPost
 			for range 10 {
 				posts = slices.Concat(posts, w.send("accept", 5, 10), w.send("status", 2, 10))
-				r.bus.away(300 * time.Millisecond)
-				other.bus.away(w.upTo(600 * time.Millisecond))
+				r.away(300 * time.Millisecond)
+				other.away(w.upTo(600 * time.Millisecond))
 			}
 			time.Sleep(10 * time.Second)
 			w.want(posts, 1, nil)
