@@ -917,15 +917,6 @@ func took(s *Subscriber) (ids []string) {
 	return ids
 }
 
-func isClosed(c <-chan struct{}) bool {
-	select {
-	case <-c:
-		return true
-	default:
-		return false
-	}
-}
-
 // empty fails unless nothing at all is kept.
 func empty(t testing.TB, h *Hub) {
 	t.Helper()

@@ -362,14 +362,6 @@ func TestProbesComeThrough(t *testing.T) {
 	}
 }
 
-// must is for what cannot fail.
-func must[T any](v T, err error) T {
-	if err != nil {
-		panic(err)
-	}
-	return v
-}
-
 // The page, in a browser.
 
 // TestPage: the page of both roles loads without a complaint, shows a webhook as

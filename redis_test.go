@@ -13,7 +13,6 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -28,96 +27,6 @@ import (
 
 	"github.com/gomodule/redigo/redis"
 )
-
-// redisServer is a redis-server process of one test's own.
-type redisServer struct {
-	t         testing.TB
-	addr, url string // url is what REDIS_URL is set to
-	args      []string
-	cmd       *exec.Cmd
-}
-
-// startRedis starts a redis-server on a free port until the test ends.
-func startRedis(t testing.TB, args ...string) *redisServer {
-	t.Helper()
-	binary, port := need(t, "redis-server", "redis-server"), strconv.Itoa(freePorts(t, 1)[0])
-	r := &redisServer{t: t, addr: "127.0.0.1:" + port, url: "redis://127.0.0.1:" + port}
-	r.args = append([]string{binary, "--bind", "127.0.0.1", "--port", port, "--dir", t.TempDir(), "--save", "", "--appendonly", "no", "--daemonize", "no"}, args...)
-	r.restart()
-	t.Cleanup(r.stop)
-	return r
-}
-
-// freePorts returns ports that nobody listens on. They lie below the range
-// from which the kernel takes ports for outgoing connections, so that they are
-// still free when a server comes back to them.
-func freePorts(t testing.TB, n int) (ports []int) {
-	t.Helper()
-	for range 1000 {
-		port := 20000 + mathrand.IntN(12000)
-		l, err := net.Listen("tcp", fmt.Sprintf(":%d", port))
-		if err != nil || slices.Contains(ports, port) {
-			continue
-		}
-		l.Close()
-		if ports = append(ports, port); len(ports) == n {
-			return ports
-		}
-	}
-	t.Fatal("no free port")
-	return nil
-}
-
-// restart starts the process on the same port and waits until it takes connections.
-func (r *redisServer) restart() {
-	r.t.Helper()
-	out := &logBuffer{}
-	r.cmd = exec.Command(r.args[0], r.args[1:]...)
-	r.cmd.Stdout, r.cmd.Stderr = out, out
-	if err := r.cmd.Start(); err != nil {
-		r.t.Fatal(err)
-	}
-	if !inTime(func() bool {
-		conn, err := net.Dial("tcp", r.addr)
-		if err == nil {
-			conn.Close()
-		}
-		return err == nil
-	}) {
-		r.t.Fatalf("redis-server takes no connections:\n%s", out)
-	}
-}
-
-// stop kills the process at once, frozen or not: nothing is said any more.
-func (r *redisServer) stop() { r.end(os.Kill) }
-
-// end waits for the process after by: at SIGTERM it has written to the subscribers,
-// too, what it has answered to a publisher.
-func (r *redisServer) end(by os.Signal) {
-	r.cmd.Process.Signal(by)
-	r.cmd.Wait()
-}
-
-// freeze leaves the process in a state in which the kernel accepts for it and
-// nobody answers.
-func (r *redisServer) freeze() { r.cmd.Process.Signal(syscall.SIGSTOP) }
-func (r *redisServer) thaw()   { r.cmd.Process.Signal(syscall.SIGCONT) }
-
-func (r *redisServer) cli(cmd string, args ...any) any {
-	conn := must(redis.DialURL(r.url))
-	defer conn.Close()
-	return must(conn.Do(cmd, args...))
-}
-
-// channels is what PUBSUB CHANNELS says, sorted.
-func (r *redisServer) channels() []string {
-	return slices.Sorted(slices.Values(must(redis.Strings(r.cli("PUBSUB", "CHANNELS", "*"), nil))))
-}
-
-// subscriptions is how many connections are subscribed to a Redis channel.
-func (r *redisServer) subscriptions(name string) int {
-	return must(redis.IntMap(r.cli("PUBSUB", "NUMSUB", name), nil))[name]
-}
 
 // startOver starts a server whose bus is the Redis at url.
 func startOver(t testing.TB, url string, env ...string) *program {
@@ -158,10 +67,6 @@ func metricOf(t testing.TB, p *program, name string) int {
 	return int(n)
 }
 
-func webhookURL(p *program, channel, tail string) string {
-	return "http://" + p.addr + "/webhooks/" + channel + "/" + tail
-}
-
 // postAccepted posts one webhook that must be accepted.
 func postAccepted(t testing.TB, p *program, channel, tail string) {
 	t.Helper()
@@ -191,128 +96,6 @@ func openFeed(t testing.TB, p *program, channel string, headers ...string) *list
 		t.Fatal(err)
 	}
 	return l
-}
-
-// tcpLink is a TCP proxy in front of servers: a network that a test can break.
-type tcpLink struct {
-	listener net.Listener
-	addr     string
-	spy      func(near net.Conn, said []byte) // set before use: hears what goes to a server before that does
-	tried    atomic.Int64                     // connections that came
-	sent     atomic.Int64                     // bytes that went to servers
-
-	mu      sync.Mutex
-	changed *sync.Cond // of what follows
-	to      []string   // in turn; none: nobody answers
-	conns   map[net.Conn]bool
-	most    [2]int // bytes that each connection may carry to its server and from it; below 0: all
-}
-
-func newLink(t testing.TB, to ...string) *tcpLink {
-	t.Helper()
-	listener := loopback(t)
-	l := &tcpLink{listener: listener, addr: listener.Addr().String(), spy: func(net.Conn, []byte) {}, to: to, conns: map[net.Conn]bool{}, most: [2]int{-1, -1}}
-	l.changed = sync.NewCond(&l.mu)
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		for {
-			near, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			if far := l.connect(near); far != nil {
-				wg.Go(func() { l.pass(far, near, 0) })
-				wg.Go(func() { l.pass(near, far, 1) })
-			}
-		}
-	})
-	t.Cleanup(func() {
-		listener.Close()
-		l.route()
-		wg.Wait()
-	})
-	return l
-}
-
-// connect dials for one accepted connection, and remembers both; it closes that
-// when nobody answers.
-func (l *tcpLink) connect(near net.Conn) (far net.Conn) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if turn := int(l.tried.Add(1)); len(l.to) > 0 {
-		if far, err := net.Dial("tcp", l.to[turn%len(l.to)]); err == nil {
-			l.conns[near], l.conns[far] = true, true
-			return far
-		}
-	}
-	near.Close()
-	return nil
-}
-
-// pass copies from src to dst while that is allowed, and closes both at the end.
-func (l *tcpLink) pass(dst, src net.Conn, way int) {
-	defer dst.Close()
-	defer src.Close()
-	buf := make([]byte, 32<<10)
-	for total := 0; ; {
-		n, err := src.Read(buf)
-		if way == 0 {
-			l.spy(src, buf[:n])
-		}
-		for rest := buf[:n]; len(rest) > 0; {
-			k := l.admit(src, way, total, len(rest))
-			if _, err := dst.Write(rest[:k]); err != nil || k == 0 {
-				return
-			}
-			if rest, total = rest[k:], total+k; way == 0 {
-				l.sent.Add(int64(k))
-			}
-		}
-		if err != nil {
-			l.admit(src, way, total, 1) // an end waits, too
-			return
-		}
-	}
-}
-
-// admit waits until some of n bytes may pass and returns how many; none when
-// the connection is cut.
-func (l *tcpLink) admit(src net.Conn, way, total, n int) int {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for l.conns[src] {
-		if l.most[way] < 0 {
-			return n
-		}
-		if k := min(n, l.most[way]-total); k > 0 {
-			return k
-		}
-		l.changed.Wait()
-	}
-	return 0
-}
-
-// set changes what connect and admit look at.
-func (l *tcpLink) set(change func()) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	change()
-	l.changed.Broadcast()
-}
-
-func (l *tcpLink) limit(most int) { l.set(func() { l.most[0] = most }) }
-func (l *tcpLink) silence()       { l.set(func() { l.most[1] = 0 }) }
-func (l *tcpLink) speak()         { l.set(func() { l.most[1] = -1 }) }
-
-// route cuts every connection and sends new ones to other addresses, or nowhere.
-func (l *tcpLink) route(to ...string) {
-	l.set(func() {
-		l.to = to
-		for conn := range l.conns {
-			conn.Close()
-		}
-		clear(l.conns)
-	})
 }
 
 // sender posts numbered webhooks, as providers do over connections that stay open.

@@ -10,7 +10,6 @@ import (
 	"crypto/tls"
 	"encoding/base64"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"go/ast"
@@ -45,64 +44,6 @@ import (
 	"unicode/utf8"
 )
 
-// patience bounds every wait of a test for something that should happen soon.
-const patience = time.Minute
-
-// slack is what a busy machine may add to a time that the program bounds.
-const slack = 10 * time.Second
-
-// wants is what tests were skipped for. "go test" shows it at the end, and so does
-// "go test -v ./..."; of a package that it is given by name or pattern, and that
-// passes, go test shows nothing else.
-type wants struct {
-	mu    sync.Mutex
-	tests map[string]bool   // guarded by mu, as the next is; names of tests and benchmarks
-	how   map[string]string // to get what is missing, by that
-}
-
-var lacking = wants{tests: map[string]bool{}, how: map[string]string{}}
-
-// need is where program is; a test is skipped without it. pkg is Debian's.
-func need(t testing.TB, program, pkg string) (path string) {
-	t.Helper()
-	for _, name := range []string{program, "/usr/sbin/" + program} { // not on the PATH of everybody
-		if path, err := exec.LookPath(name); err == nil {
-			return path
-		}
-	}
-	lacking.skip(t, program, "apt-get install "+pkg)
-	return ""
-}
-
-// skip ends a test for want of something; CI must not do without.
-func (w *wants) skip(t testing.TB, what, how string) {
-	t.Helper()
-	if os.Getenv("CI") != "" {
-		t.Fatalf("no %s: %s", what, how)
-	}
-	w.mu.Lock()
-	w.tests[t.Name()], w.how[what] = true, how
-	w.mu.Unlock()
-	t.Skipf("no %s: %s", what, how)
-}
-
-// String is one line, or nothing where nobody asked and nothing was skipped.
-func (w *wants) String() string {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	var missing []string
-	for _, what := range slices.Sorted(maps.Keys(w.how)) {
-		missing = append(missing, fmt.Sprintf("no %s (%s)", what, w.how[what]))
-	}
-	if len(missing) > 0 {
-		return fmt.Sprintf("skipped %d tests: %s", len(w.tests), strings.Join(missing, ", "))
-	}
-	if testing.Verbose() || os.Getenv("CI") != "" {
-		return "skipped no test for want of anything"
-	}
-	return ""
-}
-
 // failing is a test that notes that it failed.
 type failing struct {
 	testing.TB
@@ -131,296 +72,6 @@ func TestWants(t *testing.T) {
 	if want := "skipped 3 tests: no rain (wait for rain), no sun (wait for sun)"; w.String() != want || !f.failed {
 		t.Errorf("line %q, want %q; in CI a test failed: %t", w, want, f.failed)
 	}
-}
-
-// logBuffer collects what a program logs. It is safe for concurrent use.
-type logBuffer struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (l *logBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.Write(p)
-}
-
-func (l *logBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.String()
-}
-
-// lines returns the logged records whose message is msg.
-func (l *logBuffer) lines(msg string) (records []map[string]any) {
-	for line := range strings.Lines(l.String()) {
-		var record map[string]any
-		if strings.Contains(line, `"msg":"`+msg) && json.Unmarshal([]byte(line), &record) == nil && record["msg"] == msg {
-			records = append(records, record)
-		}
-	}
-	return records
-}
-
-// program is one run of the whole program in this process.
-type program struct {
-	t      testing.TB
-	log    *logBuffer
-	cancel context.CancelFunc
-	done   chan struct{} // closed when run has returned
-	err    error         // what run returned, after done
-	addr   string        // of a server: host:port for webhooks and streams
-	health string        // host:port for probes, when HEALTH_SERVICE_PORT is set
-}
-
-// begin runs the program with env, entries of the form NAME=value, until the test ends.
-func begin(t testing.TB, env ...string) *program {
-	t.Helper()
-	ctx, cancel := context.WithCancel(context.Background())
-	p := &program{t: t, log: &logBuffer{}, cancel: cancel, done: make(chan struct{})}
-	go func() {
-		defer close(p.done)
-		p.err = run(ctx, env, p.log)
-	}()
-	t.Cleanup(func() {
-		p.stop()
-		if t.Failed() {
-			t.Logf("log of %s:\n%s", strings.Join(env, " "), p.log)
-		}
-	})
-	return p
-}
-
-// start is begin and the wait until the program listens, a server on a free port
-// unless env says otherwise.
-func start(t testing.TB, env ...string) *program {
-	t.Helper()
-	p := begin(t, append([]string{"SERVER_PORT=0", "LOG_FORMAT=json", "LOG_LEVEL=debug"}, env...)...)
-	listening := func(msg string) string {
-		lines := p.wait(msg)
-		if len(lines) == 0 {
-			return ""
-		}
-		_, port, _ := net.SplitHostPort(lines[0]["addr"].(string))
-		return net.JoinHostPort("127.0.0.1", port)
-	}
-	p.wait("starting")
-	for _, e := range env {
-		switch {
-		case e == "RELAY_MODE=server":
-			p.addr = listening("listening")
-		case strings.HasPrefix(e, "HEALTH_SERVICE_PORT="):
-			p.health = listening("health service listening")
-		}
-	}
-	return p
-}
-
-// startServer is start with RELAY_MODE=server; startClient subscribes to
-// channel at server and forwards to target, a URL.
-func startServer(t testing.TB, env ...string) *program {
-	t.Helper()
-	return start(t, append([]string{"RELAY_MODE=server"}, env...)...)
-}
-
-func startClient(t testing.TB, server, channel, target string, env ...string) *program {
-	t.Helper()
-	p := start(t, append([]string{
-		"RELAY_MODE=client", "SOURCE_URL=http://" + server + "/subscribe/" + channel + "/",
-		"TARGET_BASE_URL=" + target, "RECONNECT_INTERVAL=50",
-	}, env...)...)
-	p.wait("stream ready")
-	return p
-}
-
-// wait returns the records with msg as soon as there are some, or none when
-// the program ended or patience did.
-func (p *program) wait(msg string) (records []map[string]any) {
-	p.t.Helper()
-	eventually(p.t, fmt.Sprintf("%q is in the log", msg), func() bool {
-		over := isClosed(p.done) // before the log is read for the last time
-		records = p.log.lines(msg)
-		return over || len(records) > 0
-	})
-	return records
-}
-
-// stop is SIGTERM and the wait for the end; it returns what run returned.
-func (p *program) stop() error {
-	p.t.Helper()
-	p.cancel()
-	select {
-	case <-p.done:
-	case <-time.After(patience):
-		p.t.Errorf("program did not end:\n%s", p.log)
-	}
-	return p.err
-}
-
-// eventually waits until ok, at most patience.
-func eventually(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	if !inTime(ok) {
-		t.Fatalf("%s: not within %s", what, patience)
-	}
-}
-
-// inTime is eventually for any goroutine.
-func inTime(ok func() bool) bool {
-	pause := time.Millisecond
-	for deadline := time.Now().Add(patience); !ok(); time.Sleep(pause) {
-		if time.Now().After(deadline) {
-			return false
-		}
-		pause = min(pause*5/4, 20*time.Millisecond)
-	}
-	return true
-}
-
-// recorded is one request as it reached a target, byte for byte.
-type recorded struct {
-	line    string      // request line without its end
-	headers [][2]string // name as received, value bytes
-	body    []byte
-}
-
-func (r recorded) get(name string) string {
-	for _, h := range r.headers {
-		if strings.EqualFold(h[0], name) {
-			return h[1]
-		}
-	}
-	return ""
-}
-
-// target is an HTTP/1.1 target on a raw socket that records bytes.
-type target struct {
-	url      string
-	listener net.Listener
-	got      chan recorded // every request, in order of arrival
-	answer   func(recorded) string
-	wg       sync.WaitGroup
-}
-
-const (
-	ok200  = "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
-	hangUp = "hang up" // instead of an answer: close the connection
-)
-
-// newTarget starts a target; answer gives the raw response, nil means 200.
-// It runs in the connection's goroutine and may block.
-func newTarget(t testing.TB, answer func(recorded) string) *target {
-	t.Helper()
-	l := loopback(t)
-	if answer == nil {
-		answer = func(recorded) string { return ok200 }
-	}
-	tg := &target{url: "http://" + l.Addr().String(), listener: l, got: make(chan recorded, 100000), answer: answer}
-	var conns sync.Map
-	tg.wg.Go(func() {
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			conns.Store(conn, true)
-			tg.wg.Go(func() {
-				defer conn.Close()
-				tg.serve(conn)
-			})
-		}
-	})
-	t.Cleanup(func() {
-		l.Close()
-		conns.Range(func(c, _ any) bool { c.(net.Conn).Close(); return true })
-		tg.wg.Wait()
-	})
-	return tg
-}
-
-func (tg *target) serve(conn net.Conn) {
-	r := bufio.NewReader(conn)
-	for {
-		req, err := readRecorded(r)
-		if err != nil {
-			return
-		}
-		tg.got <- req
-		answer := tg.answer(req)
-		if answer == hangUp {
-			return
-		}
-		if _, err := io.WriteString(conn, answer); err != nil {
-			return
-		}
-	}
-}
-
-// readRecorded reads one request; it understands Content-Length and chunked.
-func readRecorded(r *bufio.Reader) (req recorded, err error) {
-	line := func() string {
-		var s string
-		if err == nil {
-			s, err = r.ReadString('\n')
-		}
-		return strings.TrimSuffix(strings.TrimSuffix(s, "\n"), "\r")
-	}
-	req.line = line()
-	for h := line(); err == nil && h != ""; h = line() {
-		name, value, _ := strings.Cut(h, ":")
-		req.headers = append(req.headers, [2]string{name, strings.TrimPrefix(value, " ")})
-	}
-	if err != nil {
-		return req, err
-	}
-	if strings.EqualFold(req.get("Transfer-Encoding"), "chunked") {
-		if req.body, err = io.ReadAll(httputil.NewChunkedReader(r)); err == nil {
-			for line() != "" { // the trailer
-			}
-		}
-		return req, err
-	}
-	n, _ := strconv.Atoi(req.get("Content-Length"))
-	req.body = make([]byte, n)
-	_, err = io.ReadFull(r, req.body)
-	return req, err
-}
-
-// next is the next request, within patience.
-func (tg *target) next(t testing.TB) recorded {
-	t.Helper()
-	select {
-	case r := <-tg.got:
-		return r
-	case <-time.After(patience):
-		t.Fatal("nothing reached the target")
-		return recorded{}
-	}
-}
-
-// afresh has a connection for each request.
-var afresh = &http.Transport{DisableKeepAlives: true, DisableCompression: true}
-
-// send is one webhook with a fresh connection; it returns status and body.
-func send(t testing.TB, method, url, body string, headers ...string) (status int, answer string, header http.Header) {
-	t.Helper()
-	o := post(context.Background(), afresh, method, url, body, headers...)
-	if o.err != nil {
-		t.Fatal(o.err)
-	}
-	return o.status, o.body, o.header
-}
-
-// connect dials addr for as long as patience lasts, at most until the test ends.
-func connect(t testing.TB, addr string) net.Conn {
-	t.Helper()
-	conn, err := net.Dial("tcp", addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	conn.SetDeadline(time.Now().Add(patience))
-	return conn
 }
 
 // demoTranscript is all that a demo says by itself, as the README shows it.
@@ -740,43 +391,6 @@ func TestNoFalseAlarm(t *testing.T) {
 	}
 }
 
-// wire sends the bytes of one request on a connection of its own and returns
-// the answer.
-func wire(t testing.TB, addr, request string) (status int, answer string, header http.Header) {
-	t.Helper()
-	conn := connect(t, addr)
-	defer conn.Close()
-	io.WriteString(conn, request) // the other side may refuse it before it has read all
-	method, _, _ := strings.Cut(request, " ")
-	r, continued := bufio.NewReader(conn), false
-	resp, err := http.ReadResponse(r, &http.Request{Method: method})
-	if err == nil && resp.StatusCode == 100 {
-		continued = true
-		resp, err = http.ReadResponse(r, &http.Request{Method: method})
-	}
-	if err != nil || continued != strings.Contains(request, "Expect: 100-continue") {
-		t.Fatalf("answer to %.80q: continued %t, %v", request, continued, err)
-	}
-	defer resp.Body.Close()
-	return resp.StatusCode, string(must(io.ReadAll(resp.Body))), resp.Header
-}
-
-// compose is a request for channel m as bytes. It has a Host, and the
-// Content-Length of its body unless a header line gives another framing.
-func compose(line, body string, headers ...string) string {
-	var head strings.Builder
-	head.WriteString(line + "\r\nHost: relay.example.com\r\n")
-	framed := body == ""
-	for _, h := range headers {
-		head.WriteString(h + "\r\n")
-		framed = framed || strings.HasPrefix(h, "Transfer-Encoding:")
-	}
-	if !framed {
-		fmt.Fprintf(&head, "Content-Length: %d\r\n", len(body))
-	}
-	return head.String() + "\r\n" + body
-}
-
 // webhook is compose for a body whose path does not matter.
 func webhook(body string, headers ...string) string {
 	return compose("POST /webhooks/m/x HTTP/1.1", body, headers...)
@@ -800,22 +414,6 @@ func gzipped(t testing.TB, text string) string {
 		t.Fatal(err)
 	}
 	return b.String()
-}
-
-// fields lists r's headers as "name: value" with lower-case names, sorted by
-// name; the values of one name stay in their order. Names in skip are left out.
-func (r recorded) fields(skip ...string) (list []string) {
-	named := map[string][]string{}
-	for _, h := range r.headers {
-		name := strings.ToLower(h[0])
-		named[name] = append(named[name], name+": "+h[1])
-	}
-	for _, name := range slices.Sorted(maps.Keys(named)) {
-		if !slices.Contains(skip, name) {
-			list = append(list, named[name]...)
-		}
-	}
-	return list
 }
 
 // checkArrival compares what reached a target with what was sent to the relay. What
@@ -1055,11 +653,6 @@ func steady(t testing.TB, blocks ...string) *httptest.Server {
 		tell(w, append([]string{readyBlock}, blocks...)...)
 		<-r.Context().Done()
 	})
-}
-
-// hostOf is the host:port of a URL of a test server.
-func hostOf(url string) string {
-	return strings.TrimPrefix(strings.TrimPrefix(url, "http://"), "https://")
 }
 
 // TestChannelsAreOnlyNames: no channel reaches anything inside the server,
@@ -1341,22 +934,6 @@ func TestHostileSource(t *testing.T) {
 		}
 		checkMetrics(t, client, map[string]float64{"relay_events_invalid_total": refused})
 	}
-}
-
-// writePEM writes a block to a file of the test and returns its name.
-func writePEM(t testing.TB, kind string, der []byte) string {
-	t.Helper()
-	return tokensFile(t, string(pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der})))
-}
-
-// newTLSServer is a server with a certificate that no root vouches for.
-func newTLSServer(t testing.TB, handler http.HandlerFunc) *httptest.Server {
-	t.Helper()
-	s := httptest.NewUnstartedServer(handler)
-	s.Config.ErrorLog = log.New(io.Discard, "", 0)
-	s.StartTLS()
-	t.Cleanup(s.Close)
-	return s
 }
 
 // TestCertificatesAreVerified: a token does not turn verification off, and
@@ -2053,19 +1630,6 @@ func TestNothingLeaks(t *testing.T) {
 
 // The program as a process.
 
-// process is the test binary as the program.
-type process struct {
-	cmd         *exec.Cmd
-	out, stderr logBuffer
-	exited      chan struct{} // closed when it has ended
-}
-
-// launch starts the program with env and args; it is killed when the test ends.
-func launch(t testing.TB, env []string, args ...string) *process {
-	t.Helper()
-	return launchTo(t, nil, env, args...)
-}
-
 // launchTo is launch with a file for the log.
 func launchTo(t testing.TB, log *os.File, env []string, args ...string) *process {
 	t.Helper()
@@ -2084,25 +1648,6 @@ func launchTo(t testing.TB, log *os.File, env []string, args ...string) *process
 	}()
 	t.Cleanup(func() { <-p.exited })
 	return p
-}
-
-// code waits for the end, after signals.
-func (p *process) code(t testing.TB, signals ...os.Signal) int {
-	t.Helper()
-	for _, signal := range signals {
-		p.cmd.Process.Signal(signal)
-	}
-	select {
-	case <-p.exited:
-	case <-time.After(patience):
-		t.Fatalf("process did not end:\n%s", &p.stderr)
-	}
-	return p.cmd.ProcessState.ExitCode()
-}
-
-func (p *process) logged(t testing.TB, msg string) {
-	t.Helper()
-	eventually(t, msg, func() bool { return len(p.stderr.lines(msg)) > 0 })
 }
 
 // TestLogReaderGoes: the program outlives who reads its log, and ends in order.

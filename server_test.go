@@ -5,25 +5,17 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/hmac"
-	"crypto/rand"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/base64"
-	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"log/slog"
-	"math/big"
 	"net"
 	"net/http"
 	"net/http/httputil"
@@ -32,7 +24,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"reflect"
 	"regexp"
 	"runtime"
 	"slices"
@@ -47,379 +38,6 @@ import (
 	"weak"
 )
 
-// TestMain lets the test binary be the program itself, or the bare reference
-// of BenchmarkIdleStream, in a process of its own.
-func TestMain(m *testing.M) {
-	switch os.Getenv("RELAY_TEST_MAIN") {
-	case "1":
-		main()
-	case "bare":
-		bareMain()
-	default:
-		flag.Parse()
-		set := false
-		flag.Visit(func(f *flag.Flag) {
-			set = set || f.Name == "test.parallel" || strings.HasPrefix(f.Name, "test.fuzz") && f.Value.String() != ""
-		})
-		if !set { // most tests that are parallel wait; workers of a fuzz target do not
-			flag.Set("test.parallel", "10")
-		}
-		code := m.Run()
-		if line := lacking.String(); line != "" {
-			fmt.Println(line)
-		}
-		os.Exit(code)
-	}
-}
-
-// expect compares, and tells what differs.
-func expect[T any](t testing.TB, what string, got, want T) {
-	t.Helper()
-	if !reflect.DeepEqual(got, want) {
-		t.Errorf("%s: got %.1000s, want %.1000s", what, fmt.Sprintf("%+v", got), fmt.Sprintf("%+v", want))
-	}
-}
-
-// between checks a time that is not exact.
-func between(t testing.TB, what string, least, took, most time.Duration) {
-	t.Helper()
-	if took < least || took > most {
-		t.Errorf("%s: %s, want %s to %s", what, took, least, most)
-	}
-}
-
-// rig is a server without run around it: on any listener, with the settings
-// that env gives the program.
-type rig struct {
-	*Server
-	hub *Hub
-	log *logBuffer
-}
-
-// testReplica is a name as replicas give themselves.
-const testReplica = "REPLICAAAAAAA"
-
-// testID is the id of an event that a rig might have, but has not.
-const testID = testReplica + "-AAAAAAAAAAAAAAAAAAAAAAAAAA"
-
-// configOf is the configuration that env gives the program.
-func configOf(t testing.TB, env ...string) *Config {
-	t.Helper()
-	c, _, err := loadConfig(env)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return c
-}
-
-// newRig serves on l until the test ends.
-func newRig(t testing.TB, l net.Listener, env ...string) *rig {
-	t.Helper()
-	return newRigOn(t, l, func(h *Hub) Bus { return h }, env...)
-}
-
-// newRigOn is newRig with a bus around its hub.
-func newRigOn(t testing.TB, l net.Listener, around func(*Hub) Bus, env ...string) *rig {
-	t.Helper()
-	c := configOf(t, append([]string{"RELAY_MODE=server"}, env...)...)
-	r := &rig{hub: &Hub{Limits: c.Limits, Budget: &Budget{Limit: c.HeldBuffer}}, log: &logBuffer{}}
-	log := newLogger(c, r.log)
-	c.Server.Replica = testReplica
-	r.Server = must(NewServer(c.Server, r.hub, around(r.hub), log))
-	r.hub.OnSignal = r.signal
-	running(t, func(ctx context.Context) { r.Run(ctx) })
-	web := webServer(r.Server, log)
-	if d, ok := l.(interface { // a door, which wants to hear of its connections
-		state(net.Conn, http.ConnState)
-	}); ok {
-		web.ConnState = d.state
-	}
-	serveOn(t, web, l)
-	t.Cleanup(func() { // before the listener goes: streams that were taken from net/http are ours to end
-		leaveAll(r.hub, errShutdown)
-		r.streams.Wait()
-	})
-	return r
-}
-
-// total is what was counted for any reason.
-func total(r tally) (n int64) {
-	for _, counter := range r {
-		n += counter.Load()
-	}
-	return n
-}
-
-func heldBy(s *Server) (webhooks int, size int64) {
-	state := s.Held()
-	return state.Webhooks, state.Bytes
-}
-
-// streamCount is how many streams there are.
-func (r *rig) streamCount() int {
-	n, _ := r.hub.Count()
-	return n
-}
-
-// endings are the reasons why streams ended.
-func (r *rig) endings() (reasons []any) {
-	for _, line := range r.log.lines("subscriber gone") {
-		reasons = append(reasons, line["reason"])
-	}
-	return reasons
-}
-
-// leaveAll ends every stream of h for reason.
-func leaveAll(h *Hub, reason error) {
-	for _, sub := range h.Subscribers() {
-		h.Leave(sub, reason)
-	}
-}
-
-// running runs what ends with its context until stop is called, at the latest at
-// the end of the test.
-func running(t testing.TB, run func(context.Context)) (stop func()) {
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		run(ctx)
-	}()
-	stop = func() {
-		cancel()
-		<-done
-	}
-	t.Cleanup(stop)
-	return stop
-}
-
-func serveOn(t testing.TB, web *http.Server, l net.Listener) {
-	running(t, func(context.Context) { web.Serve(l) })
-	t.Cleanup(func() { web.Close() })
-}
-
-func loopback(testing.TB) net.Listener { return must(net.Listen("tcp", "127.0.0.1:0")) }
-
-// exchange writes request bytes, says that there are no more, and reads the
-// answers to their end.
-func exchange(t testing.TB, addr, request string) string {
-	t.Helper()
-	conn := connect(t, addr).(*net.TCPConn)
-	io.WriteString(conn, request) // the other side may close before it has read all
-	conn.CloseWrite()
-	b, _ := io.ReadAll(conn)
-	return string(b)
-}
-
-// newClientOf is a Client of the source for target with the program's defaults.
-func newClientOf(t testing.TB, source, target string, env ...string) *Client {
-	t.Helper()
-	c := configOf(t, append([]string{"RELAY_MODE=client", "SOURCE_URL=" + source, "TARGET_BASE_URL=" + target}, env...)...)
-	return NewClient(c.clientOf(c.Sources[0]), slog.New(slog.DiscardHandler))
-}
-
-// Bubbles. Whole relays run in testing/synctest over pipes, so that hours pass
-// in milliseconds and nothing depends on the machine's speed. A bubble does not
-// end before all its goroutines do: every such test is one for leaks, too.
-
-// pipes is a listener whose connections are pairs of net.Pipe.
-type pipes struct {
-	conns chan net.Conn
-	done  chan struct{}
-	once  sync.Once
-
-	mu   sync.Mutex
-	open []net.Conn // guarded by mu: the dialling ends
-	down bool       // guarded by mu: dialling fails
-}
-
-func newPipes() *pipes { return &pipes{conns: make(chan net.Conn), done: make(chan struct{})} }
-
-func (p *pipes) Accept() (net.Conn, error) {
-	select {
-	case conn := <-p.conns:
-		return conn, nil
-	case <-p.done:
-		return nil, net.ErrClosed
-	}
-}
-
-func (p *pipes) Close() error {
-	p.once.Do(func() { close(p.done) })
-	return nil
-}
-
-func (p *pipes) Addr() net.Addr { return pipeAddr }
-
-// pipeAddr is the address of everybody, from the range for documentation.
-var pipeAddr = &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 4711}
-
-// pipeConn has an address as a connection has.
-type pipeConn struct{ net.Conn }
-
-func (pipeConn) RemoteAddr() net.Addr { return pipeAddr }
-
-// dial is an http.Transport's DialContext.
-func (p *pipes) dial(context.Context, string, string) (net.Conn, error) {
-	near, far := net.Pipe()
-	p.mu.Lock()
-	down := p.down
-	p.open = append(p.open, near)
-	p.mu.Unlock()
-	if !down {
-		select {
-		case p.conns <- pipeConn{far}:
-			return near, nil
-		case <-p.done:
-		}
-	}
-	return nil, fmt.Errorf("dial: connection refused")
-}
-
-// connect is a bare connection.
-func (p *pipes) connect(t testing.TB) net.Conn { return must(p.dial(t.Context(), "", "")) }
-
-// cut breaks all connections, as a power failure does; with down, none comes up again.
-func (p *pipes) cut(down bool) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.down = down
-	for _, conn := range p.open {
-		conn.Close()
-	}
-	p.open = nil
-}
-
-// transport speaks to p until the test ends, HTTP/2 without TLS if h2.
-func (p *pipes) transport(t testing.TB, h2 bool) *http.Transport {
-	var protocols http.Protocols
-	protocols.SetHTTP1(!h2)
-	protocols.SetUnencryptedHTTP2(h2)
-	transport := &http.Transport{DialContext: p.dial, Protocols: &protocols, DisableCompression: true}
-	t.Cleanup(transport.CloseIdleConnections)
-	return transport
-}
-
-// outcome is an answer, read to its end.
-type outcome struct {
-	status int
-	body   string
-	header http.Header
-	err    error
-	at     time.Time
-}
-
-// requestOf is a request with headers, which are names and values by turns.
-func requestOf(ctx context.Context, method, url string, body io.Reader, headers ...string) *http.Request {
-	req := must(http.NewRequestWithContext(ctx, method, url, body))
-	for i := 0; i < len(headers); i += 2 {
-		req.Header.Add(headers[i], headers[i+1])
-	}
-	return req
-}
-
-// post sends one webhook, or whatever method says, and waits for the answer.
-func post(ctx context.Context, rt http.RoundTripper, method, url, body string, headers ...string) (r outcome) {
-	ctx, cancel := context.WithTimeout(ctx, time.Hour) // of a bubble, where that is no time
-	defer cancel()
-	resp, err := rt.RoundTrip(requestOf(ctx, method, url, strings.NewReader(body), headers...))
-	if err != nil {
-		return outcome{err: err, at: time.Now()}
-	}
-	defer resp.Body.Close()
-	b, err := io.ReadAll(resp.Body)
-	return outcome{resp.StatusCode, string(b), resp.Header, err, time.Now()}
-}
-
-// is checks an answer of a target, or of the relay in accept mode.
-func (r outcome) is(t testing.TB, status int, body string) {
-	t.Helper()
-	if r.err != nil || r.status != status || r.body != body {
-		t.Errorf("got %d %.200q %v, want %d %.200q", r.status, r.body, r.err, status, body)
-	}
-}
-
-// refused checks an answer that is the relay's own error. A 503 tells when to come
-// back; legacy clients end for good at 429.
-func (r outcome) refused(t testing.TB, status int, message string) {
-	t.Helper()
-	r.is(t, status, relayError(status, message))
-	if r.err == nil && (status == 503) != (r.header.Get("Retry-After") == "5") || r.err == nil && r.header.Get("Content-Type") != "application/json" {
-		t.Errorf("%d %s: got the header %v", status, message, r.header)
-	}
-}
-
-// relayError is what the relay itself answers.
-func relayError(status int, message string) string {
-	return fmt.Sprintf(`{"statusCode":%d,"message":%q}`, status, message)
-}
-
-// seen is one event of a stream.
-type seen struct {
-	name, id, data string
-	at             time.Time
-}
-
-// listener is one stream whose events are collected.
-type listener struct {
-	client string // of no other one, unless its headers say so
-	resp   *http.Response
-	err    error // instead of resp
-	close  context.CancelFunc
-	done   chan struct{} // closed at the end of the stream
-
-	mu     sync.Mutex
-	events []seen // guarded by mu
-	taken  int    // guarded by mu: of events
-
-	ended time.Time // once it is done
-}
-
-// features is what our own client announces.
-var features = []string{"X-Relay-Features", "http, respond, drain"}
-
-// subscribe opens the stream at url, until ctx ends, and returns once its status
-// is known.
-func subscribe(ctx context.Context, rt http.RoundTripper, url string, headers ...string) *listener {
-	ctx, cancel := context.WithCancel(ctx)
-	req := requestOf(ctx, "GET", url, nil, headers...)
-	if strings.Contains(req.Header.Get("X-Relay-Features"), "respond") && req.Header["X-Relay-Client"] == nil {
-		req.Header.Set("X-Relay-Client", rand.Text())
-	}
-	l := &listener{client: req.Header.Get("X-Relay-Client"), close: cancel, done: make(chan struct{})}
-	if l.resp, l.err = rt.RoundTrip(req); l.err != nil {
-		cancel()
-		close(l.done)
-		return l
-	}
-	go func() {
-		defer close(l.done)
-		defer l.resp.Body.Close()
-		p := newParser(l.resp.Body)
-		for m, err := p.next(); err == nil; m, err = p.next() {
-			l.mu.Lock()
-			l.events = append(l.events, seen{m.name, m.id, string(m.data), time.Now()})
-			l.mu.Unlock()
-		}
-		l.ended = time.Now()
-	}()
-	return l
-}
-
-// listen opens the stream at url, which ends with the test.
-func listen(t testing.TB, rt http.RoundTripper, url string, headers ...string) *listener {
-	t.Helper()
-	l := subscribe(context.Background(), rt, url, headers...)
-	if l.err != nil {
-		t.Fatal(l.err)
-	}
-	t.Cleanup(l.leave)
-	if l.resp.StatusCode != 200 {
-		t.Errorf("stream: status %d", l.resp.StatusCode)
-	}
-	return l
-}
-
 // unread opens the stream at streamURL until the test ends, and leaves what comes
 // to the test.
 func unread(t testing.TB, rt http.RoundTripper, headers ...string) *http.Response {
@@ -428,197 +46,6 @@ func unread(t testing.TB, rt http.RoundTripper, headers ...string) *http.Respons
 	t.Cleanup(func() { resp.Body.Close() })
 	return resp
 }
-
-func (l *listener) leave() {
-	l.close()
-	<-l.done
-}
-
-// report says a of the event id, as the client of this stream, and returns the
-// status of that.
-func (l *listener) report(t testing.TB, rt http.RoundTripper, id string, a Answer) int {
-	t.Helper()
-	return post(t.Context(), rt, "POST", streamURL+"responses", reportOf(id, a), "X-Relay-Client", l.client).status
-}
-
-// got are the events of such a name so far; a message is a webhook in either form.
-func (l *listener) got(name string) (events []seen) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for _, e := range l.events {
-		if e.name == name || name == "message" && e.name == "webhook" {
-			events = append(events, e)
-		}
-	}
-	return events
-}
-
-// next waits for the nth webhook of the stream, from 1.
-func (l *listener) next(t testing.TB, n int) seen {
-	t.Helper()
-	eventually(t, "event", func() bool { return len(l.got("message")) >= n })
-	return l.got("message")[n-1]
-}
-
-// becomesReady waits for the first ready, in any goroutine.
-func (l *listener) becomesReady() error {
-	if inTime(func() bool { return isClosed(l.done) || len(l.got("ready")) > 0 }); len(l.got("ready")) > 0 {
-		return nil
-	}
-	if l.err != nil {
-		return l.err
-	}
-	return fmt.Errorf("no ready: %s", l.resp.Status)
-}
-
-// take is the next webhook that was not taken yet, nil when there is none.
-func (l *listener) take() (*Webhook, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for l.taken < len(l.events) {
-		e := l.events[l.taken]
-		l.taken++
-		if e.name == "message" || e.name == "webhook" {
-			return decodeOwn(e.name, e.id, []byte(e.data))
-		}
-	}
-	return nil, nil
-}
-
-// await waits for what take takes, in any goroutine.
-func (l *listener) await() (w *Webhook, err error) {
-	inTime(func() bool {
-		over := isClosed(l.done) // before it is asked for the last time
-		w, err = l.take()
-		return w != nil || err != nil || over
-	})
-	if w == nil && err == nil {
-		err = errors.New("no webhook on the stream")
-	}
-	return w, err
-}
-
-// webhook is await for the test's goroutine.
-func (l *listener) webhook(testing.TB) *Webhook { return must(l.await()) }
-
-// only checks that the stream brings the webhook with this tail, and once.
-func (l *listener) only(t testing.TB, tail string) {
-	t.Helper()
-	if w := l.webhook(t); !strings.HasSuffix(w.Path, "/"+tail) {
-		t.Fatalf("stream brought %s, want %s", w.Path, tail)
-	}
-	if w, err := l.take(); w != nil || err != nil {
-		t.Fatalf("stream brought more than it should: %v %v", w, err)
-	}
-}
-
-// endedAt waits for the end of the stream.
-func (l *listener) endedAt(t testing.TB) time.Time {
-	t.Helper()
-	select {
-	case <-l.done:
-	case <-time.After(time.Hour):
-		t.Fatal("the stream does not end")
-	}
-	return l.ended
-}
-
-// webhook is what the stream says of a webhook, read as our client does.
-func (e seen) webhook(testing.TB) *Webhook { return must(decodeOwn(e.name, e.id, []byte(e.data))) }
-
-// inBubble is synctest.Test with a second at the end, in which net/http closes
-// what it leaves open for half of one.
-func inBubble(t *testing.T, f func(t *testing.T)) {
-	t.Helper()
-	synctest.Test(t, func(t *testing.T) {
-		t.Cleanup(func() { time.Sleep(time.Second) })
-		f(t)
-	})
-}
-
-// rigTest runs f in a bubble with a server behind p.
-func rigTest(t *testing.T, env []string, f func(t *testing.T, p *pipes, r *rig)) {
-	t.Helper()
-	inBubble(t, func(t *testing.T) {
-		p := newPipes()
-		f(t, p, newRig(t, p, env...))
-	})
-}
-
-// bubbles runs f in one bubble for HTTP/1.1 and in one for HTTP/2.
-func bubbles(t *testing.T, f func(t *testing.T, p *pipes, rt *http.Transport)) {
-	for name, h2 := range map[string]bool{"HTTP1": false, "HTTP2": true} {
-		t.Run(name, func(t *testing.T) {
-			inBubble(t, func(t *testing.T) {
-				p := newPipes()
-				f(t, p, p.transport(t, h2))
-			})
-		})
-	}
-}
-
-// relay is a server in a bubble, and who speaks to it.
-type relay struct {
-	*rig
-	t    testing.TB
-	p    *pipes
-	rt   *http.Transport // of providers and subscribers
-	base string          // of their URLs
-}
-
-// relayTest runs f in one bubble where HTTP/1.1 is spoken, and in one with HTTP/2.
-// Nothing of what f does may stay held.
-func relayTest(t *testing.T, env []string, f func(*testing.T, *relay)) {
-	t.Helper()
-	relayOn(t, func(h *Hub) Bus { return h }, env, f)
-}
-
-// relayOn is relayTest with a bus around the hub.
-func relayOn(t *testing.T, around func(*Hub) Bus, env []string, f func(*testing.T, *relay)) {
-	t.Helper()
-	bubbles(t, func(t *testing.T, p *pipes, rt *http.Transport) {
-		r := &relay{rig: newRigOn(t, p, around, env...), t: t, p: p, rt: rt, base: "http://relay.test"}
-		f(t, r)
-		leaveAll(r.hub, errShutdown)
-		time.Sleep(2*r.opts.HoldTime + returnTime)
-		n, size := heldBy(r.Server)
-		if n != 0 || size != 0 || r.strange != 0 || r.reports.Used() != 0 {
-			t.Errorf("%d webhooks, %d bytes, %d of strangers, %d of reports stay held", n, size, r.strange, r.reports.Used())
-		}
-	})
-}
-
-// post is one webhook to a channel and what stands behind it.
-func (r *relay) post(tail, body string, headers ...string) outcome {
-	return r.ask("POST", "/webhooks/"+tail, body, headers...)
-}
-
-// posted is post whose outcome comes later.
-func (r *relay) posted(tail, body string, headers ...string) <-chan outcome {
-	c := make(chan outcome, 1)
-	go func() { c <- r.post(tail, body, headers...) }()
-	synctest.Wait()
-	return c
-}
-
-// ask is any request.
-func (r *relay) ask(method, path, body string, headers ...string) outcome {
-	return post(r.t.Context(), r.rt, method, r.base+path, body, headers...)
-}
-
-// listen opens a stream of channel, which ends with the test.
-func (r *relay) listen(channel string, headers ...string) *listener {
-	r.t.Helper()
-	return listen(r.t, r.rt, r.base+"/subscribe/"+channel+"/", headers...)
-}
-
-// report says a of the event id, as the client of that stream on channel ci.
-func (r *relay) report(l *listener, id string, a Answer) {
-	r.t.Helper()
-	expect(r.t, "report", l.report(r.t, r.rt, id, a), 204)
-}
-
-const hooksURL, streamURL = "http://relay.test/webhooks/ci", "http://relay.test/subscribe/ci/"
 
 // The HTTP surface.
 
@@ -1048,56 +475,6 @@ func frameHTTP2(kind, flags, stream byte, payload string) string {
 	return string([]byte{byte(n >> 16), byte(n >> 8), byte(n), kind, flags, 0, 0, 0, stream}) + payload
 }
 
-// askHTTP2 speaks HTTP/2 by hand, for what http.Transport would not send: one
-// request of names and values by turns. It reads until the answer ends, or has the
-// first event of a stream. Status 0: there is none.
-func askHTTP2(conn net.Conn, pairs ...string) (status int, body string) {
-	var fields []byte // literals without indexing (RFC 7541 section 6.2.2)
-	for i, text := range pairs {
-		if i%2 == 0 {
-			fields = append(fields, 0)
-		}
-		if n := len(text); n < 127 {
-			fields = append(fields, byte(n))
-		} else { // RFC 7541 section 5.1
-			fields = binary.AppendUvarint(append(fields, 127), uint64(n-127))
-		}
-		fields = append(fields, text...)
-	}
-	settings := frameHTTP2(4, 0, 0, "\x00\x04\x7f\xff\xff\xff") + frameHTTP2(8, 0, 0, "\x7f\xff\x00\x00")    // no flow control to speak of
-	go io.WriteString(conn, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"+settings+frameHTTP2(1, 5, 1, string(fields))) // ends with the connection
-	for head, r := make([]byte, 9), bufio.NewReader(conn); ; {
-		if _, err := io.ReadFull(r, head); err != nil {
-			break
-		}
-		payload := make([]byte, int(head[0])<<16|int(head[1])<<8|int(head[2]))
-		if _, err := io.ReadFull(r, payload); err != nil {
-			break
-		}
-		kind, ended := head[3], head[4]&1 != 0
-		switch {
-		case head[8] != 1:
-			continue
-		case kind == 0:
-			body += string(payload)
-		case kind == 1 && payload[0] == 0x88: // RFC 7541 appendix A
-			status = 200
-		}
-		if kind == 3 || ended || strings.Contains(body, "event: ready\n") {
-			break
-		}
-	}
-	if m := regexp.MustCompile(`(?:"statusCode":|HTTP Error )(\d+)`).FindStringSubmatch(body); m != nil { // an error repeats it
-		status, _ = strconv.Atoi(m[1])
-	}
-	return status, body
-}
-
-// asked is a request as pairs of names and values.
-func asked(method, path string, more ...string) []string {
-	return append([]string{":method", method, ":scheme", "http", ":path", path, ":authority", "relay.test"}, more...)
-}
-
 // TestUnreadHTTP2 has a connection that takes nothing any more: its stream ends
 // all the same, and so does a server that is leaving.
 func TestUnreadHTTP2(t *testing.T) {
@@ -1334,11 +711,6 @@ func TestNginx(t *testing.T) {
 
 // Response modes. The provider's open request is the only queue.
 
-// says is a raw answer of a target with a body.
-func says(status int, body string, headers ...string) string {
-	return fmt.Sprintf("HTTP/1.1 %d X\r\n%s\r\nContent-Length: %d\r\n\r\n%s", status, strings.Join(append(headers, "X-Of: target"), "\r\n"), len(body), body)
-}
-
 // TestModes is what a provider is told in each mode for what the target says.
 func TestModes(t *testing.T) {
 	plain, large := says(201, "hello", "Content-Type: text/plain", "Date: then"), strings.Repeat("x", answerLimit)
@@ -1479,17 +851,6 @@ func (b stubBus) Send(ctx context.Context, sig Signal) (int, error) {
 		return 0, b.err
 	}
 	return b.Hub.Send(ctx, sig)
-}
-
-// outcomes is what r counts of webhooks, and of subscribers that it refuses, by the
-// labels.
-func (r *rig) outcomes() map[string]int {
-	counts := map[string]int{}
-	text := (&Health{Metrics: serverMetrics(r.Server, r.hub, nil, &door{})}).exposition()
-	for _, m := range outcomeSample.FindAllStringSubmatch(text, -1) {
-		counts[m[1]], _ = strconv.Atoi(m[2])
-	}
-	return counts
 }
 
 var outcomeSample = regexp.MustCompile(`(?m)^relay_((?:webhooks_total|subscribers_refused_total)\{.*\}) (\d+)$`)
@@ -1878,13 +1239,6 @@ func TestReports(t *testing.T) {
 	})
 }
 
-// tokensFile is a file with such lines, which lives as long as the test.
-func tokensFile(t testing.TB, text string) string {
-	name := filepath.Join(t.TempDir(), "tokens")
-	replace(t, name, []byte(text))
-	return name
-}
-
 // TestHoldVerdict plays what replicas say about a held request in every order
 // in which it may come: they are not synchronised with each other.
 func TestHoldVerdict(t *testing.T) {
@@ -2028,12 +1382,6 @@ func TestNeverLive(t *testing.T) {
 }
 
 // Who may subscribe, and from where.
-
-// opens is what a report gets that nobody waits for: 204 if such headers open channel
-// ci.
-func (r *relay) opens(headers ...string) int {
-	return r.ask("POST", "/subscribe/ci/responses", reportOf(testID, Answer{Status: 200}), headers...).status
-}
 
 // serverWith is a server that knows these tokens, as if from a file.
 func serverWith(tokens byChannel[[][32]byte]) *Server {
@@ -2673,82 +2021,6 @@ func TestOnlyTheProviderGetsIn(t *testing.T) {
 }
 
 // TLS.
-
-// authority issues certificates, its own first.
-type authority struct {
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
-	pem  []byte
-}
-
-// newAuthority is an authority that parent vouches for; nil: nobody does.
-func newAuthority(t testing.TB, parent *authority) *authority {
-	t.Helper()
-	a := &authority{}
-	a.cert, a.key = parent.issue(&x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: rand.Text()}, NotAfter: time.Now().Add(24 * time.Hour), IsCA: true, BasicConstraintsValid: true,
-	})
-	a.pem = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: a.cert.Raw})
-	return a
-}
-
-// issue makes a certificate of template, which signs itself when a is nil.
-func (a *authority) issue(template *x509.Certificate) (*x509.Certificate, *ecdsa.PrivateKey) {
-	key := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
-	parent, signer := template, key
-	if a != nil {
-		parent, signer = a.cert, a.key
-	}
-	return must(x509.ParseCertificate(must(x509.CreateCertificate(rand.Reader, template, parent, &key.PublicKey, signer)))), key
-}
-
-// pair is a certificate for a client, with its key, as change would have it;
-// between stand behind it.
-func (a *authority) pair(t testing.TB, change func(*x509.Certificate), between ...*authority) *tls.Certificate {
-	t.Helper()
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: "client"}, NotAfter: time.Now().Add(24 * time.Hour), ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
-	}
-	if change != nil {
-		change(template)
-	}
-	cert, key := a.issue(template)
-	pair := &tls.Certificate{Certificate: [][]byte{cert.Raw}, PrivateKey: key}
-	for _, b := range between {
-		pair.Certificate = append(pair.Certificate, b.cert.Raw)
-	}
-	return pair
-}
-
-// replace puts text into a file as a whole.
-func replace(t testing.TB, file string, text []byte) {
-	t.Helper()
-	if err := cmp.Or(os.WriteFile(file+".new", text, 0o600), os.Rename(file+".new", file)); err != nil {
-		t.Fatal(err)
-	}
-}
-
-// writePair puts pair where the program looks for it, one file after the other.
-func writePair(t testing.TB, certFile, keyFile string, pair *tls.Certificate) {
-	t.Helper()
-	keyDER := must(x509.MarshalPKCS8PrivateKey(pair.PrivateKey))
-	var chain []byte
-	for _, der := range pair.Certificate {
-		chain = append(chain, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})...)
-	}
-	replace(t, certFile, chain)
-	replace(t, keyFile, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}))
-}
-
-// writeCertificate is writePair for the server at 127.0.0.1 or relay.test, with
-// that serial number.
-func writeCertificate(t testing.TB, certFile, keyFile string, serial int64) {
-	t.Helper()
-	writePair(t, certFile, keyFile, (*authority)(nil).pair(t, func(c *x509.Certificate) {
-		c.SerialNumber, c.ExtKeyUsage = big.NewInt(serial), nil
-		c.IPAddresses, c.DNSNames = []net.IP{net.IPv4(127, 0, 0, 1)}, []string{"relay.test"}
-	}))
-}
 
 // TestClientCertificates: streams and reports are for those whom the authority knows,
 // and a token does not replace a certificate; webhooks are for everybody. When a
