@@ -78,6 +78,9 @@ func TestMain(m *testing.M) {
 // patience bounds every wait of a test for something that should happen soon.
 const patience = time.Minute
 
+// nobody is where no one listens.
+const nobody = "127.0.0.1:1"
+
 // slack is what a busy machine may add to a time that the program bounds.
 const slack = 10 * time.Second
 
@@ -542,7 +545,8 @@ func says(status int, body string, headers ...string) string {
 
 // Who sends: bytes over a connection, or requests.
 
-// connect dials addr for as long as patience lasts, at most until the test ends.
+// connect is a connection to addr, which lasts for patience, at most until the test
+// ends.
 func connect(t testing.TB, addr string) net.Conn {
 	t.Helper()
 	conn, err := net.Dial("tcp", addr)
@@ -586,7 +590,7 @@ func wire(t testing.TB, addr, request string) (status int, answer string, header
 	return resp.StatusCode, string(must(io.ReadAll(resp.Body))), resp.Header
 }
 
-// compose is a request for channel m as bytes. It has a Host, and the
+// compose is a request that begins with line, as bytes. It has a Host, and the
 // Content-Length of its body unless a header line gives another framing.
 func compose(line, body string, headers ...string) string {
 	var head strings.Builder
@@ -662,7 +666,9 @@ func post(ctx context.Context, rt http.RoundTripper, method, url, body string, h
 // send is one webhook with a fresh connection; it returns status and body.
 func send(t testing.TB, method, url, body string, headers ...string) (status int, answer string, header http.Header) {
 	t.Helper()
-	o := post(context.Background(), afresh, method, url, body, headers...)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	o := post(ctx, afresh, method, url, body, headers...)
 	if o.err != nil {
 		t.Fatal(o.err)
 	}
@@ -735,7 +741,14 @@ type seen struct {
 }
 
 // webhook is what the stream says of a webhook, read as our client does.
-func (e seen) webhook(testing.TB) *Webhook { return must(decodeOwn(e.name, e.id, []byte(e.data))) }
+func (e seen) webhook(t testing.TB) *Webhook {
+	t.Helper()
+	w, err := decodeOwn(e.name, e.id, []byte(e.data))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return w
+}
 
 // listener is one stream whose events are collected.
 type listener struct {
@@ -822,7 +835,14 @@ func (l *listener) await() (w *Webhook, err error) {
 }
 
 // webhook is await for the test's goroutine.
-func (l *listener) webhook(testing.TB) *Webhook { return must(l.await()) }
+func (l *listener) webhook(t testing.TB) *Webhook {
+	t.Helper()
+	w, err := l.await()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return w
+}
 
 // only checks that the stream brings the webhook with this tail, and once.
 func (l *listener) only(t testing.TB, tail string) {

@@ -372,7 +372,7 @@ func TestPage(t *testing.T) {
 	c := startChromium(t)
 	env := []string{
 		fmt.Sprintf("HEALTH_SERVICE_PORT=%d", freePorts(t, 1)[0]), "HEALTH_SERVICE_SHUTDOWN_DELAY=0", "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=1s",
-		"RESPONSE_MODE=slow=status", "RESPONSE_TIMEOUT=1m",
+		"RESPONSE_MODE=slow=status", "RESPONSE_TIMEOUT=2m",
 	}
 	server := startServer(t, env...)
 	release := make(chan string)

@@ -185,10 +185,10 @@
 //	one of them                          64 KiB and 500 values of header,   400
 //	                                     1 MiB of body
 //	reports being read                   64 MiB                             503; sent again
-//	files of tokens, of secrets and of   1 MiB each                         refused; the last good one stays
-//	those who issue certificates
-//	the same with half a last line       two equal looks, 3 s apart, or     not in force before; the server
-//	                                     1 s for 10 s at the start          does not start
+//	files of tokens, of secrets, of      1 MiB each                         refused; the last good one stays
+//	issuers, and of pairs
+//	the same, but pairs, with half a     two equal looks, 3 s apart, or     not in force before; the server
+//	last line                            1 s for 10 s at the start          does not start
 //	time of a signature that tells it    5 min to either side               401
 //	messages to Redis                    512 unanswered; one at a time      wait
 //	                                     above 256 KiB
@@ -1369,9 +1369,9 @@ func linked(env map[string]string, name string) bool {
 }
 
 // nearest is the one of names that name was meant for: the fewest edits away, and no
-// more than one for five letters, or three. It is empty when none is.
+// more than one for five letters. It is empty when none is.
 func nearest(name string, names []string) string {
-	for edits := range 4 {
+	for edits := range 8 { // no name has forty letters
 		for _, other := range names {
 			if edits <= len(other)/5 && nearly(edits, name, other) {
 				return other
@@ -1390,7 +1390,7 @@ func nearly(edits int, a, b string) bool {
 	switch {
 	case a == "" || b == "":
 		return len(a)+len(b) <= edits
-	case edits == 0:
+	case edits == 0, max(len(a)-len(b), len(b)-len(a)) > edits:
 		return false
 	case len(a) > 1 && len(b) > 1 && a[0] == b[1] && a[1] == b[0] && nearly(edits-1, a[2:], b[2:]):
 		return true

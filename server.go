@@ -1553,10 +1553,10 @@ func (s *Server) route(ctx context.Context, id, channel, client string, a Answer
 // only together. What cannot be right leaves the last good value in force. It is
 // safe for concurrent use.
 type watched[T any] struct {
-	variable string // that names the file
-	name     string // empty: there is none, and the value stays T's zero
-	second   string // read behind the first; empty: there is one alone
-	parse    func(text string) (T, error)
+	variable string                       // that names the file
+	name     string                       // empty: there is none, and the value stays T's zero
+	second   string                       // a key, which goes with what is in the first; empty: there is one alone
+	parse    func(text string) (T, error) // of both, with a NUL between
 
 	inForce atomic.Pointer[T]
 
@@ -1565,6 +1565,8 @@ type watched[T any] struct {
 	// Guarded by mu.
 	taken [32]byte // sum of what is in force
 	seen  [32]byte // sum at the last look; zero when that failed
+	bad   [32]byte // sum of what was refused last
+	why   error    // it was
 	told  string   // the last error, which is told once
 }
 
@@ -1579,22 +1581,27 @@ func (w *watched[T]) value() (v T) {
 // look reads the file, and reports whether it put a new value in force. A writer
 // may still be at work on a file whose last line is not complete, and half a line
 // must not count: such a file is taken once two looks that follow each other find
-// the same. It needs mu.
+// the same. A pair that is cut does not fit. It needs mu once others know w.
 func (w *watched[T]) look() (bool, error) {
 	before := w.seen
 	w.seen = [32]byte{}
 	text, whole, err := readWhole(w.name)
 	if err == nil && w.second != "" {
-		behind, too, failed := readWhole(w.second)
-		text, whole, err = text+"\n"+behind, whole && too, failed
+		var key string
+		key, _, err = readWhole(w.second)
+		text, whole = text+"\x00"+key, true
 	}
 	if err != nil {
 		return false, err
 	}
 	sum := sha256.Sum256([]byte(text))
+	if sum == w.bad {
+		return false, w.why
+	}
 	if sum != w.taken {
 		value, err := w.parse(text)
 		if err != nil {
+			w.bad, w.why = sum, err
 			return false, err
 		}
 		if whole || sum == before {
@@ -1642,7 +1649,7 @@ func (w *watched[T]) open() error {
 			err = errors.New("its last line has no end, and it keeps changing")
 		}
 		if err != nil {
-			return fmt.Errorf("%s: %q: %w", w.variable, w.name, err)
+			return fmt.Errorf("%s: %q: %w", w.variable, strings.TrimSpace(w.name+" "+w.second), err)
 		}
 		if taken {
 			return nil
@@ -1768,7 +1775,8 @@ func parseIssuers(text string) (*x509.CertPool, error) {
 // keyPair is a certificate and its key, which variables name.
 func keyPair(variables, certFile, keyFile string) *watched[*tls.Certificate] {
 	return &watched[*tls.Certificate]{variable: variables, name: certFile, second: keyFile, parse: func(text string) (*tls.Certificate, error) {
-		pair, err := tls.X509KeyPair([]byte(text), []byte(text)) // of which each takes its own
+		cert, key, _ := strings.Cut(text, "\x00")
+		pair, err := tls.X509KeyPair([]byte(cert), []byte(key))
 		return &pair, err
 	}}
 }

@@ -676,9 +676,7 @@ func TestNginx(t *testing.T) {
 	t.Parallel()
 	path := need(t, "nginx", "nginx-light")
 	server := startServer(t)
-	l := loopback(t)
-	front := l.Addr().String()
-	l.Close() // nginx cannot pick a free port itself
+	front := fmt.Sprintf("127.0.0.1:%d", freePorts(t, 1)[0]) // nginx cannot pick a free port itself
 	dir := t.TempDir()
 	config := "daemon off; worker_processes 1; pid nginx.pid; error_log stderr;\nevents {}\nhttp {\n access_log off;\n"
 	if os.Getuid() == 0 {
@@ -1198,7 +1196,7 @@ func TestSenderHangsUp(t *testing.T) {
 }
 
 // TestReports: what is refused of a report, and what is not for this sender, does
-// not reach him. TestReportsOfOthers has the forms.
+// not reach him. TestReportForm has the forms.
 func TestReports(t *testing.T) {
 	relayTest(t, []string{"RESPONSE_MODE=response", "AUTH_TOKENS_FILE=" + tokensFile(t, "ci secret\nother else\n")}, func(t *testing.T, r *relay) {
 		stream := r.listen("ci", append([]string{"X-Auth-Token", "secret"}, features...)...)
@@ -2155,8 +2153,18 @@ func TestServerCertificate(t *testing.T) {
 	serial("a pipe", 2, 3)
 	writeCertificate(t, c.CertFile, filepath.Join(dir, "its.key"), 3)
 	serial("with the key of another", 2, 4)
+	serial("the same", 2, 4)
 	os.Rename(filepath.Join(dir, "its.key"), c.KeyFile)
 	serial("mended", 3, 4)
+	cert, key := readFile(t, c.CertFile), readFile(t, c.KeyFile)
+	replace(t, c.CertFile, []byte(key))
+	replace(t, c.KeyFile, []byte(cert))
+	serial("the two changed about", 3, 5)
+	for _, file := range []string{c.CertFile, c.KeyFile} { // without a last line end, too
+		replace(t, file, []byte(cert+strings.TrimSpace(key)))
+	}
+	serial("both in one", 3, 5)
+	expect(t, "certificates of the chain", len(must(config.GetCertificate(nil)).Certificate), 1)
 }
 
 // Smuggling. What one side takes for one request must be one on the other.

@@ -919,7 +919,7 @@ func (w *simWorld) post(p *simPost) {
 
 // One run.
 
-// newWorld is a world with targets and nothing else.
+// newSimWorld is a world with targets and nothing else.
 func newSimWorld(t *testing.T, seed uint64) *simWorld {
 	w := &simWorld{
 		t: t, plan: rand.New(rand.NewPCG(seed, 1)), chances: rand.New(rand.NewPCG(seed, 2)), began: time.Now(),
