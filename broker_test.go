@@ -668,7 +668,7 @@ func TestDecodeAllocations(t *testing.T) {
 	if n := testing.AllocsPerRun(100, func() { decodeWebhook("github", m.id, m.data) }); n > 20 {
 		t.Errorf("%v allocations to decode an event", n)
 	}
-	if n := testing.AllocsPerRun(100, func() { e.repeat("REPLICAAAAAAA", 2, "client") }); n > 2 {
+	if n := testing.AllocsPerRun(100, func() { e.repeat(testReplica, 2, "client") }); n > 2 {
 		t.Errorf("%v allocations to deliver an event again", n)
 	}
 }

@@ -1,5 +1,5 @@
 // How tests start a relay and what is around it, send, read and wait: one way each,
-// for all test files. What serves one of them alone stands there.
+// for all test files. What is about the subject of one file stands there.
 
 package main
 
@@ -399,6 +399,54 @@ func hostOf(url string) string {
 	return strings.TrimPrefix(strings.TrimPrefix(url, "http://"), "https://")
 }
 
+// probed turns the health service on, without its pause at the end.
+var probed = []string{"HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0"}
+
+// scrape reads /metrics. The channel of a client is left out of the names.
+func scrape(t testing.TB, p *program) map[string]float64 {
+	t.Helper()
+	status, text, header := send(t, "GET", "http://"+p.health+"/metrics", "")
+	if status != 200 || !strings.HasPrefix(header.Get("Content-Type"), "text/plain; version=0.0.4") {
+		t.Fatalf("/metrics: %d %q", status, header)
+	}
+	samples := map[string]float64{}
+	for line := range strings.Lines(text) {
+		if m := sampleLine.FindStringSubmatch(strings.TrimSuffix(line, "\n")); m != nil {
+			name := m[1]
+			if labels := channelLabel.ReplaceAllString(m[2], ""); labels != "" {
+				name += "{" + labels + "}"
+			}
+			samples[name], _ = strconv.ParseFloat(m[3], 64)
+		}
+	}
+	return samples
+}
+
+// metricOf is the value of one line of /metrics.
+func metricOf(t testing.TB, p *program, name string) int {
+	t.Helper()
+	n, ok := scrape(t, p)[name]
+	if !ok {
+		t.Fatalf("no metric %s", name)
+	}
+	return int(n)
+}
+
+// probeStatus is the status of one of the health service's pages.
+func probeStatus(t testing.TB, p *program, path string) int {
+	t.Helper()
+	status, _, _ := send(t, "GET", "http://"+p.health+path, "")
+	return status
+}
+
+// awaitReady waits until all of programs say that they are.
+func awaitReady(t testing.TB, programs ...*program) {
+	t.Helper()
+	for _, p := range programs {
+		eventually(t, "/ready is 200", func() bool { return probeStatus(t, p, "/ready") == 200 })
+	}
+}
+
 // Targets.
 
 // recorded is one request as it reached a target, byte for byte.
@@ -543,6 +591,18 @@ func says(status int, body string, headers ...string) string {
 	return fmt.Sprintf("HTTP/1.1 %d X\r\n%s\r\nContent-Length: %d\r\n\r\n%s", status, strings.Join(append(headers, "X-Of: target"), "\r\n"), len(body), body)
 }
 
+// newGate is a target that answers once it is opened.
+func newGate(t testing.TB, answer string) (tg *target, open func()) {
+	opened := make(chan struct{})
+	open = sync.OnceFunc(func() { close(opened) })
+	tg = newTarget(t, func(recorded) string {
+		<-opened
+		return answer
+	})
+	t.Cleanup(open) // before the target waits for its connections
+	return tg, open
+}
+
 // Who sends: bytes over a connection, or requests.
 
 // connect is a connection to addr, which lasts for patience, at most until the test
@@ -641,12 +701,19 @@ func relayError(status int, message string) string {
 	return fmt.Sprintf(`{"statusCode":%d,"message":%q}`, status, message)
 }
 
+// headerOf is a header of names and values by turns.
+func headerOf(pairs ...string) http.Header {
+	header := http.Header{}
+	for i := 0; i < len(pairs); i += 2 {
+		header.Add(pairs[i], pairs[i+1])
+	}
+	return header
+}
+
 // requestOf is a request with headers, which are names and values by turns.
 func requestOf(ctx context.Context, method, url string, body io.Reader, headers ...string) *http.Request {
 	req := must(http.NewRequestWithContext(ctx, method, url, body))
-	for i := 0; i < len(headers); i += 2 {
-		req.Header.Add(headers[i], headers[i+1])
-	}
+	req.Header = headerOf(headers...)
 	return req
 }
 
@@ -679,9 +746,48 @@ func webhookURL(p *program, channel, tail string) string {
 	return "http://" + p.addr + "/webhooks/" + channel + "/" + tail
 }
 
+// postAccepted posts one webhook that must be accepted.
+func postAccepted(t testing.TB, p *program, channel, tail string) {
+	t.Helper()
+	if status, body, _ := send(t, "POST", webhookURL(p, channel, tail), "{}"); status != 200 {
+		t.Fatalf("webhook %s: status %d %s, want 200", tail, status, body)
+	}
+}
+
+// postHeld posts one webhook whose sender waits.
+func postHeld(t testing.TB, p *program, channel, tail string) <-chan outcome {
+	told := make(chan outcome, 1)
+	go func() { // ends with the server's answer, or with the test
+		told <- post(t.Context(), afresh, "POST", webhookURL(p, channel, tail), "{}")
+	}()
+	return told
+}
+
+// expectAnswer waits until the sender is told and checks the status. It waits
+// less than RESPONSE_TIMEOUT, which brings any answer there is in the end.
+func expectAnswer(t testing.TB, told <-chan outcome, status int) outcome {
+	t.Helper()
+	select {
+	case o := <-told:
+		if o.err != nil || o.status != status {
+			t.Errorf("sender got %d %s %v, want %d", o.status, o.body, o.err, status)
+		}
+		return o
+	case <-time.After(patience):
+		t.Fatal("sender was not told")
+		return outcome{}
+	}
+}
+
 // asked is a request as pairs of names and values.
 func asked(method, path string, more ...string) []string {
 	return append([]string{":method", method, ":scheme", "http", ":path", path, ":authority", "relay.test"}, more...)
+}
+
+// frameHTTP2 is one frame of RFC 9113 section 4.1, of stream 1 or of the connection.
+func frameHTTP2(kind, flags, stream byte, payload string) string {
+	n := len(payload)
+	return string([]byte{byte(n >> 16), byte(n >> 8), byte(n), kind, flags, 0, 0, 0, stream}) + payload
 }
 
 // askHTTP2 speaks HTTP/2 by hand, for what http.Transport would not send: one
@@ -1367,6 +1473,20 @@ func startRedis(t testing.TB, args ...string) *redisServer {
 	r.restart()
 	t.Cleanup(r.stop)
 	return r
+}
+
+// startOver starts a server whose bus is the Redis at url.
+func startOver(t testing.TB, url string, env ...string) *program {
+	t.Helper()
+	return startServer(t, slices.Concat(probed, []string{"REDIS_URL=" + url, "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=2s"}, env)...)
+}
+
+// startReplicas starts two servers that are one relay over r.
+func startReplicas(t testing.TB, r *redisServer, env ...string) (a, b *program) {
+	t.Helper()
+	a, b = startOver(t, r.url, env...), startOver(t, r.url, env...)
+	awaitReady(t, a, b)
+	return a, b
 }
 
 func newLink(t testing.TB, to ...string) *tcpLink {

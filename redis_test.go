@@ -27,53 +27,6 @@ import (
 	"github.com/gomodule/redigo/redis"
 )
 
-// startOver starts a server whose bus is the Redis at url.
-func startOver(t testing.TB, url string, env ...string) *program {
-	t.Helper()
-	return startServer(t, slices.Concat(probed, []string{"REDIS_URL=" + url, "HEALTH_SERVICE_SHUTDOWN_HANDLER_TIMEOUT=2s"}, env)...)
-}
-
-// startReplicas starts two servers that are one relay over r.
-func startReplicas(t testing.TB, r *redisServer, env ...string) (a, b *program) {
-	t.Helper()
-	a, b = startOver(t, r.url, env...), startOver(t, r.url, env...)
-	awaitReady(t, a, b)
-	return a, b
-}
-
-// awaitReady waits until all of programs say that they are.
-func awaitReady(t testing.TB, programs ...*program) {
-	t.Helper()
-	for _, p := range programs {
-		eventually(t, "/ready is 200", func() bool { return probeStatus(t, p, "/ready") == 200 })
-	}
-}
-
-// probeStatus is the status of one of the health service's pages.
-func probeStatus(t testing.TB, p *program, path string) int {
-	t.Helper()
-	status, _, _ := send(t, "GET", "http://"+p.health+path, "")
-	return status
-}
-
-// metricOf is the value of one line of /metrics.
-func metricOf(t testing.TB, p *program, name string) int {
-	t.Helper()
-	n, ok := scrape(t, p)[name]
-	if !ok {
-		t.Fatalf("no metric %s", name)
-	}
-	return int(n)
-}
-
-// postAccepted posts one webhook that must be accepted.
-func postAccepted(t testing.TB, p *program, channel, tail string) {
-	t.Helper()
-	if status, body, _ := send(t, "POST", webhookURL(p, channel, tail), "{}"); status != 200 {
-		t.Fatalf("webhook %s: status %d %s, want 200", tail, status, body)
-	}
-}
-
 // postRefused posts one webhook that must be refused in time with 503 and Retry-After.
 func postRefused(t testing.TB, p *program, channel string) {
 	t.Helper()
@@ -655,46 +608,9 @@ func TestRollout(t *testing.T) {
 	}
 }
 
-// postHeld posts one webhook whose sender waits.
-func postHeld(t testing.TB, p *program, channel, tail string) <-chan outcome {
-	told := make(chan outcome, 1)
-	go func() { // ends with the server's answer, or with the test
-		told <- post(t.Context(), afresh, "POST", webhookURL(p, channel, tail), "{}")
-	}()
-	return told
-}
-
-// expectAnswer waits until the sender is told and checks the status. It waits
-// less than RESPONSE_TIMEOUT, which brings any answer there is in the end.
-func expectAnswer(t testing.TB, told <-chan outcome, status int) outcome {
-	t.Helper()
-	select {
-	case o := <-told:
-		if o.err != nil || o.status != status {
-			t.Errorf("sender got %d %s %v, want %d", o.status, o.body, o.err, status)
-		}
-		return o
-	case <-time.After(patience):
-		t.Fatal("sender was not told")
-		return outcome{}
-	}
-}
-
 func awaitHeld(t testing.TB, p *program, n int) {
 	t.Helper()
 	eventually(t, fmt.Sprintf("%d requests are held", n), func() bool { return metricOf(t, p, "relay_held_webhooks") == n })
-}
-
-// newGate is a target that answers once it is opened.
-func newGate(t testing.TB, answer string) (tg *target, open func()) {
-	opened := make(chan struct{})
-	open = sync.OnceFunc(func() { close(opened) })
-	tg = newTarget(t, func(recorded) string {
-		<-opened
-		return answer
-	})
-	t.Cleanup(open) // before the target waits for its connections
-	return tg, open
 }
 
 // TestResponsesOverReplicas has the sender at one replica and who answers at

@@ -624,9 +624,6 @@ func newSource(t testing.TB, serve func(n int, w http.ResponseWriter, r *http.Re
 	return source
 }
 
-// probed turns the health service on, without its pause at the end.
-var probed = []string{"HEALTH_SERVICE_PORT=0", "HEALTH_SERVICE_SHUTDOWN_DELAY=0"}
-
 // readyBlock announces an interval that lets a test wait in peace.
 const readyBlock = "id: 0\nevent: ready\ndata: {\"heartbeatInterval\":60000}\n\n"
 
@@ -1365,26 +1362,6 @@ func TestMisspelled(t *testing.T) {
 
 // channelLabel is the label that every metric of a client has.
 var channelLabel = regexp.MustCompile(`channel="[^"]*",?`)
-
-// scrape reads /metrics. The channel of a client is left out of the names.
-func scrape(t testing.TB, p *program) map[string]float64 {
-	t.Helper()
-	status, text, header := send(t, "GET", "http://"+p.health+"/metrics", "")
-	if status != 200 || !strings.HasPrefix(header.Get("Content-Type"), "text/plain; version=0.0.4") {
-		t.Fatalf("/metrics: %d %q", status, header)
-	}
-	samples := map[string]float64{}
-	for line := range strings.Lines(text) {
-		if m := sampleLine.FindStringSubmatch(strings.TrimSuffix(line, "\n")); m != nil {
-			name := m[1]
-			if labels := channelLabel.ReplaceAllString(m[2], ""); labels != "" {
-				name += "{" + labels + "}"
-			}
-			samples[name], _ = strconv.ParseFloat(m[3], 64)
-		}
-	}
-	return samples
-}
 
 // checkProbes wants the statuses of /live, /ready and /health.
 func checkProbes(t testing.TB, p *program, when string, want ...int) {

@@ -469,12 +469,6 @@ func TestEventMemoryIsNotShared(t *testing.T) {
 	})
 }
 
-// frameHTTP2 is one frame of RFC 9113 section 4.1, of stream 1 or of the connection.
-func frameHTTP2(kind, flags, stream byte, payload string) string {
-	n := len(payload)
-	return string([]byte{byte(n >> 16), byte(n >> 8), byte(n), kind, flags, 0, 0, 0, stream}) + payload
-}
-
 // TestUnreadHTTP2 has a connection that takes nothing any more: its stream ends
 // all the same, and so does a server that is leaving.
 func TestUnreadHTTP2(t *testing.T) {
@@ -1775,15 +1769,6 @@ func standardSignature(key, id, stamp, body string) []string {
 // secretOf is what a line of channel ci says.
 func secretOf(scheme, text string) secret {
 	return must(parseSecrets("ci " + scheme + " " + text)).of("ci")[0]
-}
-
-// headerOf is a header of names and values by turns.
-func headerOf(pairs ...string) http.Header {
-	header := http.Header{}
-	for i := 0; i < len(pairs); i += 2 {
-		header.Add(pairs[i], pairs[i+1])
-	}
-	return header
 }
 
 // TestSignatureVectors are the examples that the providers' documentation prints:
