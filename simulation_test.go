@@ -211,7 +211,9 @@ func (c simConn) Read(p []byte) (int, error) {
 			h.mu.Lock()
 			wait := time.Until(h.stalled)
 			h.mu.Unlock()
-			sleep(c.over, wait)
+			if wait > 0 { // a timer that is due at once now and then crashes the race detector's runtime in a bubble (Go 1.26.8)
+				sleep(c.over, wait)
+			}
 		}
 		if !c.mute.Load() {
 			return n, err
@@ -1317,14 +1319,14 @@ func TestSimulationBackUnderItsName(t *testing.T) {
 // TestSimulationAgain: however often the bus goes away, one client forwards
 // everything once.
 func TestSimulationAgain(t *testing.T) {
-	inSim(t, func(t *testing.T, w *simWorld, r *simReplica) {
-		w.kind = simNetwork
-		other := w.startReplica()
-		time.Sleep(time.Second)
-		w.startClient("accept")
-		w.startClient("status")
-		time.Sleep(time.Second)
-		for range 8 {
+	for range 6 {
+		inSim(t, func(t *testing.T, w *simWorld, r *simReplica) {
+			w.kind = simNetwork
+			other := w.startReplica()
+			time.Sleep(time.Second)
+			w.startClient("accept")
+			w.startClient("status")
+			time.Sleep(time.Second)
 			var posts []*simPost
 			for range 10 {
 				posts = slices.Concat(posts, w.send("accept", 5, 10), w.send("status", 2, 10))
@@ -1333,6 +1335,6 @@ func TestSimulationAgain(t *testing.T) {
 			}
 			time.Sleep(10 * time.Second)
 			w.want(posts, 1, nil)
-		}
-	})
+		})
+	}
 }
