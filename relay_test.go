@@ -669,29 +669,12 @@ func TestChannelsAreOnlyNames(t *testing.T) {
 // the base path /base.
 type reading struct {
 	*rig
-	addr      string
-	target    *target
-	published *spyBus
-	ends      int
-}
+	addr   string
+	target *target
+	ends   int
 
-// spyBus notes what is published.
-type spyBus struct {
-	*Hub
-	mu   sync.Mutex
-	seen [][2]string // channel and path
-}
-
-func (b *spyBus) Publish(ctx context.Context, e *Event) (int, error) {
-	m, _ := newParser(bytes.NewReader(block(e.chunk))).next()
-	w, err := decodeOwn(m.name, m.id, m.data)
-	if err != nil {
-		return 0, err
-	}
-	b.mu.Lock()
-	b.seen = append(b.seen, [2]string{e.Channel, w.Path})
-	b.mu.Unlock()
-	return b.Hub.Publish(ctx, e)
+	noting    sync.Mutex
+	published [][2]string // guarded by noting: channel and path
 }
 
 func newReading(t testing.TB) *reading {
@@ -699,8 +682,17 @@ func newReading(t testing.TB) *reading {
 	l := loopback(t)
 	r := &reading{addr: l.Addr().String(), target: newTarget(t, nil)}
 	r.rig = newRigOn(t, l, func(h *Hub) Bus {
-		r.published = &spyBus{Hub: h}
-		return r.published
+		return stubBus{h, func(ctx context.Context, e *Event) (int, error) {
+			m, _ := newParser(bytes.NewReader(block(e.chunk))).next()
+			w, err := decodeOwn(m.name, m.id, m.data)
+			if err != nil {
+				return 0, err
+			}
+			r.noting.Lock()
+			r.published = append(r.published, [2]string{e.Channel, w.Path})
+			r.noting.Unlock()
+			return h.Publish(ctx, e)
+		}, nil}
 	})
 	c := newClientOf(t, "http://"+r.addr+"/subscribe/demo/", r.target.url+"/base", "TARGET_CONCURRENCY=1")
 	running(t, c.Run)
@@ -733,7 +725,7 @@ func (r *reading) http1(t testing.TB, method, target string) int {
 // http2 is http1 over HTTP/2, where target is :path, or, for CONNECT, :authority.
 func (r *reading) http2(t testing.TB, method, target string) int {
 	t.Helper()
-	fields := []string{":method", method, ":scheme", "http", ":path", target, ":authority", "relay"}
+	fields := asked(method, target)
 	if method == "CONNECT" {
 		fields = []string{":method", method, ":authority", target}
 	}
@@ -761,14 +753,14 @@ func (r *reading) arrived(t testing.TB) (lines []string) {
 			t.Errorf("the target got %q", line)
 		}
 	}
-	r.published.mu.Lock()
-	defer r.published.mu.Unlock()
-	for _, e := range r.published.seen {
+	r.noting.Lock()
+	defer r.noting.Unlock()
+	for _, e := range r.published {
 		if !below(e[1], "/webhooks/"+e[0]) {
 			t.Errorf("on channel %q was published %q", e[0], e[1])
 		}
 	}
-	r.published.seen = nil
+	r.published = nil
 	return lines
 }
 
