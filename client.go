@@ -291,7 +291,8 @@ func (c *Client) follow(ctx context.Context) {
 		case <-drained:
 			c.log.Info("stream asked to move")
 			drained = nil
-			if next == none && !waiting { // at once, unless the source asks for nothing else
+			c.source.CloseIdleConnections() // they may lead to the replica that leaves
+			if next == none && !waiting {   // at once, unless the source asks for nothing else
 				retryIn(max(0, max(c.opts.ReconnectInterval, streamLasts)-time.Since(since)))
 			}
 		case <-current.done:
